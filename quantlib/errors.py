@@ -1,0 +1,84 @@
+"""Every error Quantmill raises on purpose, as one small tree.
+
+A message says what was wanted, what was found and what to do. The facts it is about travel as fields
+(``error.facts``), survive pickling (Ray and Prefect move errors between processes), and ``retryable`` says
+whether the same call may succeed later. ``before_work`` is set by the conversion when the error ended a run
+before anything was written: the command then exits with 2 instead of 1.
+"""
+
+
+class QuantError(Exception):
+    """Base of all errors of this project.
+
+    Args:
+        message: What was wanted, what was found, what to do.
+        **facts: Ids the message is about (tensor, shard, uri, block, option, ...), JSON values.
+    """
+
+    retryable = False
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        self.message = message
+        self.facts = facts
+        self.before_work = False
+
+    def __str__(self) -> str:
+        return self.message
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return (_rebuild, (type(self), self.message, self.facts, self.before_work))
+
+
+def _rebuild(kind: type[QuantError], message: str, facts: dict[str, object], before_work: bool) -> QuantError:
+    error = kind(message, **facts)
+    error.before_work = before_work
+    return error
+
+
+class RecipeError(QuantError):
+    """An option, recipe key or combination of them is wrong."""
+
+
+class UnsupportedModelError(QuantError):
+    """The model's architecture lacks a property the tool relies on."""
+
+
+class CheckpointError(QuantError):
+    """A checkpoint is missing, damaged or inconsistent."""
+
+
+class CorpusError(QuantError):
+    """Calibration or evaluation text cannot be used."""
+
+
+class StorageError(QuantError):
+    """The object store refused or lost a request for good."""
+
+
+class ObjectNotFoundError(StorageError):
+    """The named object or bucket does not exist."""
+
+
+class TransientStorageError(StorageError):
+    """The object store failed in a way that may pass."""
+
+    retryable = True
+
+
+class NumericsError(QuantError):
+    """A computation met values it must not hide (NaN, infinity, an overflowing sum)."""
+
+
+class PlanMismatchError(QuantError):
+    """The output or work prefix belongs to another plan."""
+
+
+class PackingError(QuantError):
+    """A quantized weight does not fit the requested file format."""
+
+
+class WorkerError(QuantError):
+    """A worker was lost, or could not be placed."""
+
+    retryable = True

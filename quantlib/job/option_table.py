@@ -1,0 +1,111 @@
+"""What is known of one option, and the check of one value.
+
+`quantlib.job.options` (a whole job) and `quantlib.job.rules` (one exception in a recipe) are tables made of
+these. Front ends read help, kind, default and constraints from here and have none of their own.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import NoneType, UnionType
+from typing import Any, get_args, get_origin
+
+from quantlib.errors import RecipeError
+
+REQUIRED = dataclasses.MISSING
+
+_KIND_WORDS = {str: "text", int: "a whole number", bool: "true or false", tuple: "a list of tables"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """What is known of one option beside its name, type and default.
+
+    Attributes:
+        help: One sentence for people.
+        section: Heading under which forms and help texts show it.
+        choices: The allowed values, where they can be listed.
+        minimum: Smallest allowed number.
+        also_allowed: A value outside the range with a meaning of its own (explained in ``help``).
+        in_identity: True when the value may change a written byte.
+    """
+
+    help: str
+    section: str
+    choices: tuple[str, ...] | None = None
+    minimum: int | None = None
+    also_allowed: int | None = None
+    in_identity: bool = False
+
+
+def declare(
+    default: Any,
+    section: str,
+    help: str,
+    *,
+    choices: tuple[str, ...] | None = None,
+    minimum: int | None = None,
+    also_allowed: int | None = None,
+    in_identity: bool = False,
+) -> Any:
+    """A dataclass field that carries an `Option`; ``REQUIRED`` as default means there is none."""
+    option = Option(
+        help=help,
+        section=section,
+        choices=choices,
+        minimum=minimum,
+        also_allowed=also_allowed,
+        in_identity=in_identity,
+    )
+    return field(default=default, metadata={"option": option})
+
+
+def fields_of(table: type) -> dict[str, tuple[dataclasses.Field[Any], Option]]:
+    """Name -> (dataclass field, its Option) of a table, in the order in which help texts show them."""
+    return {f.name: (f, f.metadata["option"]) for f in dataclasses.fields(table)}
+
+
+def kind_of(found: dataclasses.Field[Any]) -> type:
+    """The type of a value that is given: ``str``, ``int``, ``bool`` or ``tuple`` (a list of tables)."""
+    members = get_args(found.type) if isinstance(found.type, UnionType) else (found.type,)
+    kind: Any = next(member for member in members if member is not NoneType)
+    return get_origin(kind) or kind
+
+
+def is_optional(found: dataclasses.Field[Any]) -> bool:
+    """True when None is a value: it means that the plan decides."""
+    return isinstance(found.type, UnionType) and NoneType in get_args(found.type)
+
+
+def check_value(name: str, value: Any, found: dataclasses.Field[Any]) -> None:
+    """Compare one value with what its table allows.
+
+    Raises:
+        RecipeError: Wrong type, not among the choices, or out of range; names option, value and what is
+            allowed.
+    """
+    if value is None and is_optional(found):
+        return
+    option: Option = found.metadata["option"]
+    kind = kind_of(found)
+    if not _is_of_kind(value, kind):
+        raise RecipeError(f"{name} must be {_KIND_WORDS[kind]}, found {value!r}", option=name)
+    if isinstance(value, str) and not value.strip():
+        raise RecipeError(f"{name} must not be empty; give a value or leave it out", option=name)
+    if option.choices is not None and value not in option.choices:
+        raise RecipeError(f"{name} must be one of {', '.join(option.choices)}, found {value!r}", option=name)
+    if option.minimum is not None and isinstance(value, int):
+        _check_range(name, value, option.minimum, option.also_allowed)
+
+
+def _check_range(name: str, value: int, minimum: int, also_allowed: int | None) -> None:
+    if value < minimum and value != also_allowed:
+        extra = "" if also_allowed is None else f" or {also_allowed}"
+        raise RecipeError(f"{name} must be at least {minimum}{extra}, found {value!r}", option=name)
+
+
+def _is_of_kind(value: Any, kind: type) -> bool:
+    if kind is tuple:
+        return isinstance(value, list | tuple) and all(isinstance(item, Mapping) for item in value)
+    # bool is a subclass of int: `sequences = true` must not count as 1.
+    return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)

@@ -1,0 +1,161 @@
+"""The one table of job options: command line, recipe file and Prefect form are all made from it.
+
+Each field of `JobOptions` carries its help text and constraints as metadata. `options_from` is the one
+validator: command line, recipe file and Prefect parameters end in it.
+"""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantlib.errors import RecipeError
+from quantlib.job.option_table import REQUIRED, Option, check_value, declare, fields_of
+from quantlib.job.rules import Rule, rule_values, rules_from
+from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW
+
+_WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evaluation", "Execution"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class JobOptions:
+    """A validated request. ``None`` means: decided by the plan from the model or the machine."""
+
+    source: str = declare(
+        REQUIRED, _WHAT, "Checkpoint to convert: s3://, file:// or a path.", in_identity=True
+    )
+    output: str = declare(REQUIRED, _WHAT, "Where the quantized checkpoint goes: s3://, file:// or a path.")
+    work: str | None = declare(
+        None, _WHAT, "Where records of the running job are kept; beside the output unless named."
+    )
+    scheme: str = declare(
+        "W4A16", _HOW, "Bits and symmetry of the weights.", choices=SCHEME_NAMES, in_identity=True
+    )
+    group_size: int = declare(
+        128,
+        _HOW,
+        "Columns that share a scale; -1 for one scale a row.",
+        minimum=8,
+        also_allowed=WHOLE_ROW,
+        in_identity=True,
+    )
+    method: str = declare(
+        "gptq",
+        _HOW,
+        "gptq uses calibration text; rtn rounds to nearest and needs none.",
+        choices=("gptq", "rtn"),
+        in_identity=True,
+    )
+    format: str = declare(
+        "compressed-tensors",
+        _HOW,
+        "Layout of the output, by serving engine.",
+        choices=("compressed-tensors", "gptq"),
+        in_identity=True,
+    )
+    propagation: str = declare(
+        "original",
+        _HOW,
+        "Which activations calibrate block k+1: those of the original or of the quantized blocks.",
+        choices=("original", "quantized"),
+        in_identity=True,
+    )
+    rules: tuple[Mapping[str, Any], ...] = declare(
+        (),
+        _HOW,
+        "Ordered exceptions by linear name, the first match decides: match, and scheme, group_size, method"
+        " or keep.",
+        in_identity=True,
+    )
+    calibration: str | None = declare(
+        None, _DATA, "Calibration text: a parquet, jsonl or txt object.", in_identity=True
+    )
+    evaluation: str | None = declare(
+        None, _DATA, "Held-out text; with it the run reports perplexity and KL divergence."
+    )
+    text_column: str = declare("text", _DATA, "Column of the text in parquet and jsonl.", in_identity=True)
+    sequences: int = declare(256, _DATA, "Calibration sequences.", minimum=1, in_identity=True)
+    sequence_length: int = declare(2048, _DATA, "Tokens in a sequence.", minimum=8, in_identity=True)
+    evaluation_sequences: int = declare(32, _DATA, "Evaluation sequences.", minimum=1)
+    seed: int = declare(
+        0,
+        _DATA,
+        "0 takes the calibration documents as they come; another number shuffles them.",
+        minimum=0,
+        in_identity=True,
+    )
+    runner: str = declare(
+        "ray",
+        _RUN,
+        "ray spreads the work over workers; inprocess does it here.",
+        choices=("ray", "inprocess"),
+    )
+    workers: int | None = declare(
+        None, _RUN, "Workers; by default one for each GPU, or one on a machine without.", minimum=1
+    )
+    threads_per_worker: int | None = declare(
+        None, _RUN, "CPU threads of a worker; by default an equal share.", minimum=1, in_identity=True
+    )
+    device: str | None = declare(
+        None,
+        _RUN,
+        "Kind of device; by default cuda where there is one.",
+        choices=("cpu", "cuda"),
+        in_identity=True,
+    )
+    ray_address: str | None = declare(
+        None, _RUN, "Address of a running Ray cluster; without it a small one is started here."
+    )
+    storage_engine: str = declare("obstore", _RUN, "Client library for S3.", choices=("obstore", "s3fs"))
+
+
+def option_fields() -> dict[str, tuple[dataclasses.Field[Any], Option]]:
+    """Name -> (dataclass field, its Option), in the order in which help texts show them."""
+    return fields_of(JobOptions)
+
+
+def options_from(values: Mapping[str, Any]) -> JobOptions:
+    """Validate plain values (from any front end) into a request.
+
+    Raises:
+        RecipeError: An unknown key, a missing one, a value out of its range, a wrong rule, or gptq without
+            calibration text; names the option, the value and what is allowed.
+
+    >>> options_from({"source": "m", "output": "q", "method": "rtn", "group_size": 64}).group_size
+    64
+    """
+    known = option_fields()
+    refuse_unknown(values)
+    for name, (found, _) in known.items():
+        if found.default is REQUIRED and values.get(name) is None:
+            raise RecipeError(f"{name} is required: give the address of the {name}", option=name)
+    for name, value in values.items():
+        check_value(name, value, known[name][0])
+    rules = rules_from(values.get("rules", ()))
+    options = JobOptions(**{**values, "rules": tuple(rule_values(rule) for rule in rules)})
+    _refuse_missing_calibration(options, rules)
+    return options
+
+
+def refuse_unknown(values: Mapping[str, Any]) -> None:
+    """Refuse keys that are no options.
+
+    Raises:
+        RecipeError: Names the first unknown key and the options.
+    """
+    known = option_fields()
+    unknown = sorted(set(values) - set(known))
+    if unknown:
+        raise RecipeError(
+            f"unknown option {unknown[0]!r}; the options are {', '.join(known)}", option=unknown[0]
+        )
+
+
+def _refuse_missing_calibration(options: JobOptions, rules: Sequence[Rule]) -> None:
+    methods = {options.method, *(rule.method for rule in rules)}
+    if "gptq" in methods and options.calibration is None:
+        raise RecipeError(
+            "method gptq needs calibration text and none was given; name it with calibration,"
+            " or use method rtn",
+            option="calibration",
+        )

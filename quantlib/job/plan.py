@@ -1,0 +1,221 @@
+"""The plan: a recipe applied to a model, as plain data.
+
+Everything a run needs to know before the first weight byte is read: blocks, their linears and input
+groups, the units to write with every tensor's name, dtype and shape, and the settings that may change a
+byte. Workers, flows and the report all read it; nobody edits it.
+"""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from quantlib.errors import PlanMismatchError
+from quantlib.job.options import option_fields
+from quantlib.schemes import WeightScheme
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """Name, safetensors dtype ("BF16", "I32", ...) and shape of a tensor to be written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearPlan:
+    """One linear of a block.
+
+    Attributes:
+        name: Full module name, as in the checkpoint without ``.weight``.
+        rows: Out features.
+        columns: In features.
+        method: ``gptq`` or ``rtn``; None when the linear is kept as it is.
+        scheme: None when the linear is kept as it is.
+    """
+
+    name: str
+    rows: int
+    columns: int
+    method: str | None
+    scheme: WeightScheme | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BlockPlan:
+    """One decoder block.
+
+    Attributes:
+        index: 0-based position.
+        prefix: Module name (``model.layers.17``).
+        tensors: Checkpoint names of all its source tensors.
+        linears: All its linears, quantized or kept.
+        input_groups: Names of quantized linears that read the same tensor, one tuple a group.
+    """
+
+    index: int
+    prefix: str
+    tensors: tuple[str, ...]
+    linears: tuple[LinearPlan, ...]
+    input_groups: tuple[tuple[str, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitPlan:
+    """What one output shard holds; the smallest resumable piece of work.
+
+    Attributes:
+        name: ``block-00017``, ``prelude-00000``, ``tail-00000``.
+        stage: ``prelude`` (written first), ``block``, or ``tail`` (written last).
+        block: Index of the block, None outside the blocks.
+        shard: Final file name.
+        tensors: Everything in the shard, in file order.
+        copied: Names among them that are copied from the source byte for byte.
+    """
+
+    name: str
+    stage: str
+    block: int | None
+    shard: str
+    tensors: tuple[TensorSpec, ...]
+    copied: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A whole job.
+
+    Attributes:
+        source: URI of the source checkpoint.
+        source_objects: Object name -> (size in bytes, etag) of every source object read.
+        output: URI of the output.
+        work: URI of the work prefix.
+        options: The validated options, as JSON values.
+        model_type: ``config.json``'s.
+        blocks: Ordered decoder blocks.
+        units: Everything to write, in shard order.
+        kept_linears: Linears outside the blocks (the head), which stay as they are.
+        tail_tensors: Checkpoint names of the tensors used after the last block (norm, head; a tied
+            embedding too).
+        prelude_tensors: Checkpoint names of the tensors used before the first block.
+        dropped: Source tensor -> reason it is not in the output.
+        side_files: Names of source objects copied beside the shards.
+        compute_dtype: ``bfloat16``, ``float16`` or ``float32`` of both streams.
+        device_kind: ``cpu-avx2``, ``cuda-sm90``, ...
+        threads: CPU threads of a worker.
+        sequences_per_cell: Sequences in a cell (the last may hold fewer).
+        calibration_digest: sha256 of the calibration token rows; None without calibration.
+        evaluation_digest: sha256 of the evaluation token rows; None without evaluation.
+        versions: Of this tool and of the libraries that compute.
+        format_version: Layout version of the output format.
+    """
+
+    schema: int = SCHEMA
+    source: str
+    source_objects: Mapping[str, tuple[int, str]]
+    output: str
+    work: str
+    options: Mapping[str, Any]
+    model_type: str
+    blocks: tuple[BlockPlan, ...]
+    units: tuple[UnitPlan, ...]
+    kept_linears: tuple[str, ...]
+    tail_tensors: tuple[str, ...]
+    prelude_tensors: tuple[str, ...]
+    dropped: Mapping[str, str]
+    side_files: tuple[str, ...]
+    compute_dtype: str
+    device_kind: str
+    threads: int
+    sequences_per_cell: int
+    calibration_digest: str | None
+    evaluation_digest: str | None
+    versions: Mapping[str, str]
+    format_version: str
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether activations flow at all: for calibration, for evaluation or for both."""
+        return self.calibration_digest is not None or self.evaluation_digest is not None
+
+    @property
+    def block_units(self) -> dict[int, UnitPlan]:
+        """Block index -> the unit that holds it."""
+        return {u.block: u for u in self.units if u.block is not None}
+
+    def identity(self) -> str:
+        """sha256 over all that may change a written byte; equal identities give equal outputs.
+
+        Left out: output and work addresses, and the options that say where and with how many workers the
+        job runs (`Option.in_identity` is False).
+        """
+        kept = plan_to_json(self)
+        kept["options"] = {
+            name: self.options[name]
+            for name, (_, option) in option_fields().items()
+            if option.in_identity and name in self.options
+        }
+        for name in ("source", "output", "work", "evaluation_digest"):
+            kept.pop(name)
+            kept["options"].pop(name, None)
+        kept["options"].pop("calibration", None)
+        canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def schemes_of(blocks: tuple[BlockPlan, ...]) -> dict[str, WeightScheme | None]:
+    """Every linear of the blocks and its scheme, None for one that is kept, in model order."""
+    return {linear.name: linear.scheme for block in blocks for linear in block.linears}
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as JSON values."""
+    return dataclasses.asdict(plan)
+
+
+def plan_from_json(values: Mapping[str, Any]) -> Plan:
+    """The plan that `plan_to_json` wrote.
+
+    Raises:
+        PlanMismatchError: Another schema version wrote it.
+    """
+    if values.get("schema") != SCHEMA:
+        raise PlanMismatchError(
+            f"the stored plan has schema {values.get('schema')!r}, this version reads {SCHEMA};"
+            " finish it with the version that began it or choose another output",
+            schema=values.get("schema"),
+        )
+    fields = dict(values)
+    fields["blocks"] = tuple(_block_from_json(b) for b in values["blocks"])
+    fields["units"] = tuple(_unit_from_json(u) for u in values["units"])
+    fields["source_objects"] = {k: (v[0], v[1]) for k, v in values["source_objects"].items()}
+    for name in ("kept_linears", "tail_tensors", "prelude_tensors", "side_files"):
+        fields[name] = tuple(values[name])
+    return Plan(**fields)
+
+
+def _block_from_json(values: Mapping[str, Any]) -> BlockPlan:
+    linears = tuple(
+        LinearPlan(**{**v, "scheme": None if v["scheme"] is None else WeightScheme(**v["scheme"])})
+        for v in values["linears"]
+    )
+    return BlockPlan(
+        index=values["index"],
+        prefix=values["prefix"],
+        tensors=tuple(values["tensors"]),
+        linears=linears,
+        input_groups=tuple(tuple(g) for g in values["input_groups"]),
+    )
+
+
+def _unit_from_json(values: Mapping[str, Any]) -> UnitPlan:
+    tensors = tuple(
+        TensorSpec(name=t["name"], dtype=t["dtype"], shape=tuple(t["shape"])) for t in values["tensors"]
+    )
+    return UnitPlan(**{**values, "tensors": tensors, "copied": tuple(values["copied"])})

@@ -1,0 +1,69 @@
+"""Recipes: how a model is to be quantized, as a TOML file, and what that means for one linear.
+
+A recipe holds options by the names of `quantlib.job.options` and ``[[rules]]`` by those of
+`quantlib.job.rules`. It says how, never which model: source and output are given with the command, so that
+one recipe serves many models.
+"""
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from quantlib.errors import RecipeError
+from quantlib.job.options import JobOptions, option_fields, refuse_unknown
+from quantlib.job.rules import does_match, rules_from
+from quantlib.schemes import WeightScheme, scheme_from_name
+
+NOT_IN_RECIPES = ("source", "output")
+
+
+def read_recipe(path: str | Path) -> dict[str, Any]:
+    """The options a recipe file sets, as plain values for `options_from`.
+
+    Keys are checked here; values are checked by `options_from`, after the command line has had its say.
+
+    Raises:
+        RecipeError: No such file, not TOML, an unknown key, or a source or output in it; names the file.
+    """
+    try:
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"recipe {path} cannot be read: {error.strerror}", recipe=str(path)) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"recipe {path} is not valid TOML: {error}", recipe=str(path)) from error
+    try:
+        refuse_unknown(values)
+    except RecipeError as error:
+        raise RecipeError(f"recipe {path}: {error.message}", recipe=str(path), **error.facts) from error
+    for name in NOT_IN_RECIPES:
+        if name in values:
+            allowed = ", ".join(key for key in option_fields() if key not in NOT_IN_RECIPES)
+            raise RecipeError(
+                f"recipe {path} names a {name}; a recipe says how, the {name} is given with the command."
+                f" It may set {allowed}",
+                recipe=str(path),
+                option=name,
+            )
+    return values
+
+
+def rule_for(options: JobOptions, linear_name: str) -> tuple[str, WeightScheme] | tuple[None, None]:
+    """Method and scheme of one linear: the first rule that matches, completed by the job's options.
+
+    Args:
+        options: The validated request.
+        linear_name: Full module name, without ``.weight``.
+
+    Returns:
+        (method, scheme), or (None, None) when the linear is kept as it is.
+
+    Raises:
+        RecipeError: The rules are wrong (not after `options_from`).
+    """
+    rule = next((rule for rule in rules_from(options.rules) if does_match(rule, linear_name)), None)
+    if rule is None:
+        return options.method, scheme_from_name(options.scheme, options.group_size)
+    if rule.keep:
+        return None, None
+    group_size = options.group_size if rule.group_size is None else rule.group_size
+    return rule.method or options.method, scheme_from_name(rule.scheme or options.scheme, group_size)

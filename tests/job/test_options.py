@@ -1,0 +1,127 @@
+"""The table of options and its validator."""
+
+import dataclasses
+
+import pytest
+
+from quantlib.errors import RecipeError
+from quantlib.job.option_table import is_optional, kind_of
+from quantlib.job.options import JobOptions, option_fields, options_from
+
+REQUEST = {"source": "s3://models/a", "output": "s3://models/b", "method": "rtn"}
+
+
+def test_options_from_minimal_request_takes_every_default():
+    options = options_from(REQUEST)
+    assert dataclasses.asdict(options) == {
+        "source": "s3://models/a",
+        "output": "s3://models/b",
+        "work": None,
+        "scheme": "W4A16",
+        "group_size": 128,
+        "method": "rtn",
+        "format": "compressed-tensors",
+        "propagation": "original",
+        "rules": (),
+        "calibration": None,
+        "evaluation": None,
+        "text_column": "text",
+        "sequences": 256,
+        "sequence_length": 2048,
+        "evaluation_sequences": 32,
+        "seed": 0,
+        "runner": "ray",
+        "workers": None,
+        "threads_per_worker": None,
+        "device": None,
+        "ray_address": None,
+        "storage_engine": "obstore",
+    }
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"group-size": 64}, r"unknown option 'group-size'; the options are source, output, work, scheme"),
+        ({"sequences": 0}, "sequences must be at least 1, found 0"),
+        ({"sequences": "64"}, "sequences must be a whole number, found '64'"),
+        ({"sequences": 64.0}, "sequences must be a whole number, found 64.0"),
+        ({"sequences": True}, "sequences must be a whole number, found True"),
+        ({"sequences": None}, "sequences must be a whole number, found None"),
+        ({"group_size": 4}, "group_size must be at least 8 or -1, found 4"),
+        ({"group_size": -2}, "group_size must be at least 8 or -1, found -2"),
+        ({"scheme": "W3A16"}, "scheme must be one of W4A16, W8A16, W4A16_ASYM, W8A16_ASYM, found 'W3A16'"),
+        ({"scheme": 4}, "scheme must be text, found 4"),
+        ({"scheme": None}, "scheme must be text, found None"),
+        ({"device": "tpu"}, "device must be one of cpu, cuda, found 'tpu'"),
+        ({"evaluation": " "}, "evaluation must not be empty"),
+        ({"workers": 0}, "workers must be at least 1, found 0"),
+        ({"source": None}, "source is required"),
+        ({"output": ""}, "output must not be empty"),
+        ({"rules": "*.down_proj"}, "rules must be a list of tables"),
+        ({"rules": ["*.down_proj"]}, "rules must be a list of tables"),
+        ({"method": "gptq"}, "gptq needs calibration text"),
+        ({"rules": [{"match": "*", "method": "gptq"}]}, "gptq needs calibration text"),
+    ],
+)
+def test_options_from_wrong_value_names_it_and_what_is_allowed(wrong, said):
+    with pytest.raises(RecipeError, match=said) as raised:
+        options_from({**REQUEST, **wrong})
+    assert raised.value.facts["option"] in {*wrong, "calibration"}
+    assert not raised.value.retryable
+
+
+def test_options_from_missing_output_is_refused():
+    with pytest.raises(RecipeError, match="output is required"):
+        options_from({"source": "a", "method": "rtn"})
+
+
+@pytest.mark.parametrize("value", [8, 64, 100_000, -1])
+def test_group_size_range_and_whole_row_are_allowed(value):
+    assert options_from({**REQUEST, "group_size": value}).group_size == value
+
+
+@pytest.mark.parametrize("name", ["work", "calibration", "workers", "device", "ray_address"])
+def test_none_means_decided_by_the_plan(name):
+    assert getattr(options_from({**REQUEST, name: None}), name) is None
+
+
+def test_equal_rules_from_different_front_ends_give_equal_options():
+    from_file = options_from({**REQUEST, "rules": [{"match": "*.o_proj", "group_size": 32}]})
+    from_form = options_from(
+        {
+            **REQUEST,
+            "rules": (
+                {"match": "*.o_proj", "scheme": None, "group_size": 32, "method": None, "keep": False},
+            ),
+        }
+    )
+    assert from_file == from_form
+
+
+def test_every_option_is_described_and_has_a_known_kind():
+    for name, (found, option) in option_fields().items():
+        assert option.help.endswith((".", "text")), name
+        assert option.section, name
+        assert kind_of(found) in (str, int, tuple), name
+        assert (found.default is None) == is_optional(found), name
+
+
+def test_identity_leaves_out_what_cannot_change_a_byte():
+    left_out = {name for name, (_, option) in option_fields().items() if not option.in_identity}
+    assert left_out == {
+        "output",
+        "work",
+        "evaluation",
+        "evaluation_sequences",
+        "runner",
+        "workers",
+        "ray_address",
+        "storage_engine",
+    }
+
+
+def test_options_cannot_be_changed():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options_from(REQUEST).scheme = "W8A16"  # pyright: ignore[reportAttributeAccessIssue]
+    assert isinstance(options_from(REQUEST), JobOptions)
