@@ -1,0 +1,1 @@
+"""Hugging Face checkpoints of safetensors shards: open, read, lay out, write, verify, describe."""

@@ -1,0 +1,276 @@
+"""Re-reads a checkpoint from storage and says in sentences what is wrong with it.
+
+Nothing is taken on trust from the run that wrote it: headers, digests, index and scales come from the stored
+bytes. A fault does not end the verification; each is one finding. Left out: whether the numbers are good,
+which is what evaluation is for.
+"""
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantlib.checkpoint.header import Header, TensorEntry, read_header
+from quantlib.checkpoint.index import (
+    INDEX_NAME,
+    Checkpoint,
+    list_folder,
+    open_checkpoint,
+    read_config,
+    read_json,
+    read_weight_map,
+)
+from quantlib.checkpoint.reader import tensor_of
+from quantlib.errors import CheckpointError
+from quantlib.storage import ObjectInfo, Store
+
+REPORT_NAME = "quantmill_report.json"
+# Held twice: one piece is hashed while the next is fetched.
+PIECE_BYTES = 128 << 20
+_SCALE_ENDINGS = (".weight_scale", ".scales")
+_PACKED_ENDINGS = (".weight_packed", ".qweight")
+_MAX_NAMED = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifyResult:
+    """What a verification found.
+
+    Attributes:
+        num_shards: Shards looked at.
+        num_tensors: Tensors in them.
+        num_bytes: Bytes of the shards, all of them read.
+        findings: One sentence for each fault; empty when all is well.
+    """
+
+    num_shards: int
+    num_tensors: int
+    num_bytes: int
+    findings: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing is wrong."""
+        return not self.findings
+
+
+def verify_checkpoint(
+    store: Store,
+    uri: str,
+    source_uri: str | None = None,
+    source_store: Store | None = None,
+    *,
+    report: Mapping[str, Any] | None = None,
+) -> VerifyResult:
+    """Verify every shard, the index and the scales of a checkpoint, and what became of its source's tensors.
+
+    Args:
+        store: The store the checkpoint lies in.
+        uri: Its folder.
+        source_uri: The checkpoint it was made from; without it the comparison is left out.
+        source_store: The store of the source, where it is another one.
+        report: The run's report, where it is not stored beside the shards yet.
+
+    Raises:
+        ObjectNotFoundError: There is nothing at ``uri``.
+        CheckpointError: The source cannot be opened, or an object was replaced meanwhile.
+
+    Cost: reads every byte of the shards, and the scales twice; about 256 MiB of memory.
+    """
+    listing = list_folder(store, uri)
+    findings: list[str] = []
+    report = report if report is not None else _stored_report(store, listing, findings)
+    weight_map = _weight_map(store, uri, listing, findings)
+    shards = {name: info for name, info in listing.items() if name.endswith(".safetensors")}
+    headers = dict(_intact_headers(store, shards, findings))
+    findings += _digest_findings(store, shards, report)
+    if weight_map is not None:
+        findings += _index_findings(store, listing, weight_map, headers)
+    for shard, header in headers.items():
+        findings += _scale_findings(store, shards[shard], header)
+    if source_uri is not None:
+        source = open_checkpoint(source_store or store, source_uri)
+        findings += _source_findings(source, headers, report)
+    return VerifyResult(
+        num_shards=len(shards),
+        num_tensors=sum(len(header.tensors) for header in headers.values()),
+        num_bytes=sum(info.size_bytes for info in shards.values()),
+        findings=tuple(findings),
+    )
+
+
+def _stored_report(store: Store, listing: Mapping[str, ObjectInfo], findings: list[str]) -> Mapping[str, Any]:
+    if REPORT_NAME not in listing:
+        findings.append(f"There is no {REPORT_NAME}, so that the shards' digests cannot be compared.")
+        return {}
+    try:
+        return read_json(store, listing[REPORT_NAME])
+    except CheckpointError as error:
+        findings.append(_sentence(error))
+        return {}
+
+
+def _weight_map(
+    store: Store, uri: str, listing: Mapping[str, ObjectInfo], findings: list[str]
+) -> dict[str, str] | None:
+    """The index, after noting what is wrong with it and with config.json."""
+    weight_map = None
+    try:
+        read_config(store, uri, listing)
+    except CheckpointError as error:
+        findings.append(_sentence(error))
+    try:
+        weight_map = read_weight_map(store, uri, listing)
+        if weight_map is None and "model.safetensors" not in listing:
+            findings.append(f"There is neither {INDEX_NAME} nor model.safetensors.")
+    except CheckpointError as error:
+        findings.append(_sentence(error))
+    return weight_map
+
+
+def _intact_headers(
+    store: Store, shards: Mapping[str, ObjectInfo], findings: list[str]
+) -> Iterator[tuple[str, Header]]:
+    for shard, info in sorted(shards.items()):
+        try:
+            yield shard, read_header(store, info)
+        except CheckpointError as error:
+            findings.append(_sentence(error))
+
+
+def _digest_findings(
+    store: Store, shards: Mapping[str, ObjectInfo], report: Mapping[str, Any]
+) -> Iterator[str]:
+    promised = _promised_digests(report)
+    for name in sorted(promised.keys() - shards.keys()):
+        yield f"{name} is in the report, but not there."
+    for name, info in sorted(shards.items()):
+        found = object_sha256(store, info)
+        if name not in promised:
+            if report:
+                yield f"{name} is there, but the report does not name it."
+        elif promised[name] != found:
+            yield f"{name} has the sha256 {found}, the report says {promised[name]}."
+
+
+def _promised_digests(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Shard name -> sha256, of those entries of a report that can be understood."""
+    entries = report.get("shards")
+    return {
+        entry["name"]: entry.get("sha256")
+        for entry in (entries if isinstance(entries, list) else ())
+        if isinstance(entry, dict) and isinstance(entry.get("name"), str)
+    }
+
+
+def object_sha256(store: Store, info: ObjectInfo) -> str:
+    """sha256 (hex) of a whole object, read in pieces of `PIECE_BYTES`, one ahead of the hashing.
+
+    Raises:
+        CheckpointError: The object was replaced meanwhile.
+    """
+    digest = hashlib.sha256()
+    pieces = [
+        (start, min(start + PIECE_BYTES, info.size_bytes)) for start in range(0, info.size_bytes, PIECE_BYTES)
+    ]
+    with ThreadPoolExecutor(1, thread_name_prefix="verify") as ahead:
+        coming = None
+        for piece in pieces:
+            current, coming = coming, ahead.submit(store.read_ranges, info, [piece])
+            if current is not None:
+                digest.update(current.result()[0])
+        if coming is not None:
+            digest.update(coming.result()[0])
+    return digest.hexdigest()
+
+
+def _index_findings(
+    store: Store,
+    listing: Mapping[str, ObjectInfo],
+    weight_map: Mapping[str, str],
+    headers: Mapping[str, Header],
+) -> Iterator[str]:
+    named = {shard: headers[shard] for shard in sorted(set(weight_map.values())) if shard in headers}
+    for shard in sorted(set(weight_map.values()) - listing.keys()):
+        yield f"{INDEX_NAME} names the shard {shard}, which is missing."
+    for shard in sorted(headers.keys() - named.keys()):
+        yield f"{shard} is there, but {INDEX_NAME} does not name it."
+    yield from _limited(
+        f"{INDEX_NAME} places tensor {name} in {shard}, which lacks it."
+        for name, shard in sorted(weight_map.items())
+        if shard in named and name not in named[shard].tensors
+    )
+    yield from _limited(
+        f"Tensor {name} of {shard} is not in {INDEX_NAME}, or placed elsewhere by it."
+        for shard, header in named.items()
+        for name in header.tensors
+        if weight_map.get(name) != shard
+    )
+    total = sum(entry.size_bytes for header in named.values() for entry in header.tensors.values())
+    metadata = read_json(store, listing[INDEX_NAME]).get("metadata")
+    promised = metadata.get("total_size") if isinstance(metadata, dict) else None
+    if promised != total:
+        yield f"{INDEX_NAME} gives a total_size of {promised} bytes, the tensors have {total}."
+
+
+def _scale_findings(store: Store, info: ObjectInfo, header: Header) -> Iterator[str]:
+    for entry in header.tensors.values():
+        if entry.name.endswith(_SCALE_ENDINGS) or entry.name in ("weight_scale", "scales"):
+            (view,) = store.read_ranges(info, [(entry.start, entry.end)])
+            wrong = _unusable_scales(tensor_of(view, entry))
+            if wrong:
+                yield f"{wrong} of the {entry.num_values} scales of {entry.name} are zero, infinite or NaN."
+
+
+def _unusable_scales(scales: torch.Tensor) -> int:
+    if not scales.is_floating_point():
+        return 0
+    # float8 types lack these comparisons; fp32 holds all their values.
+    values = scales.float()
+    return int((~torch.isfinite(values) | (values == 0)).sum())
+
+
+def _source_findings(
+    source: Checkpoint, headers: Mapping[str, Header], report: Mapping[str, Any]
+) -> Iterator[str]:
+    """What became of each tensor of the source: kept as it was, quantized, or dropped with a reason."""
+    kept: dict[str, TensorEntry] = {}
+    for header in headers.values():
+        kept.update(header.tensors)
+    reasons = report.get("dropped")
+    dropped = reasons if isinstance(reasons, dict) else {}
+    yield from _limited(
+        f"Tensor {name} of the source is neither kept, nor quantized, nor dropped with a reason."
+        for name in sorted(source.tensors)
+        if name not in kept and name not in dropped and not _is_quantized(name, kept)
+    )
+    yield from _limited(
+        f"Tensor {name} was {before.dtype} {list(before.shape)} in the source and is"
+        f" {kept[name].dtype} {list(kept[name].shape)}."
+        for name, before in sorted(source.tensors.items())
+        if name in kept and (before.dtype, before.shape) != (kept[name].dtype, kept[name].shape)
+    )
+
+
+def _is_quantized(name: str, kept: Mapping[str, TensorEntry]) -> bool:
+    module = name.removesuffix(".weight")
+    return module != name and any(module + packed in kept for packed in _PACKED_ENDINGS)
+
+
+def _limited(sentences: Iterable[str]) -> Iterator[str]:
+    """At most `_MAX_NAMED` of a kind, then how many more there are."""
+    more = 0
+    for count, sentence in enumerate(sentences):
+        if count < _MAX_NAMED:
+            yield sentence
+        else:
+            more += 1
+    if more:
+        yield f"{more} more findings of this kind are left out."
+
+
+def _sentence(error: CheckpointError) -> str:
+    return f"{error}."
