@@ -1,0 +1,186 @@
+"""What a skeleton says: blocks, linears, input groups, and where every stored tensor belongs."""
+
+import pickle
+from typing import Any
+
+import pytest
+import torch
+
+from quantlib.errors import CheckpointError, UnsupportedModelError
+from quantlib.model import families
+from quantlib.model.materialize import Slot
+from quantlib.model.skeleton import LinearSpec, Skeleton, _ends, load_skeleton
+from quantlib.model.trace import ModelTrace
+from tests.support.block_by_block import logits_block_by_block
+from tests.support.tiny_models import FAMILY_SETTINGS, tiny_config, tiny_model
+
+_SEPARATE = [
+    ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    ("self_attn.o_proj",),
+    ("mlp.gate_proj", "mlp.up_proj"),
+    ("mlp.down_proj",),
+]
+_FUSED = [("self_attn.qkv_proj",), ("self_attn.o_proj",), ("mlp.gate_up_proj",), ("mlp.down_proj",)]
+
+
+def _stored(config: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """What save_pretrained would store: a tied head is left out."""
+    state = tiny_model(config).state_dict()
+    if config["tie_word_embeddings"]:
+        state.pop("lm_head.weight")
+    return state
+
+
+def _load(family: str, **settings: Any) -> Skeleton:
+    config = tiny_config(family, **settings)
+    return load_skeleton(config, _stored(config))
+
+
+@pytest.mark.parametrize("family", FAMILY_SETTINGS)
+def test_linears_that_read_one_tensor_are_one_input_group(family: str) -> None:
+    skeleton = _load(family)
+    expected = _FUSED if family == "phi3" else _SEPARATE
+    assert skeleton.num_blocks == 4
+    for index in range(4):
+        spec = skeleton.block_spec(index)
+        prefix = f"model.layers.{index}"
+        assert (spec.index, spec.prefix) == (index, prefix)
+        assert spec.input_groups == tuple(tuple(f"{prefix}.{name}" for name in group) for group in expected)
+        assert [linear.name for linear in spec.linears] == [
+            name for group in spec.input_groups for name in group
+        ]
+
+
+def test_linears_have_shapes_and_biases_of_the_stored_weights() -> None:
+    config = tiny_config("qwen2")
+    stored = _stored(config)
+    linears = load_skeleton(config, stored).block_spec(2).linears
+    assert linears[1] == LinearSpec(
+        name="model.layers.2.self_attn.k_proj", rows=16, columns=32, has_bias=True
+    )
+    for linear in linears:
+        assert stored[f"{linear.name}.weight"].shape == (linear.rows, linear.columns)
+        assert linear.has_bias == (f"{linear.name}.bias" in stored)
+
+
+@pytest.mark.parametrize("family", FAMILY_SETTINGS)
+def test_every_stored_tensor_belongs_to_exactly_one_part(family: str) -> None:
+    config = tiny_config(family, tie_word_embeddings=False)
+    stored = _stored(config)
+    skeleton = load_skeleton(config, stored)
+    parts = [*skeleton.prelude_tensors, *skeleton.tail_tensors]
+    for index in range(skeleton.num_blocks):
+        parts += skeleton.block_spec(index).tensors
+    assert sorted(parts) == sorted(stored)
+    assert skeleton.prelude_tensors == ("model.embed_tokens.weight",)
+    assert skeleton.tail_tensors == ("model.norm.weight", "lm_head.weight")
+    assert skeleton.unused_tensors == ()
+
+
+def test_tied_embedding_is_in_prelude_and_tail() -> None:
+    skeleton = _load("gemma2")
+    assert skeleton.prelude_tensors == ("model.embed_tokens.weight",)
+    assert skeleton.tail_tensors == ("model.norm.weight", "model.embed_tokens.weight")
+
+
+def test_tensors_of_modules_that_never_run_belong_to_the_prelude() -> None:
+    slots = tuple(
+        Slot(path=path, attribute="weight", tensor=f"{path}.weight") for path in ("idle", "head", "in")
+    )
+    trace = ModelTrace(blocks=[], prelude=["in"], tail=["head"])
+    assert _ends(slots, trace) == (("in.weight", "idle.weight"), ("head.weight",))
+
+
+def test_tied_head_stored_alone_serves_as_embedding() -> None:
+    config = tiny_config("qwen2")
+    stored = _stored(config)
+    stored["lm_head.weight"] = stored.pop("model.embed_tokens.weight")
+    skeleton = load_skeleton(config, stored)
+    assert skeleton.prelude_tensors == ("lm_head.weight",)
+    assert skeleton.tail_tensors == ("model.norm.weight", "lm_head.weight")
+
+
+def test_head_stored_although_config_ties_it_is_used_under_its_own_name() -> None:
+    config = tiny_config("qwen2")
+    stored = tiny_model({**config, "tie_word_embeddings": False}).state_dict()
+    skeleton = load_skeleton(config, stored)
+    assert skeleton.tail_tensors == ("model.norm.weight", "lm_head.weight")
+    untied = load_skeleton({**config, "tie_word_embeddings": False}, stored)
+    ids_BT = torch.arange(12).reshape(1, 12)
+    expected = logits_block_by_block(untied, stored, ids_BT)
+    assert torch.equal(logits_block_by_block(skeleton, stored, ids_BT), expected)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.mlp.up_proj.weight", "model.layers.3.self_attn.q_proj.bias", "model.norm.weight"],
+)
+def test_missing_tensor_is_named(name: str) -> None:
+    config = tiny_config("qwen2")
+    stored = _stored(config)
+    del stored[name]
+    with pytest.raises(CheckpointError, match=name.replace(".", r"\.")) as caught:
+        load_skeleton(config, stored)
+    assert caught.value.facts == {"tensor": name}
+
+
+def test_missing_head_of_untied_model_is_named() -> None:
+    config = tiny_config("llama")
+    stored = _stored(config)
+    del stored["lm_head.weight"]
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight"):
+        load_skeleton(config, stored)
+
+
+def test_stored_tensors_without_a_use_are_listed() -> None:
+    config = tiny_config("llama")
+    extra = [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.4.mlp.up_proj.weight",
+        "score.weight",
+    ]
+    skeleton = load_skeleton(config, [*_stored(config), *extra])
+    assert skeleton.unused_tensors == tuple(sorted(extra))
+
+
+def test_skeleton_survives_pickling_as_config_and_names() -> None:
+    skeleton = _load("gemma3_text")
+    pickled = pickle.dumps(skeleton)
+    again = pickle.loads(pickled)
+    assert len(pickled) < 10_000
+    assert again.tail_tensors == skeleton.tail_tensors
+    assert [again.block_spec(i) for i in range(4)] == [skeleton.block_spec(i) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "named"),
+    [
+        # Fused experts are 3-D parameters, routers own their matrix, gpt2 has transposed Conv1D weights.
+        ("llama4_text", {}, r"layers\.0\.feed_forward\.experts\.gate_up_proj: a 3-D weight"),
+        ("mixtral", {}, r"layers\.0\.mlp\.gate\.weight: a 2-D weight of MixtralTopKRouter"),
+        ("gpt2", {"n_layer": 2, "n_embd": 32, "n_head": 4}, r"c_attn\.weight: a 2-D weight of Conv1D"),
+    ],
+)
+def test_matrix_outside_a_linear_is_refused_by_name(
+    family: str, settings: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, family))
+    with pytest.raises(UnsupportedModelError, match=named):
+        load_skeleton({**tiny_config("llama"), "model_type": family, **settings}, [])
+
+
+def test_405b_shaped_model_needs_no_memory_for_weights() -> None:
+    config = tiny_config(
+        "llama",
+        hidden_size=16384,
+        intermediate_size=53248,
+        num_hidden_layers=2,
+        num_attention_heads=128,
+        num_key_value_heads=8,
+        vocab_size=128256,
+    )
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    block = [name for name in _stored(tiny_config("llama")) if ".layers.0." in name or ".layers.1." in name]
+    skeleton = load_skeleton(config, names + block)
+    assert sum(linear.rows * linear.columns for linear in skeleton.block_spec(0).linears) > 3e9
+    assert all(parameter.is_meta for parameter in skeleton._model.parameters())

@@ -1,0 +1,108 @@
+"""Tiny random checkpoints of every supported family, written by transformers, and plain readers for them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_COMMON = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_ALTERNATING = ["sliding_attention", "full_attention"] * 2
+
+# What sets a family apart from _COMMON. Sliding windows are shorter than the sequences of the tests.
+FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 6, "head_dim": 8},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"head_dim": 16},
+    "gemma2": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 6,
+        "layer_types": _ALTERNATING,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 1.5,
+        "tie_word_embeddings": True,
+    },
+    "gemma3_text": {
+        "head_dim": 16,
+        "query_pre_attn_scalar": 16,
+        "sliding_window": 6,
+        "layer_types": _ALTERNATING,
+        "rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+        "final_logit_softcapping": 1.5,
+        "tie_word_embeddings": True,
+    },
+    "phi3": {},
+}
+
+
+def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
+    """The values of a config.json; ``overrides`` replace single ones."""
+    return {"model_type": family, **_COMMON, **FAMILY_SETTINGS[family], **overrides}
+
+
+def tiny_model(config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
+    """transformers' own model with random weights that are large enough for every part to matter."""
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[config["model_type"]](**values), dtype=torch.float32
+    )
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.ndim == 1:
+                # Norm weights stay near their start, biases become non-zero.
+                parameter.add_(0.2 * noise)
+            else:
+                parameter.copy_(noise * parameter.shape[1] ** -0.5)
+    return model.eval()
+
+
+def save_tiny_checkpoint(
+    folder: Path,
+    family: str,
+    *,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "40KB",
+    seed: int = 0,
+    **overrides: Any,
+) -> Path:
+    """Write a checkpoint of several shards with config.json and index; returns the folder."""
+    model = tiny_model(tiny_config(family, **overrides), seed=seed).to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    return folder
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The values of a checkpoint's config.json."""
+    return json.loads((folder / "config.json").read_text())
+
+
+def read_all_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Every stored tensor of a checkpoint, by name."""
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors.update(load_file(shard))
+    return tensors
