@@ -1,0 +1,1 @@
+"""Calibration: text to token rows, inputs of linears to exact second moments."""

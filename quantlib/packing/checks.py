@@ -1,0 +1,96 @@
+"""Checks between a quantized linear, its scheme and its tensors that all formats make."""
+
+from collections.abc import Mapping
+
+import torch
+
+from quantlib.errors import PackingError
+from quantlib.packing.bits import PACKED_BITS
+from quantlib.quantized import QuantizedLinear
+from quantlib.schemes import WHOLE_ROW, WeightScheme
+
+
+def require_whole_groups(name: str, columns: int, scheme: WeightScheme, *, format_name: str) -> None:
+    """Refuse widths that are not packed and groups that do not divide a row.
+
+    Raises:
+        PackingError: Says which, and which group sizes would fit.
+    """
+    if scheme.bits not in PACKED_BITS:
+        raise PackingError(
+            f"{name}: {format_name} output holds codes of {', '.join(map(str, PACKED_BITS))} bits,"
+            f" not {scheme.bits}; choose another scheme",
+            linear=name,
+            bits=scheme.bits,
+        )
+    size = scheme.group_size
+    if size == WHOLE_ROW or (size > 0 and columns % size == 0):
+        return
+    fitting = [str(g) for g in (256, 128, 64, 32, 16) if columns % g == 0]
+    raise PackingError(
+        f"{name}: {format_name} output needs a group size that divides its {columns} columns, got {size};"
+        f" use {', '.join([*fitting, '-1 (whole row)'])}",
+        linear=name,
+        columns=columns,
+        group_size=size,
+    )
+
+
+def require_consistent(name: str, quantized: QuantizedLinear, scale_dtypes: tuple[torch.dtype, ...]) -> None:
+    """Refuse a quantized linear whose parts contradict each other or its scheme.
+
+    Raises:
+        PackingError: Shapes, dtypes, presence of a zero point, or a scale that is not positive and finite.
+    """
+    scheme = quantized.scheme
+    rows, columns = quantized.codes_RC.shape
+    grid = (rows, scheme.num_groups(columns))
+    scale_RG, zero_RG = quantized.scale_RG, quantized.zero_RG
+    if tuple(scale_RG.shape) != grid:
+        raise PackingError(f"{name}: scales must be {grid}, got {tuple(scale_RG.shape)}", linear=name)
+    if scale_RG.dtype not in scale_dtypes:
+        allowed = ", ".join(str(d) for d in scale_dtypes)
+        raise PackingError(f"{name}: scales must be {allowed}, got {scale_RG.dtype}", linear=name)
+    if (zero_RG is None) != scheme.is_symmetric:
+        found = "none" if zero_RG is None else "some"
+        raise PackingError(
+            f"{name}: zero points belong to asymmetric schemes only; the scheme is"
+            f" {'symmetric' if scheme.is_symmetric else 'asymmetric'} and there are {found}",
+            linear=name,
+        )
+    if zero_RG is not None and tuple(zero_RG.shape) != grid:
+        raise PackingError(f"{name}: zero points must be {grid}, got {tuple(zero_RG.shape)}", linear=name)
+    if not scale_RG.is_meta and not bool((torch.isfinite(scale_RG) & (scale_RG > 0)).all()):
+        raise PackingError(
+            f"{name}: a scale is zero, negative, infinite or NaN in {scale_RG.dtype}; the weight's values"
+            " do not fit the dtype scales are stored in",
+            linear=name,
+        )
+
+
+def take_tensor(
+    tensors: Mapping[str, torch.Tensor], name: str, dtype: torch.dtype | None = None
+) -> torch.Tensor:
+    """A tensor of a checkpoint.
+
+    Raises:
+        PackingError: It is missing, or of another dtype.
+    """
+    if name not in tensors:
+        raise PackingError(f"tensor {name} is missing; the checkpoint or its config is damaged", tensor=name)
+    tensor = tensors[name]
+    if dtype is not None and tensor.dtype != dtype:
+        raise PackingError(f"tensor {name} must be {dtype}, got {tensor.dtype}", tensor=name)
+    return tensor
+
+
+def require_shape(tensor_name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Refuse a tensor of another shape.
+
+    Raises:
+        PackingError: Names both shapes.
+    """
+    if tuple(tensor.shape) != shape:
+        raise PackingError(
+            f"tensor {tensor_name} must be {shape}, got {tuple(tensor.shape)}", tensor=tensor_name
+        )

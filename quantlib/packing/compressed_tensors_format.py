@@ -1,0 +1,248 @@
+"""The compressed-tensors layout ``pack-quantized``, read by vLLM, SGLang and transformers.
+
+Per linear (R out features, C in features, G groups along C, b bits, int32 words):
+``weight_packed`` int32 [R, ceil(C*b/32)], codes packed along the in features; ``weight_scale`` [R, G] in the
+model's dtype; ``weight_shape`` int64 [2] = (R, C); for asymmetric schemes ``weight_zero_point`` int32
+[ceil(R*b/32), G], packed along the out features. A symmetric linear has no zero point tensor: vLLM refuses
+one. Codes and zero points are unsigned. The level of a code is ``weight_scale * (code - zero)``.
+
+Left out: 3, 5, 6 and 7 bits, whose packing changed in 2026; ``weight_g_idx``; every other compressed-tensors
+format; and biases, which are copied like any other tensor.
+
+Source: compressed-tensors 0.20.0, compressors/pack_quantized and quantization/{quant_args,quant_config}.py;
+utils/match.py (how targets and ignore are matched). The package itself is not needed to write or read.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from quantlib.errors import PackingError
+from quantlib.packing.bits import PACKED_BITS, num_words, pack_words, unpack_words
+from quantlib.packing.checks import require_consistent, require_shape, require_whole_groups, take_tensor
+from quantlib.quantized import QuantizedLinear
+from quantlib.schemes import WHOLE_ROW, WeightScheme
+
+NAME = "compressed-tensors"
+FORMAT_VERSION = "pack-quantized 1"
+# The release whose config schema and layout are followed; readers record it and do not compare it.
+_UPSTREAM_VERSION = "0.20.0"
+_LAYOUT = "pack-quantized"
+_SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """The model's own dtype.
+
+    Raises:
+        PackingError: It is none that readers take for scales.
+    """
+    if model_dtype not in _SCALE_DTYPES:
+        raise PackingError(f"compressed-tensors scales are bf16, fp16 or fp32; the model is {model_dtype}")
+    return model_dtype
+
+
+def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:  # noqa: ARG001 - one form
+    """Refuse what the layout cannot hold; any number of rows and, without groups, of columns fits.
+
+    Raises:
+        PackingError: Bits or group size.
+    """
+    require_whole_groups(name, columns, scheme, format_name=NAME)
+
+
+def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:
+    """The three or, asymmetric, four tensors of a linear, on the device of its codes.
+
+    Raises:
+        PackingError: `check` refuses it, or its parts contradict each other.
+    """
+    bits = quantized.scheme.bits
+    codes_RC, zero_RG = quantized.codes_RC, quantized.zero_RG
+    rows, columns = codes_RC.shape
+    check(name, rows, columns, quantized.scheme)
+    require_consistent(name, quantized, _SCALE_DTYPES)
+    tensors = {
+        f"{name}.weight_packed": pack_words(codes_RC, bits=bits, dim=1),
+        f"{name}.weight_scale": quantized.scale_RG.contiguous(),
+        f"{name}.weight_shape": torch.tensor([rows, columns], dtype=torch.int64, device=codes_RC.device),
+    }
+    if zero_RG is not None:
+        tensors[f"{name}.weight_zero_point"] = pack_words(zero_RG, bits=bits, dim=0)
+    return tensors
+
+
+def packed_names(name: str) -> tuple[str, ...]:
+    """Full names of the tensors `pack` may make; the last exists for asymmetric schemes only."""
+    endings = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    return tuple(f"{name}.{ending}" for ending in endings)
+
+
+def unpack(name: str, tensors: Mapping[str, torch.Tensor], scheme: WeightScheme) -> QuantizedLinear:
+    """The linear that was packed.
+
+    Raises:
+        PackingError: A tensor is missing or has another shape than ``weight_shape`` and the scheme give.
+    """
+    packed_RP, scale_RG, shape = (take_tensor(tensors, n) for n in packed_names(name)[:3])
+    require_shape(f"{name}.weight_shape", shape, (2,))
+    rows, columns = (int(size) for size in shape.tolist())
+    check(name, rows, columns, scheme)
+    num_groups = scheme.num_groups(columns)
+    require_shape(f"{name}.weight_packed", packed_RP, (rows, num_words(columns, scheme.bits)))
+    require_shape(f"{name}.weight_scale", scale_RG, (rows, num_groups))
+    zero_RG = None
+    if not scheme.is_symmetric:
+        packed_PG = take_tensor(tensors, f"{name}.weight_zero_point")
+        require_shape(f"{name}.weight_zero_point", packed_PG, (num_words(rows, scheme.bits), num_groups))
+        zero_RG = unpack_words(packed_PG, bits=scheme.bits, dim=0, length=rows)
+    return QuantizedLinear(
+        codes_RC=unpack_words(packed_RP, bits=scheme.bits, dim=1, length=columns),
+        scale_RG=scale_RG.contiguous(),
+        zero_RG=zero_RG,
+        scheme=scheme,
+    )
+
+
+def quantization_config(
+    schemes: Mapping[str, WeightScheme | None], other_linears: Sequence[str] = ()
+) -> dict[str, Any]:
+    """The ``quantization_config`` of config.json.
+
+    One scheme targets the class "Linear" and ``ignore`` lists every linear that is kept. Several schemes
+    target their linears by full name, because readers that fuse projections would let "Linear" win over them.
+
+    Raises:
+        PackingError: Nothing is quantized.
+    """
+    by_scheme: dict[WeightScheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        if scheme is not None:
+            by_scheme.setdefault(scheme, []).append(name)
+    if not by_scheme:
+        raise PackingError("no linear is quantized, so there is nothing to say in quantization_config")
+    if len(by_scheme) == 1:
+        by_scheme = {scheme: ["Linear"] for scheme in by_scheme}
+    groups = {
+        f"group_{i}": _group_values(scheme, targets) for i, (scheme, targets) in enumerate(by_scheme.items())
+    }
+    kept = [name for name, scheme in schemes.items() if scheme is None]
+    return {
+        "quant_method": NAME,
+        "version": _UPSTREAM_VERSION,
+        "format": _LAYOUT,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "config_groups": groups,
+        "ignore": [*kept, *other_linears],
+        "kv_cache_scheme": None,
+        "sparsity_config": {},
+        "transform_config": {},
+    }
+
+
+def scheme_of(quantization_config: Mapping[str, Any], name: str) -> WeightScheme | None:
+    """How ``name`` is stored; None when it is ignored or no group targets it.
+
+    A full name wins over a regex and a regex over the class "Linear"; among equals the first group wins.
+
+    Raises:
+        PackingError: The group uses another layout, a float type, quantized activations, a strategy other
+            than group or channel, or reordered columns.
+    """
+    if any(_matches(entry, name) for entry in quantization_config.get("ignore") or ()):
+        return None
+    found = [
+        (_specificity(target), group)
+        for group in (quantization_config.get("config_groups") or {}).values()
+        for target in _targets(group)
+        if target == "Linear" or _matches(target, name)
+    ]
+    if not found:
+        return None
+    _, group = min(found, key=lambda pair: pair[0])
+    return _scheme_from_group(group, quantization_config.get("format"))
+
+
+def side_files(quantization_config: Mapping[str, Any]) -> dict[str, bytes]:  # noqa: ARG001 - one form
+    """None: config.json says everything."""
+    return {}
+
+
+def _group_values(scheme: WeightScheme, targets: list[str]) -> dict[str, Any]:
+    whole_row = scheme.group_size == WHOLE_ROW
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.is_symmetric,
+            "strategy": "channel" if whole_row else "group",
+            "group_size": None if whole_row else scheme.group_size,
+            "dynamic": False,
+        },
+        "input_activations": None,
+        "output_activations": None,
+        "format": _LAYOUT,
+    }
+
+
+def _targets(group: Any) -> Sequence[str]:
+    if not isinstance(group, Mapping):
+        raise PackingError(
+            f"config_groups holds {group!r} where a scheme is expected; presets are not expanded here"
+        )
+    return group.get("targets") or ()
+
+
+def _specificity(target: str) -> int:
+    if target == "Linear":
+        return 2
+    return 1 if target.startswith("re:") else 0
+
+
+def _matches(entry: str, name: str) -> bool:
+    if not entry.startswith("re:"):
+        return entry == name
+    try:
+        return re.match(entry.removeprefix("re:"), name) is not None
+    except re.error as error:
+        raise PackingError(f"quantization_config has a broken regex {entry!r}: {error}") from error
+
+
+def _scheme_from_group(group: Mapping[str, Any], default_layout: str | None) -> WeightScheme | None:
+    weights = group.get("weights")
+    if weights is None:
+        return None
+    layout = group.get("format") or default_layout
+    bits, kind = weights.get("num_bits"), weights.get("type", "int")
+    if layout != _LAYOUT or kind != "int" or bits not in PACKED_BITS:
+        raise PackingError(
+            f"compressed-tensors checkpoints with {_LAYOUT} integers of 2, 4 or 8 bits are read; got"
+            f" {layout!r}, {kind!r}, {bits!r} bits"
+        )
+    if group.get("input_activations") or group.get("output_activations"):
+        raise PackingError("compressed-tensors checkpoints with quantized activations are not read")
+    if weights.get("actorder") in ("group", "dynamic", True):
+        raise PackingError(
+            f"compressed-tensors checkpoints with actorder {weights['actorder']!r} are not read: their"
+            " columns are not in groups of consecutive ones"
+        )
+    return WeightScheme(
+        bits=bits, is_symmetric=bool(weights.get("symmetric", True)), group_size=_group_size(weights)
+    )
+
+
+def _group_size(weights: Mapping[str, Any]) -> int:
+    """Group size by strategy; a missing strategy follows from the group size, as upstream infers it."""
+    strategy, size = weights.get("strategy"), weights.get("group_size")
+    if strategy == "channel" or (strategy is None and size == WHOLE_ROW):
+        return WHOLE_ROW
+    if strategy in ("group", None) and isinstance(size, int) and size > 0:
+        return size
+    raise PackingError(
+        f"compressed-tensors weights by group or channel are read, got strategy {strategy!r} with group_size"
+        f" {size!r}"
+    )

@@ -1,0 +1,42 @@
+"""A quantized linear: what methods make, packers take, and both streams run through.
+
+R rows (out features), C columns (in features), G groups of consecutive columns.
+Integer codes travel from the solver to the packer; nothing is rounded a second time.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from quantlib.schemes import WeightScheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuantizedLinear:
+    """Codes and fitted grid of one linear.
+
+    Shapes:
+        codes_RC: uint8 [R, C], 0 .. 2**bits - 1.
+        scale_RG: floating [R, G], already in the dtype that is stored, positive and finite.
+        zero_RG: uint8 [R, G], the code that means zero; None when the scheme is symmetric
+            (then it is 2**(bits-1) everywhere).
+    """
+
+    codes_RC: torch.Tensor
+    scale_RG: torch.Tensor
+    zero_RG: torch.Tensor | None
+    scheme: WeightScheme
+
+    def dequantize(self) -> torch.Tensor:
+        """The levels: scale * (code - zero), fp32 [R, C].
+
+        Numerics: code and zero are small integers and the product is taken in fp32, so a bf16 or fp16
+        scale times a code of up to 8 bits is exact.
+        """
+        columns = self.codes_RC.shape[1]
+        width = self.scheme.columns_per_group(columns)
+        scale_RC = self.scale_RG.float().repeat_interleave(width, dim=1)[:, :columns]
+        if self.zero_RG is None:
+            return (self.codes_RC.float() - self.scheme.middle_code) * scale_RC
+        zero_RC = self.zero_RG.float().repeat_interleave(width, dim=1)[:, :columns]
+        return (self.codes_RC.float() - zero_RC) * scale_RC

@@ -1,0 +1,151 @@
+"""What holds for every output format: nothing is lost, the plan is kept to, contradictions are refused."""
+
+import dataclasses
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantlib.errors import PackingError
+from quantlib.packing import FORMATS, format_of
+from quantlib.schemes import WHOLE_ROW, WeightScheme
+from tests.support.random_linears import on_meta, random_quantized
+
+NAME = "model.layers.3.mlp.up_proj"
+
+
+@st.composite
+def quantized_linears(draw, format_name):
+    """Ragged shapes where the format allows them, whole rows and groups of any size that divides a row."""
+    side = 32 if format_name == "gptq" else 1
+    rows = draw(st.integers(1, 3 if side > 1 else 45)) * side
+    columns = draw(st.integers(1, 4 if side > 1 else 75)) * side
+    divisors = [size for size in range(1, columns + 1) if columns % size == 0]
+    group_size = draw(st.sampled_from([WHOLE_ROW, *divisors]))
+    scheme = WeightScheme(
+        bits=draw(st.sampled_from([2, 4, 8])), is_symmetric=draw(st.booleans()), group_size=group_size
+    )
+    model_dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    scale_dtype = FORMATS[format_name].scale_dtype(model_dtype)
+    return random_quantized(rows, columns, scheme, scale_dtype=scale_dtype, seed=draw(st.integers(0, 999)))
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_unpack_of_packed_linear_is_identical(format_name, data):
+    packer = FORMATS[format_name]
+    quantized = data.draw(quantized_linears(format_name))
+    packed = packer.pack(NAME, quantized)
+    found = packer.unpack(NAME, packed, quantized.scheme)
+    assert found.scheme == quantized.scheme
+    assert found.scale_RG.dtype == quantized.scale_RG.dtype
+    assert torch.equal(found.scale_RG, quantized.scale_RG)
+    assert torch.equal(found.codes_RC, quantized.codes_RC)
+    assert found.codes_RC.dtype == torch.uint8
+    if quantized.zero_RG is None:
+        assert found.zero_RG is None
+    else:
+        assert torch.equal(found.zero_RG, quantized.zero_RG)
+    assert torch.equal(found.dequantize(), quantized.dequantize())
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_pack_on_meta_promises_what_pack_makes(format_name, data):
+    packer = FORMATS[format_name]
+    quantized = data.draw(quantized_linears(format_name))
+    packed, promised = packer.pack(NAME, quantized), packer.pack(NAME, on_meta(quantized))
+    assert list(packed) == list(promised)
+    assert set(packed) <= set(packer.packed_names(NAME))
+    for name, tensor in packed.items():
+        assert tensor.is_contiguous(), name
+        assert promised[name].is_meta, name
+        assert (promised[name].dtype, promised[name].shape) == (tensor.dtype, tensor.shape), name
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("bits", [3, 5, 6, 7, 16])
+def test_check_bits_with_more_than_one_packing_are_refused(format_name, bits):
+    scheme = WeightScheme(bits=bits, is_symmetric=True, group_size=32)
+    with pytest.raises(PackingError, match=f"not {bits}"):
+        FORMATS[format_name].check(NAME, 64, 64, scheme)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("group_size", [128, 0, -2, 1000])
+def test_check_group_size_that_leaves_a_rest_names_those_that_fit(format_name, group_size):
+    scheme = WeightScheme(bits=4, is_symmetric=True, group_size=group_size)
+    with pytest.raises(PackingError, match=r"576 columns, got .*use 64, 32, 16, -1") as caught:
+        FORMATS[format_name].check(NAME, 576, 576, scheme)
+    assert caught.value.facts["linear"] == NAME
+
+
+def sound(format_name, is_symmetric=True):
+    scheme = WeightScheme(bits=4, is_symmetric=is_symmetric, group_size=32)
+    return random_quantized(32, 64, scheme, scale_dtype=torch.float16)
+
+
+CONTRADICTIONS = {
+    "scale_shape": lambda q: dataclasses.replace(q, scale_RG=q.scale_RG[:, :1]),
+    "scale_dtype": lambda q: dataclasses.replace(q, scale_RG=q.scale_RG.double()),
+    "zero_missing": lambda q: dataclasses.replace(q, zero_RG=None),
+    "zero_shape": lambda q: dataclasses.replace(q, zero_RG=q.zero_RG[:1]),
+    "zero_out_of_range": lambda q: dataclasses.replace(q, zero_RG=q.zero_RG + 16),
+    "code_out_of_range": lambda q: dataclasses.replace(q, codes_RC=q.codes_RC + 16),
+    "scale_zero": lambda q: dataclasses.replace(q, scale_RG=q.scale_RG * 0),
+    "scale_negative": lambda q: dataclasses.replace(q, scale_RG=-q.scale_RG),
+    "scale_infinite": lambda q: dataclasses.replace(q, scale_RG=q.scale_RG / 0),
+    "scale_nan": lambda q: dataclasses.replace(q, scale_RG=q.scale_RG * float("nan")),
+}
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("contradiction", CONTRADICTIONS)
+def test_pack_linear_that_contradicts_itself_is_refused(format_name, contradiction):
+    broken = CONTRADICTIONS[contradiction](sound(format_name, is_symmetric=False))
+    with pytest.raises(PackingError):
+        FORMATS[format_name].pack(NAME, broken)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_pack_symmetric_linear_with_zero_points_is_refused(format_name):
+    quantized = sound(format_name)
+    broken = dataclasses.replace(quantized, zero_RG=torch.full((32, 2), 8, dtype=torch.uint8))
+    with pytest.raises(PackingError, match="asymmetric schemes only"):
+        FORMATS[format_name].pack(NAME, broken)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("is_symmetric", [True, False])
+def test_unpack_with_a_missing_or_cut_tensor_names_it(format_name, is_symmetric):
+    packer, quantized = FORMATS[format_name], sound(format_name, is_symmetric)
+    packed = packer.pack(NAME, quantized)
+    for name in packed:
+        without = {n: t for n, t in packed.items() if n != name}
+        with pytest.raises(PackingError, match=name):
+            packer.unpack(NAME, without, quantized.scheme)
+        with pytest.raises(PackingError):
+            packer.unpack(NAME, packed | {name: packed[name][:-1]}, quantized.scheme)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_quantization_config_without_a_quantized_linear_is_refused(format_name):
+    with pytest.raises(PackingError, match="no linear"):
+        FORMATS[format_name].quantization_config({"model.layers.0.mlp.up_proj": None}, ["lm_head"])
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_format_of_reads_what_quantization_config_wrote(format_name):
+    scheme = WeightScheme(bits=4, is_symmetric=True, group_size=32)
+    block = FORMATS[format_name].quantization_config({NAME: scheme})
+    assert format_of({"model_type": "llama", "quantization_config": block}) is FORMATS[format_name]
+
+
+def test_format_of_unquantized_and_unknown_checkpoints():
+    assert format_of({"model_type": "llama"}) is None
+    assert format_of({"quantization_config": {"quant_method": "awq"}}) is None
+    assert format_of({"quantization_config": {}}) is None
+    assert format_of({"quantization_config": None}) is None

@@ -1,0 +1,65 @@
+"""Both packers against bytes that were put together by hand; tests/golden/README.md tells how."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from quantlib.packing import FORMATS
+from quantlib.quantized import QuantizedLinear
+from quantlib.schemes import WeightScheme
+
+GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.json"))
+
+
+def golden_linear(golden: dict) -> QuantizedLinear:
+    zeros = golden["zeros"]
+    return QuantizedLinear(
+        codes_RC=torch.tensor(golden["codes"], dtype=torch.uint8),
+        scale_RG=torch.tensor(golden["scales"], dtype=getattr(torch, golden["scale_dtype"])),
+        zero_RG=None if zeros is None else torch.tensor(zeros, dtype=torch.uint8),
+        scheme=WeightScheme(**golden["scheme"]),
+    )
+
+
+def bytes_of(tensor: torch.Tensor) -> bytes:
+    assert tensor.is_contiguous()
+    return tensor.view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_pack_golden_linear_gives_golden_bytes(path):
+    golden = json.loads(path.read_text())
+    packed = FORMATS[golden["format"]].pack("m", golden_linear(golden))
+    assert list(packed) == [f"m.{name}" for name in golden["tensors"]]
+    for name, expected in golden["tensors"].items():
+        tensor = packed[f"m.{name}"]
+        assert str(tensor.dtype) == f"torch.{expected['dtype']}", name
+        assert list(tensor.shape) == expected["shape"], name
+        assert bytes_of(tensor).hex() == expected["bytes"], name
+
+
+@pytest.mark.parametrize("path", GOLDEN, ids=lambda path: path.stem)
+def test_unpack_golden_bytes_gives_golden_linear(path):
+    golden = json.loads(path.read_text())
+    tensors = {
+        f"m.{name}": torch.frombuffer(
+            bytearray.fromhex(stored["bytes"]), dtype=getattr(torch, stored["dtype"])
+        ).reshape(stored["shape"])
+        for name, stored in golden["tensors"].items()
+    }
+    expected = golden_linear(golden)
+    found = FORMATS[golden["format"]].unpack("m", tensors, expected.scheme)
+    assert torch.equal(found.codes_RC, expected.codes_RC)
+    assert torch.equal(found.scale_RG, expected.scale_RG)
+    assert found.scale_RG.dtype == expected.scale_RG.dtype
+    if expected.zero_RG is None:
+        assert found.zero_RG is None
+    else:
+        assert torch.equal(found.zero_RG, expected.zero_RG)
+
+
+def test_golden_folder_covers_both_formats_and_symmetries():
+    seen = {(g["format"], g["scheme"]["is_symmetric"]) for g in (json.loads(p.read_text()) for p in GOLDEN)}
+    assert seen == {(name, symmetric) for name in FORMATS for symmetric in (True, False)}

@@ -1,0 +1,115 @@
+"""A checkpoint made of our tensors and config block, loaded by transformers itself on CPU."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig, LlamaForCausalLM
+
+from quantlib.packing import compressed_tensors_format
+from quantlib.quantized import QuantizedLinear
+from quantlib.schemes import WHOLE_ROW, WeightScheme
+
+W4 = WeightScheme(bits=4, is_symmetric=True, group_size=32)
+W4_ASYM = WeightScheme(bits=4, is_symmetric=False, group_size=16)
+W8_ROW = WeightScheme(bits=8, is_symmetric=True, group_size=WHOLE_ROW)
+
+
+def tiny_llama(is_tied):
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=96,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=is_tied,
+    )
+    model = LlamaForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def rounded_to_nearest(weight, scheme):
+    """Plain round to nearest, written out here: nothing of the product decides about codes."""
+    rows, columns = weight.shape
+    width = columns if scheme.group_size == WHOLE_ROW else scheme.group_size
+    grouped = weight.reshape(rows, columns // width, width)
+    top = 2**scheme.bits - 1
+    if scheme.is_symmetric:
+        scale = 2 * grouped.abs().amax(-1, keepdim=True) / top
+        zero = torch.full_like(scale, 2 ** (scheme.bits - 1))
+    else:
+        low, high = grouped.amin(-1, keepdim=True).clamp(max=0), grouped.amax(-1, keepdim=True).clamp(min=0)
+        scale = (high - low) / top
+        zero = (-low / scale).round().clamp(0, top)
+    codes = (grouped / scale + zero).round().clamp(0, top)
+    quantized = QuantizedLinear(
+        codes_RC=codes.reshape(rows, columns).to(torch.uint8),
+        scale_RG=scale.squeeze(-1),
+        zero_RG=None if scheme.is_symmetric else zero.squeeze(-1).to(torch.uint8),
+        scheme=scheme,
+    )
+    return quantized, (scale * (codes - zero)).reshape(rows, columns)
+
+
+def assigned_schemes(model, assignment):
+    names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    if assignment == "mixed":
+        by_layer = {"0": W4, "1": W8_ROW, "2": None}
+        return {name: by_layer[name.split(".")[2]] for name in names}
+    return dict.fromkeys(names, {"symmetric": W4, "asymmetric": W4_ASYM, "whole_row": W8_ROW}[assignment])
+
+
+def write_checkpoint(folder, model, schemes):
+    """Our files, and the model they describe: the same one with its levels put in place."""
+    tensors = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    for name, scheme in schemes.items():
+        if scheme is None:
+            continue
+        quantized, levels = rounded_to_nearest(tensors.pop(f"{name}.weight"), scheme)
+        tensors |= compressed_tensors_format.pack(name, quantized)
+        model.get_submodule(name).weight.data.copy_(levels)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = model.config.to_dict() | {
+        "architectures": ["LlamaForCausalLM"],
+        "dtype": "float32",
+        "quantization_config": compressed_tensors_format.quantization_config(schemes, ["lm_head"]),
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    return model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("assignment", "is_tied"),
+    [("symmetric", True), ("asymmetric", False), ("whole_row", False), ("mixed", True)],
+)
+def test_transformers_logits_equal_those_of_the_dequantized_model(tmp_path, assignment, is_tied):
+    original = tiny_llama(is_tied)
+    ids = torch.randint(0, 96, (2, 24), generator=torch.Generator().manual_seed(1))
+    # Loaded without being dequantized, asymmetric files fail in compressed-tensors 0.20, its own too.
+    how = (
+        {"quantization_config": CompressedTensorsConfig(dequantize=True)}
+        if assignment == "asymmetric"
+        else {}
+    )
+    with torch.no_grad():
+        before = original(ids).logits
+        expected_model = write_checkpoint(tmp_path, original, assigned_schemes(original, assignment))
+        expected = expected_model(ids).logits
+        loaded, notes = AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=torch.float32, output_loading_info=True, **how
+        )
+        found = loaded(ids).logits
+    assert not notes["missing_keys"]
+    assert not notes["unexpected_keys"]
+    # Same levels in fp32: only the order of sums may differ. Quantization itself moves logits far more.
+    assert (before - expected).abs().max() > 1e-2
+    assert (found - expected).abs().max() < 1e-5
