@@ -1,0 +1,135 @@
+"""Integer grids: levels that are a scale times (code - zero), and the one rounding of this project.
+
+R rows (out features), C columns (in features), G groups of consecutive columns, S columns of one group.
+An *offset* is code - zero, an integer that may be negative; solvers work on offsets and store codes. Fitting
+scales is `fit.py`; the bits of a stored file are the packers' business.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from quantlib.quantized import QuantizedLinear
+from quantlib.schemes import WeightScheme
+
+_VECTOR_ROWS = 16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AffineGrid:
+    """Fitted scales of one linear: with the codes they make a `QuantizedLinear`.
+
+    Shapes:
+        scale_RG: [R, G] in the stored dtype; positive, finite, normal numbers.
+        zero_RG: uint8 [R, G], the code that means zero; None when symmetric.
+        is_bounded_RG: bool [R, G], True for groups (not all zero) whose scale did not fit the stored dtype
+            and was moved to its smallest normal or its largest number.
+    """
+
+    scheme: WeightScheme
+    scale_RG: torch.Tensor
+    zero_RG: torch.Tensor | None
+    is_bounded_RG: torch.Tensor
+
+    def rows(self, part: slice | torch.Tensor) -> "AffineGrid":
+        """The grid of some rows, by slice or index; a copy, so that it does not keep the whole alive."""
+        return AffineGrid(
+            scheme=self.scheme,
+            scale_RG=self.scale_RG[part].clone(),
+            zero_RG=None if self.zero_RG is None else self.zero_RG[part].clone(),
+            is_bounded_RG=self.is_bounded_RG[part].clone(),
+        )
+
+
+def whole_vectors(num_rows: int, device: torch.device) -> torch.Tensor | None:
+    """Row indices that repeat the last row up to a multiple of 16; None when ``num_rows`` is one already.
+
+    Matrix products treat the rows that do not fill a vector register apart and may group their sums
+    differently. Filled up, a row's bits depend neither on how many rows stand beside it nor on its place.
+    """
+    if num_rows % _VECTOR_ROWS == 0:
+        return None
+    num_filled = num_rows + -num_rows % _VECTOR_ROWS
+    return torch.arange(num_filled, device=device).clamp_max_(num_rows - 1)
+
+
+def nearest_offsets(
+    values: torch.Tensor, scale, lowest, highest, *, out: torch.Tensor, quotient: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The offsets of the nearest levels.
+
+    Args:
+        values: Floating, any shape.
+        scale: Positive, broadcastable to ``values``.
+        lowest: Smallest offset: a number, or a tensor broadcastable to ``values``.
+        highest: Largest offset, of the same kind as ``lowest``.
+        out: Receives the offsets, integers in floating form; may be ``values``.
+        quotient: Receives ``values / scale`` if given; may be ``values``, not ``out``.
+
+    Returns:
+        ``out``.
+
+    Numerics: a true division, then round half to even, then saturation. All codes of this project come from
+        here, so no two parts of it can disagree about a tie.
+    """
+    divided = torch.div(values, scale, out=out if quotient is None else quotient)
+    return torch.round(divided, out=out).clamp_(lowest, highest)
+
+
+def offset_bounds(grid: AffineGrid, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest offset of every group.
+
+    Returns:
+        Two tensors [R, G] of ``dtype``.
+    """
+    if grid.zero_RG is None:
+        zero_RG = torch.full_like(grid.scale_RG, grid.scheme.middle_code, dtype=dtype)
+    else:
+        zero_RG = grid.zero_RG.to(dtype)
+    return -zero_RG, (grid.scheme.num_codes - 1) - zero_RG
+
+
+def nearest_codes(weight_RC: torch.Tensor, grid: AffineGrid) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round every weight to its nearest level, each on its own.
+
+    Shapes:
+        weight_RC: floating [R, C].
+
+    Returns:
+        Codes, uint8 [R, C], and int64 [R], how many weights of each row lay more than half a step outside
+        the grid.
+
+    Cost: temporary memory of three groups of columns beside the codes.
+    """
+    columns = weight_RC.shape[1]
+    width = grid.scheme.columns_per_group(columns)
+    lowest_RG, highest_RG = offset_bounds(grid, weight_RC.dtype)
+    codes_RC = torch.empty(weight_RC.shape, dtype=torch.uint8, device=weight_RC.device)
+    num_clipped_R = torch.zeros(len(weight_RC), dtype=torch.int64, device=weight_RC.device)
+    for group, start in enumerate(range(0, columns, width)):
+        one = slice(group, group + 1)
+        quotient_RS = weight_RC[:, start : start + width].clone()
+        offset_RS = torch.empty_like(quotient_RS)
+        nearest_offsets(
+            quotient_RS,
+            grid.scale_RG[:, one].to(weight_RC.dtype),
+            lowest_RG[:, one],
+            highest_RG[:, one],
+            out=offset_RS,
+            quotient=quotient_RS,
+        )
+        num_clipped_R += is_clipped_(quotient_RS, offset_RS).sum(1)
+        codes_RC[:, start : start + width] = offset_RS.sub_(lowest_RG[:, one])
+    return codes_RC, num_clipped_R
+
+
+def is_clipped_(quotient: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Which quotients lay more than half a step outside the grid; overwrites ``quotient``."""
+    return quotient.sub_(offset).abs_() > 0.5
+
+
+def with_codes(grid: AffineGrid, codes_RC: torch.Tensor) -> QuantizedLinear:
+    """The linear that these codes mean on this grid."""
+    return QuantizedLinear(
+        codes_RC=codes_RC, scale_RG=grid.scale_RG, zero_RG=grid.zero_RG, scheme=grid.scheme
+    )

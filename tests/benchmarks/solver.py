@@ -1,0 +1,112 @@
+"""CPU seconds of the stages of a solve, on the shapes of a small language model.
+
+    python tests/benchmarks/solver.py [--threads 1] [--repeats 3]
+
+Each figure is the least of the repeats. Inputs are random, correlated and uneven like activations.
+"""
+
+import argparse
+import time
+from collections.abc import Callable
+
+import torch
+
+from quantlib.calibration.hessian import add_partial_, exponent_for, gram_lower, hessian_from
+from quantlib.grids.affine import with_codes
+from quantlib.grids.fit import search_scales
+from quantlib.linalg import factor_hessian
+from quantlib.methods import METHODS
+from quantlib.methods.column_solver import solve_codes
+from quantlib.methods.measures import relative_error
+from quantlib.schemes import scheme_from_name
+
+SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))
+TOKENS_PER_CELL = 4096
+
+
+def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
+    """Least CPU time of the process over some calls."""
+    taken = []
+    for _ in range(repeats):
+        start = time.process_time()
+        work()
+        taken.append(time.process_time() - start)
+    return min(taken)
+
+
+def activations(columns: int) -> torch.Tensor:
+    """One cell of inputs, fp32 [N, C]."""
+    generator = torch.Generator().manual_seed(columns)
+    x_NC = torch.randn(TOKENS_PER_CELL, columns, generator=generator)
+    x_NC *= torch.exp(torch.randn(columns, generator=generator))
+    return x_NC + x_NC.roll(1, dims=1)
+
+
+def statistics_seconds(columns: int, repeats: int) -> dict[str, float]:
+    """Stages that depend on the number of columns only."""
+    x_NC = activations(columns)
+    gram_CC = gram_lower(x_NC)
+    exponent = exponent_for(gram_CC.diagonal().max().item(), 2 * repeats)
+    total_CC = torch.zeros(columns, columns, dtype=torch.int64)
+    found = {
+        "gram_lower fp32": cpu_seconds(lambda: gram_lower(x_NC), repeats),
+        "gram_lower bf16": cpu_seconds(lambda: gram_lower(x_NC.bfloat16()), repeats),
+        "add_partial_": cpu_seconds(lambda: add_partial_(total_CC, gram_CC, exponent), repeats),
+        "hessian_from": cpu_seconds(lambda: hessian_from(total_CC, exponent), repeats),
+    }
+    hessian_CC = hessian_from(total_CC, exponent)
+    found["factor_hessian"] = cpu_seconds(lambda: factor_hessian(hessian_CC, num_tokens=32768), repeats)
+    return found
+
+
+def solve_seconds(rows: int, columns: int, scheme_name: str, repeats: int) -> dict[str, float]:
+    """Stages of the solve of one matrix."""
+    scheme = scheme_from_name(scheme_name, 64)
+    gram_CC = gram_lower(activations(columns)).tril()
+    hessian_CC = gram_CC + gram_CC.tril(-1).T
+    factor = factor_hessian(hessian_CC, num_tokens=32768)
+    if factor is None:
+        raise SystemExit("the benchmark's Hessian could not be factored")
+    weight_RC = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)) * 0.02
+
+    def search() -> object:
+        return search_scales(
+            weight_RC, scheme, scale_dtype=torch.bfloat16, importance_C=hessian_CC.diagonal()
+        )
+
+    grid = search_scales(weight_RC, scheme, scale_dtype=torch.bfloat16, importance_C=hessian_CC.diagonal())
+    quantized = with_codes(grid, solve_codes(weight_RC, grid, factor)[0])
+    return {
+        "search_scales": cpu_seconds(search, repeats),
+        "solve_codes": cpu_seconds(lambda: solve_codes(weight_RC, grid, factor), repeats),
+        "relative_error": cpu_seconds(lambda: relative_error(weight_RC, quantized, hessian_CC), repeats),
+        "gptq in all": cpu_seconds(
+            lambda: METHODS["gptq"](
+                {"w": weight_RC},
+                {"w": scheme},
+                hessian_CC=hessian_CC,
+                num_tokens=32768,
+                scale_dtype=torch.bfloat16,
+            ),
+            repeats,
+        ),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    for columns in (576, 1536):
+        for stage, seconds in statistics_seconds(columns, arguments.repeats).items():
+            print(f"{f'[{TOKENS_PER_CELL}, {columns}]':14} {stage:18} {seconds:.4f}")
+    for scheme_name in ("W4A16", "W4A16_ASYM"):
+        for rows, columns in SHAPES:
+            for stage, seconds in solve_seconds(rows, columns, scheme_name, arguments.repeats).items():
+                print(f"{f'[{rows}, {columns}]':14} {scheme_name:11} {stage:18} {seconds:.4f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""Round to nearest: codes, reports, and that a Hessian changes only the reported error."""
+
+import pytest
+import torch
+
+from quantlib.methods import METHODS
+from quantlib.schemes import SCHEME_NAMES, scheme_from_name
+
+rtn = METHODS["rtn"]
+
+
+def weight(rows=24, columns=160, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
+
+
+@pytest.mark.parametrize("name", SCHEME_NAMES)
+def test_rtn_every_code_is_the_nearest_level(name):
+    scheme, w = scheme_from_name(name, 64), weight()
+    quantized = rtn({"w": w}, {"w": scheme}, hessian_CC=None, num_tokens=0, scale_dtype=torch.float16)[
+        "w"
+    ].quantized
+    scale = quantized.scale_RG.double().repeat_interleave(64, 1)[:, :160, None]
+    zero = 8 * 16 ** (scheme.bits == 8)
+    zero = (
+        zero
+        if quantized.zero_RG is None
+        else quantized.zero_RG.double().repeat_interleave(64, 1)[:, :160, None]
+    )
+    levels = (torch.arange(scheme.num_codes).double() - zero) * scale
+    nearest = (levels - w.double()[:, :, None]).abs().amin(2)
+    chosen = (quantized.dequantize().double() - w.double()).abs()
+    torch.testing.assert_close(chosen, nearest, atol=1e-9, rtol=0)
+
+
+def test_rtn_report_without_hessian_is_unweighted():
+    w, scheme = weight(), scheme_from_name("W4A16", 64)
+    found = rtn({"w": w}, {"w": scheme}, hessian_CC=None, num_tokens=0, scale_dtype=torch.bfloat16)["w"]
+    error = w.double() - found.quantized.dequantize().double()
+    report = found.report.to_dict()
+    assert report.pop("relative_error") == pytest.approx(
+        (error.square().sum() / w.double().square().sum()).item()
+    )
+    assert 0 <= report.pop("clipped_fraction") < 0.1
+    assert report == {
+        "name": "w",
+        "method": "rtn",
+        "bits": 4,
+        "damping_fraction": 0.0,
+        "damping_attempts": 0,
+        "tokens": 0,
+        "dead_columns": 0,
+        "bounded_scales": 0,
+        "fallback": None,
+    }
+
+
+def test_rtn_hessian_weighs_the_report_and_touches_no_code():
+    w, scheme = weight(columns=64), scheme_from_name("W4A16", 64)
+    h = torch.diag(torch.arange(64.0))
+    plain = rtn({"w": w}, {"w": scheme}, hessian_CC=None, num_tokens=0, scale_dtype=torch.bfloat16)["w"]
+    found = rtn({"w": w}, {"w": scheme}, hessian_CC=h, num_tokens=99, scale_dtype=torch.bfloat16)["w"]
+    assert torch.equal(plain.quantized.codes_RC, found.quantized.codes_RC)
+    assert torch.equal(plain.quantized.scale_RG, found.quantized.scale_RG)
+    error = (w - found.quantized.dequantize()).double().square() @ h.diagonal().double()
+    wanted = error.sum() / (w.double().square() @ h.diagonal().double()).sum()
+    assert found.report.relative_error == pytest.approx(wanted.item(), rel=1e-5)
+    assert (found.report.tokens, found.report.dead_columns) == (99, 1)
+
+
+def test_rtn_counts_bounded_scales():
+    w = weight(4, 128)
+    w[:, 64:] *= 1e-9
+    found = rtn(
+        {"w": w},
+        {"w": scheme_from_name("W4A16", 64)},
+        hessian_CC=None,
+        num_tokens=0,
+        scale_dtype=torch.float16,
+    )["w"]
+    assert found.report.bounded_scales == 4
+
+
+def test_rtn_weight_of_zeros_has_no_error():
+    found = rtn(
+        {"w": torch.zeros(4, 64)},
+        {"w": scheme_from_name("W4A16", 64)},
+        hessian_CC=torch.eye(64),
+        num_tokens=5,
+        scale_dtype=torch.bfloat16,
+    )["w"]
+    assert found.report.relative_error == 0.0
+    assert (found.quantized.dequantize() == 0).all()
