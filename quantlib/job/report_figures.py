@@ -1,0 +1,199 @@
+"""What the two views of a report have in common: figures drawn from it, and how numbers are written.
+
+A report is the JSON of ``quantmill_report.json``. Parts of it may be missing (no evaluation text, no
+calibration, one that an older version wrote), so every function here takes what is there and says ``None`` or
+``-`` where nothing is.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+NOTHING = "-"
+_BLOCK_PREFIX = re.compile(r"^.*?\.\d+\.")
+_REPEATED_MODULE = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Headline:
+    """One figure of the verdict.
+
+    Attributes:
+        name: What it is about.
+        value: The figure as text, ``before -> after`` where there are two.
+        note: The comparison or reservation that belongs to it.
+    """
+
+    name: str
+    value: str
+    note: str
+
+
+def headlines(report: Mapping[str, Any]) -> tuple[Headline, ...]:
+    """The verdict of a run: perplexity, divergence, size and time, in this order."""
+    return (*_quality(report), _size(report), _time(report))
+
+
+def _quality(report: Mapping[str, Any]) -> Iterator[Headline]:
+    evaluation = report.get("evaluation")
+    before, after = part(evaluation, "perplexity_original"), part(evaluation, "perplexity_quantized")
+    if before is None or after is None:
+        reason = part(evaluation, "no_figures_because") or "no evaluation text was given"
+        yield Headline(name="Perplexity", value="not measured", note=reason)
+        return
+    ratio = part(evaluation, "ratio") or after / before
+    tokens = f"{count(part(evaluation, 'tokens'))} held-out tokens"
+    yield Headline(
+        name="Perplexity",
+        value=f"{before:.3f} -> {after:.3f}",
+        note=f"x {ratio:.4f} ({100 * (ratio - 1):+.1f} %) on {tokens}",
+    )
+    divergence = part(evaluation, "kl_divergence")
+    if divergence is not None:
+        yield Headline(name="KL divergence", value=number(divergence), note="nats per token")
+
+
+def _size(report: Mapping[str, Any]) -> Headline:
+    source, output = part(report.get("bytes"), "source"), part(report.get("bytes"), "output")
+    if not source or not output:
+        return Headline(name="Size", value="not recorded", note="")
+    note = f"{source / output:.2f} times smaller"
+    return Headline(name="Size", value=f"{size(source)} -> {size(output)}", note=note)
+
+
+def _time(report: Mapping[str, Any]) -> Headline:
+    cpu_seconds = report.get("cpu_seconds")
+    workers = report.get("workers")
+    parts = [] if cpu_seconds is None else [f"{number(cpu_seconds)} CPU seconds"]
+    if workers is not None:
+        parts.append(f"{workers} worker{'' if workers == 1 else 's'}")
+    return Headline(name="Time", value=duration(report.get("seconds")), note=", ".join(parts))
+
+
+def model_name(report: Mapping[str, Any]) -> str:
+    """The last part of the source's address."""
+    return str(report.get("source", "")).rstrip("/").rpartition("/")[2] or "model"
+
+
+def request(report: Mapping[str, Any]) -> str:
+    """Scheme, group size, method and format in a few words."""
+    options = report.get("options") or {}
+    group_size = options.get("group_size")
+    group = "whole rows" if group_size == -1 else f"group {group_size}"
+    words = (
+        options.get("scheme"),
+        group if group_size else None,
+        options.get("method"),
+        options.get("format"),
+    )
+    return ", ".join(str(word) for word in words if word)
+
+
+def linears(report: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Every (block index, linear entry) of the report."""
+    for block in report.get("blocks") or ():
+        for linear in block.get("linears") or ():
+            yield block.get("index", 0), linear
+
+
+def linear_kind(name: str) -> str:
+    """The name of a linear without its block, repeated modules (experts) taken together.
+
+    >>> linear_kind("model.layers.3.self_attn.q_proj")
+    'self_attn.q_proj'
+    >>> linear_kind("model.layers.3.mlp.experts.17.up_proj")
+    'mlp.experts.*.up_proj'
+    """
+    return _REPEATED_MODULE.sub("*", _BLOCK_PREFIX.sub("", name, count=1))
+
+
+def by_kind(report: Mapping[str, Any], field: str) -> dict[str, list[float | None]]:
+    """Kind of linear -> one value a block: the largest ``field`` of its linears, None where there is none.
+
+    Blocks stand in the order of the report; kinds in the order in which they first appear.
+    """
+    blocks: Sequence[Mapping[str, Any]] = report.get("blocks") or ()
+    found: dict[str, list[float | None]] = {}
+    for position, block in enumerate(blocks):
+        for linear in block.get("linears") or ():
+            values = found.setdefault(linear_kind(str(linear.get("name", ""))), [None] * len(blocks))
+            value, known = linear.get(field), values[position]
+            if is_number(value) and (known is None or value > known):
+                values[position] = value
+    return found
+
+
+def worst_linears(report: Mapping[str, Any], limit: int) -> list[Mapping[str, Any]]:
+    """The linears with the largest relative error, largest first."""
+    measured = [linear for _, linear in linears(report) if is_number(linear.get("relative_error"))]
+    return sorted(measured, key=lambda linear: -linear["relative_error"])[:limit]
+
+
+def block_seconds(block: Mapping[str, Any]) -> float:
+    """Seconds of all stages of a block, which may have overlapped with those of another block."""
+    return sum(seconds for seconds in (block.get("seconds") or {}).values() if is_number(seconds))
+
+
+def part(mapping: Mapping[str, Any] | None, name: str) -> Any:
+    """``mapping[name]``, or None where either is missing."""
+    return None if mapping is None else mapping.get(name)
+
+
+def is_number(value: object) -> bool:
+    """True for a finite int or float."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any, digits: int = 4) -> str:
+    """A number to so many significant digits.
+
+    >>> number(0.059712), number(338.04), number(None)
+    ('0.05971', '338', '-')
+    """
+    return f"{value:.{digits}g}" if is_number(value) else NOTHING
+
+
+def count(value: Any) -> str:
+    """A whole number with its thousands apart.
+
+    >>> count(16352)
+    '16,352'
+    """
+    return f"{value:,}" if is_number(value) else NOTHING
+
+
+def size(num_bytes: Any) -> str:
+    """A number of bytes in the decimal unit that fits.
+
+    >>> size(269030016), size(812), size(None)
+    ('269.0 MB', '812 B', '-')
+    """
+    if not is_number(num_bytes):
+        return NOTHING
+    for exponent, unit in ((4, "TB"), (3, "GB"), (2, "MB"), (1, "kB")):
+        if abs(num_bytes) >= 1000**exponent:
+            return f"{num_bytes / 1000**exponent:.1f} {unit}"
+    return f"{num_bytes} B"
+
+
+def duration(seconds: Any) -> str:
+    """Seconds as a person says them.
+
+    >>> duration(8.25), duration(252), duration(7380)
+    ('8.2 s', '4 min 12 s', '2 h 03 min')
+    """
+    if not is_number(seconds):
+        return NOTHING
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def largest(values: Sequence[float | None]) -> float | None:
+    """The largest value that is one, None where there is none."""
+    return max((value for value in values if value is not None), default=None)

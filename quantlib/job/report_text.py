@@ -1,0 +1,136 @@
+"""The report of a run for a terminal, as plain text."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from quantlib.job import report_figures as figures
+from quantlib.job.report_figures import is_number, number
+
+_LISTED = 5
+# Eight heights of a block character, lowest first.
+_LEVELS = "".join(chr(0x2581 + height) for height in range(8))
+
+
+def format_report(report: Mapping[str, Any]) -> str:
+    """The whole terminal view of a report (the JSON of ``quantmill_report.json``)."""
+    parts = (
+        format_summary(report),
+        _stages(report),
+        _kinds(report),
+        _worst(report),
+        _exceptions(report),
+        _blocks(report),
+    )
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def format_summary(report: Mapping[str, Any]) -> str:
+    """What was converted and how well: the lines that end a run."""
+    lines = [": ".join(filter(None, (figures.model_name(report), figures.request(report))))]
+    headlines = figures.headlines(report)
+    width = max(len(headline.name) for headline in headlines)
+    for headline in headlines:
+        note = f"   {headline.note}" if headline.note else ""
+        lines.append(f"  {headline.name:<{width}}  {headline.value}{note}")
+    return "\n".join(lines)
+
+
+def sparkline(values: Sequence[float | None]) -> str:
+    """One character a value, its height from zero to the largest; a blank for None.
+
+    >>> len(sparkline([0.0, 0.5, None, 1.0]))
+    4
+    """
+    top = figures.largest(values)
+    if not top:
+        return "".join(" " if value is None else _LEVELS[0] for value in values)
+    return "".join(
+        " " if value is None else _LEVELS[max(0, min(7, int(8 * value / top)))] for value in values
+    )
+
+
+def _stages(report: Mapping[str, Any]) -> str:
+    stages = sorted((report.get("stages") or {}).items(), key=lambda item: -(item[1].get("seconds") or 0))
+    rows = [
+        (
+            name,
+            number(stage.get("seconds")),
+            number(stage.get("cpu_seconds")),
+            figures.count(stage.get("calls")),
+        )
+        for name, stage in stages
+    ]
+    text = _table(("stage", "seconds", "CPU seconds", "calls"), rows) if rows else ""
+    peaks = figures.part(report.get("memory"), "worker_peak_rss_bytes") or ()
+    moved = report.get("bytes") or {}
+    facts = []
+    if peaks:
+        facts.append("peak memory of the workers: " + ", ".join(figures.size(peak) for peak in peaks))
+    if is_number(moved.get("read")):
+        facts.append(f"read {figures.size(moved['read'])}, written {figures.size(moved.get('written'))}")
+    return "\n".join([*([text] if text else []), *facts])
+
+
+def _kinds(report: Mapping[str, Any]) -> str:
+    rows = [
+        (kind, number(figures.largest(values)), sparkline(values))
+        for kind, values in figures.by_kind(report, "relative_error").items()
+        if figures.largest(values) is not None
+    ]
+    return _table(("kind of linear", "worst error", "first block to last"), rows) if rows else ""
+
+
+def _worst(report: Mapping[str, Any]) -> str:
+    rows = [
+        (str(x.get("name")), number(x["relative_error"]), number(x.get("damping_fraction")))
+        for x in figures.worst_linears(report, _LISTED)
+    ]
+    return _table(("worst linears", "error", "damping"), rows) if rows else ""
+
+
+def _exceptions(report: Mapping[str, Any]) -> str:
+    """Fallbacks, excluded rows, dropped tensors: everything that is not as it was asked for."""
+    fallbacks = report.get("fallbacks") or ()
+    lines = [f"fallbacks: {len(fallbacks) or 'none'}"]
+    lines += [f"  {x.get('linear')}: {x.get('kind')}, {x.get('detail')}" for x in fallbacks]
+    if excluded := figures.part(report.get("calibration"), "excluded_rows"):
+        lines.append(f"calibration rows excluded: {', '.join(str(row) for row in excluded)}")
+    for name, reason in (report.get("dropped") or {}).items():
+        lines.append(f"dropped: {name}: {reason}")
+    if resumed := report.get("resumed_units"):
+        lines.append(f"found finished from an earlier run: {len(resumed)} units")
+    return "\n".join(lines)
+
+
+def _blocks(report: Mapping[str, Any]) -> str:
+    blocks = report.get("blocks") or ()
+    rows = [
+        (
+            str(block.get("index")),
+            number(block.get("relative_error")),
+            number(block.get("cosine"), 6),
+            number(figures.largest(list(_errors(block)))),
+            number(figures.block_seconds(block), 3),
+        )
+        for block in blocks
+    ]
+    return _table(("block", "relative error", "cosine", "worst linear", "seconds"), rows) if rows else ""
+
+
+def _errors(block: Mapping[str, Any]) -> Iterator[float]:
+    for linear in block.get("linears") or ():
+        if is_number(linear.get("relative_error")):
+            yield linear["relative_error"]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns of text; the first stands at the left, the others at the right of their column."""
+    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+    lines = []
+    for row in (heads, *rows):
+        first, *rest = (
+            cell.ljust(width) if column == 0 else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join((first, *rest)).rstrip())
+    return "\n".join(lines)
