@@ -1,0 +1,136 @@
+"""``python -m quantlib``: every command in one process, without Prefect and Ray.
+
+Exit codes: 0 done, 2 the request is wrong (nothing was written), 1 failed.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from quantlib.checkpoint.inspect import format_inspection, inspect_checkpoint
+from quantlib.checkpoint.verify import verify_checkpoint
+from quantlib.errors import ObjectNotFoundError, PlanMismatchError, QuantError
+from quantlib.evaluation import evaluate_checkpoint
+from quantlib.inprocess import quantize
+from quantlib.job.command_line import COMMANDS, build_parser, options_of, values_of
+from quantlib.job.estimate import describe_plan, format_plan
+from quantlib.job.planner import build_plan
+from quantlib.job.progress_bar import progress_bar
+from quantlib.job.report import HTML_NAME, REPORT_NAME
+from quantlib.job.report_text import format_report, format_summary
+from quantlib.machine import measured_flops_per_second
+from quantlib.storage import join_uri, normalize_uri, open_store
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; gives its exit code."""
+    parsed = build_parser("quantmill", COMMANDS).parse_args(arguments)
+    try:
+        return _RUN[parsed.command](parsed)
+    except QuantError as error:
+        if parsed.verbose:
+            traceback.print_exc()
+        print(f"quantmill: error: {error}", file=sys.stderr)
+        return 2 if error.before_work or parsed.command != "quantize" else 1
+    except KeyboardInterrupt:
+        print("quantmill: interrupted; the same command continues the job", file=sys.stderr)
+        return 130
+
+
+def _plan(parsed: argparse.Namespace) -> int:
+    options = options_of(parsed)
+    num_workers = options.workers or 1
+    plan, _ = build_plan(options, num_workers)
+    described = describe_plan(
+        plan, num_workers=num_workers, flops_per_second=measured_flops_per_second(plan.threads)
+    )
+    print(json.dumps(described, indent=1) if parsed.json else format_plan(described))
+    return 0
+
+
+def _quantize(parsed: argparse.Namespace) -> int:
+    options = options_of(parsed)
+    with progress_bar() as on_progress:
+        report = quantize(options, on_progress)
+    print(json.dumps(report) if parsed.json else format_summary(report))
+    if not parsed.json:
+        print(f"Report: {join_uri(report['output'], HTML_NAME)}")
+    return 0
+
+
+def _verify(parsed: argparse.Namespace) -> int:
+    uri = normalize_uri(parsed.output)
+    engine = values_of(parsed)["storage_engine"]
+    source = normalize_uri(parsed.source) if parsed.source else None
+    result = verify_checkpoint(
+        open_store(uri, engine),
+        uri,
+        source_uri=source,
+        source_store=open_store(source, engine) if source else None,
+    )
+    counts = {
+        "shards": result.num_shards,
+        "tensors": result.num_tensors,
+        "bytes": result.num_bytes,
+        "findings": list(result.findings),
+    }
+    if parsed.json:
+        print(json.dumps(counts, indent=1))
+    else:
+        print(
+            f"{uri}: {counts['shards']} shards, {counts['tensors']} tensors, {counts['bytes']:,} bytes read"
+        )
+        for finding in result.findings:
+            print(f"  wrong: {finding}")
+        print("verified" if result.ok else f"{len(result.findings)} finding(s)")
+    return 0 if result.ok else 1
+
+
+def _evaluate(parsed: argparse.Namespace) -> int:
+    values = values_of(parsed)
+    result = evaluate_checkpoint(
+        parsed.model,
+        parsed.text,
+        text_column=values["text_column"],
+        sequences=values["evaluation_sequences"],
+        sequence_length=values["sequence_length"],
+        threads=values["threads_per_worker"],
+        device=values["device"],
+        storage_engine=values["storage_engine"],
+    )
+    text = f"{result['model']}: perplexity {result['perplexity']:.4f} over {result['tokens']} tokens"
+    print(json.dumps(result, indent=1) if parsed.json else text)
+    return 0
+
+
+def _inspect(parsed: argparse.Namespace) -> int:
+    uri = normalize_uri(parsed.uri)
+    found = inspect_checkpoint(open_store(uri, values_of(parsed)["storage_engine"]), uri)
+    print(json.dumps(found, indent=1) if parsed.json else format_inspection(found))
+    return 0
+
+
+def _report(parsed: argparse.Namespace) -> int:
+    uri = join_uri(normalize_uri(parsed.output), REPORT_NAME)
+    try:
+        text = open_store(uri, values_of(parsed)["storage_engine"]).read(uri)
+    except ObjectNotFoundError as error:
+        raise PlanMismatchError(f"there is no {uri}: no run has finished there", uri=uri) from error
+    print(text.decode() if parsed.json else format_report(json.loads(text)))
+    return 0
+
+
+_RUN: dict[str, Callable[[Any], int]] = {
+    "plan": _plan,
+    "quantize": _quantize,
+    "verify": _verify,
+    "evaluate": _evaluate,
+    "inspect": _inspect,
+    "report": _report,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

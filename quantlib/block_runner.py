@@ -1,0 +1,383 @@
+"""One worker's share of a job: its cells of activations, and the steps of a block upon them.
+
+The same class serves in this process and inside a Ray actor. It keeps the hidden states of its cells and the
+block being worked on; everything else comes in as arguments and goes out as small values or, through
+``share``, as tensors other workers may ask for.
+"""
+
+import resource
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from quantlib.calibration.hessian import add_partial_, add_total_, exponent_for, hessian_from
+from quantlib.checkpoint.index import Checkpoint
+from quantlib.checkpoint.reader import read_tensors
+from quantlib.checkpoint.writer import write_shard
+from quantlib.job import planner
+from quantlib.job.manifest import DoneRecord, store_record, tokens_uri
+from quantlib.job.options import JobOptions
+from quantlib.job.plan import BlockPlan, Plan
+from quantlib.job.publish import publish
+from quantlib.model.skeleton import BlockInputs, Skeleton, load_skeleton, run_block
+from quantlib.packing import FORMATS
+from quantlib.steps import (
+    dequantized_weights,
+    observe_cell,
+    report_rows,
+    score_streams,
+    solve_group,
+    stream_error,
+)
+from quantlib.storage import join_uri, open_store
+from quantlib.tokens import read_rows
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(slots=True)
+class _Cell:
+    """A fixed handful of sequences and where their activations stand.
+
+    ``hidden`` is the input of block ``position`` in the stream that calibrates (calibration cells) or in
+    the original stream (evaluation cells); ``quantized`` is the other stream of evaluation cells.
+    """
+
+    number: int
+    first_row: int
+    ids_BT: torch.Tensor
+    hidden: torch.Tensor | None = None
+    quantized: torch.Tensor | None = None
+
+
+class BlockRunner:
+    """A worker.
+
+    Args:
+        number: Which worker this is, from 0.
+        share: Makes a value available to other workers; in one process the value itself.
+    """
+
+    def __init__(self, number: int = 0, share: Callable[[Any], Any] = lambda value: value) -> None:
+        self._number = number
+        self._share = share
+        self._stages: dict[str, dict[str, float]] = {}
+        self._excluded: set[int] = set()
+        self._inputs: dict[tuple[int, ...], list[BlockInputs]] = {}
+        self._begun: tuple[int, Any] | None = None
+        self._loaded: tuple[int, nn.Module, Tensors] | None = None
+
+    def prepare(self, options: JobOptions, num_workers: int) -> dict[str, Any]:
+        """Plan the job; see `quantlib.job.planner.prepare`."""
+        with self._timed("plan"):
+            return planner.prepare(options, num_workers)
+
+    def open(self, plan: Plan, num_workers: int) -> dict[str, Any]:
+        """Take up a plan and this worker's share of its cells."""
+        torch.set_num_threads(plan.threads)
+        self._plan = plan
+        self._device = torch.device("cuda" if plan.device_kind.startswith("cuda") else "cpu")
+        self._dtype: torch.dtype = getattr(torch, plan.compute_dtype)
+        self._packer = FORMATS[plan.options["format"]]
+        engine = plan.options["storage_engine"]
+        self._source_store = open_store(plan.source, engine)
+        self._output_store = open_store(plan.output, engine)
+        self._work_store = open_store(plan.work, engine)
+        self._checkpoint: Checkpoint = planner.open_planned_source(self._source_store, plan)
+        self._skeleton: Skeleton = load_skeleton(self._checkpoint.config, list(self._checkpoint.tensors))
+        self._calibration = self._cells(plan.calibration_digest, num_workers)
+        self._evaluation = self._cells(plan.evaluation_digest, num_workers)
+        return {"rows": sum(len(cell.ids_BT) for cell in self._calibration)}
+
+    def read(self, names: Sequence[str], num_parts: int = 1) -> dict[str, torch.Tensor]:
+        """This worker's part of some source tensors, in their stored dtype, on the CPU.
+
+        Parts are runs of neighbours of about equal bytes: tensors between those asked for would be fetched
+        along with them.
+        """
+        with self._timed("read"):
+            entries = sorted((self._checkpoint.tensors[n] for n in names), key=lambda e: (e.shard, e.start))
+            sizes = [entry.end - entry.start for entry in entries]
+            middles = [sum(sizes[:i]) + size / 2 for i, size in enumerate(sizes)]
+            share = max(1, sum(sizes)) / num_parts
+            mine = [e.name for e, m in zip(entries, middles, strict=True) if int(m / share) == self._number]
+            return read_tensors(self._source_store, self._checkpoint, mine)
+
+    def read_packed(self, unit_name: str) -> dict[str, torch.Tensor]:
+        """The tensors of a finished unit, from the output."""
+        with self._timed("read"):
+            return planner.read_unit(self._output_store, self._plan, self._unit(unit_name))
+
+    def embed(self, parts: Sequence[Tensors]) -> None:
+        """Turn this worker's token cells into the inputs of block 0."""
+        with self._timed("embed"), torch.inference_mode():
+            outer = self._skeleton.build_outer(_merged(parts), dtype=self._dtype, device=self._device)
+            for cell in [*self._calibration, *self._evaluation]:
+                cell.hidden, inputs = outer.embed(cell.ids_BT.to(self._device))
+                self._inputs.setdefault(tuple(cell.ids_BT.shape), inputs)
+            for cell in self._evaluation:
+                cell.quantized = cell.hidden
+
+    def load(self, block: int, parts: Sequence[Tensors]) -> None:
+        """Make a block live on the device."""
+        with self._timed("load"):
+            tensors = _merged(parts)
+            module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
+            self._loaded = (block, module, tensors)
+
+    def begin_capture(self, block: int) -> dict[str, Any]:
+        """Observe this worker's first cell; the worker of cell 0 learns the exponents of all sums from it.
+
+        The exponents come from one fixed cell so that they do not depend on how many workers there are.
+        """
+        if not self._calibration:
+            return {"exponents": None}
+        with self._timed("capture"), torch.inference_mode():
+            observed = self._observe(block, self._calibration[0])
+            self._begun = (block, observed)
+            if self._calibration[0].number != 0:
+                return {"exponents": None}
+            num_cells = -(-self._plan.options["sequences"] // self._plan.sequences_per_cell)
+            peaks = [float(gram.diagonal().max()) for gram in observed[1].grams]
+            return {"exponents": [exponent_for(peak, num_cells) for peak in peaks]}
+
+    def capture(self, block: int, exponents: Sequence[int]) -> dict[str, Any]:
+        """Observe the other cells, add all up exactly, and move the streams to the next block."""
+        with self._timed("capture"), torch.inference_mode():
+            columns = self._group_columns(block)
+            totals = [torch.zeros(c, c, dtype=torch.int64, device=self._device) for c in columns]
+            outputs, tokens = [], 0
+            for cell in self._calibration:
+                output, statistics, left_out = self._observed(block, cell)
+                for total, gram, exponent in zip(totals, statistics.grams, exponents, strict=True):
+                    add_partial_(total, gram, exponent)
+                self._excluded |= {cell.first_row + row for row in left_out}
+                outputs.append(output)
+                tokens += statistics.num_tokens
+            if self._plan.options["propagation"] == "original":
+                for cell, output in zip(self._calibration, outputs, strict=True):
+                    cell.hidden = output
+            self._forward_original(block, self._evaluation)
+            shared = {group: self._share(total.cpu()) for group, total in enumerate(totals)}
+            return {"totals": shared, "tokens": tokens, "excluded": sorted(self._excluded)}
+
+    def forward(self, block: int) -> None:
+        """Move the original streams through a block without statistics."""
+        with self._timed("forward"), torch.inference_mode():
+            follows_original = self._plan.options["propagation"] == "original"
+            self._forward_original(
+                block, [*(self._calibration if follows_original else []), *self._evaluation]
+            )
+
+    def solve(
+        self, block: int, groups: Sequence[int], statistics: Sequence[Sequence[Any]], tokens: int
+    ) -> dict[str, Any]:
+        """Quantize and pack some input groups of the loaded block.
+
+        Args:
+            statistics: For each group its int64 partial sums (none without data) and their exponent.
+            tokens: Calibration tokens behind the sums.
+        """
+        with self._timed("solve"), torch.inference_mode():
+            plan = self._plan.blocks[block]
+            tensors = self._block(block)[2]
+            packed: dict[str, torch.Tensor] = {}
+            rows: list[dict[str, Any]] = []
+            for group, (totals, exponent) in zip(groups, statistics, strict=True):
+                hessian_CC = None
+                if totals:
+                    hessian_CC = self._hessian(totals, exponent)
+                done = self._solve(plan, plan.input_groups[group], tensors, hessian_CC, tokens)
+                packed |= done[0]
+                rows += done[1]
+            return {"packed": self._share(packed), "linears": rows}
+
+    def write(
+        self, unit_name: str, parts: Sequence[Tensors], linears: Sequence[Mapping[str, Any]]
+    ) -> DoneRecord:
+        """Stream a unit's shard to its final place and record it."""
+        with self._timed("write"):
+            unit = self._unit(unit_name)
+            given, promised = _merged(parts), {spec.name for spec in unit.tensors}
+            tensors = {name: tensor for name, tensor in given.items() if name in promised}
+            uri = join_uri(self._plan.output, unit.shard)
+            receipt = write_shard(self._output_store, uri, unit.tensors, tensors)
+            record = DoneRecord(
+                unit=unit.name,
+                identity=self._plan.identity(),
+                sha256=receipt.sha256,
+                size_bytes=receipt.size_bytes,
+                etag=receipt.etag,
+                linears=tuple(linears),
+            )
+            store_record(self._work_store, self._plan.work, record)
+            return record
+
+    def advance(self, block: int, parts: Sequence[Tensors]) -> dict[int, dict[str, float]]:
+        """Move the quantized streams through the block as packed; cell number -> sums of `stream_error`."""
+        with self._timed("evaluate"), torch.inference_mode():
+            tensors = dict(self._block(block)[2])
+            tensors |= dequantized_weights(self._plan.blocks[block], _merged(parts), self._packer)
+            module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
+            if self._plan.options["propagation"] == "quantized":
+                self._forward(module, block, self._calibration)
+            sums = {}
+            for cell in self._evaluation:
+                assert cell.hidden is not None and cell.quantized is not None
+                cell.quantized = run_block(module, cell.quantized, self._inputs_of(cell, block))
+                sums[cell.number] = stream_error(cell.hidden, cell.quantized)
+            return sums
+
+    def head(self, parts: Sequence[Tensors]) -> dict[int, dict[str, float]]:
+        """Score this worker's evaluation cells in both streams."""
+        with self._timed("head"), torch.inference_mode():
+            # fp32: the losses of two close models are compared, and bf16 logits carry a noise of 2^-9.
+            outer = self._skeleton.build_outer(_merged(parts), dtype=torch.float32, device=self._device)
+            sums = {}
+            for cell in self._evaluation:
+                assert cell.hidden is not None and cell.quantized is not None
+                sums[cell.number] = score_streams(
+                    outer, cell.ids_BT, cell.hidden.float(), cell.quantized.float()
+                )
+            return sums
+
+    def convert_unit(self, unit_name: str) -> DoneRecord:
+        """Read, quantize without data, and write one unit."""
+        unit = self._unit(unit_name)
+        names = list(unit.copied)
+        rows: list[dict[str, Any]] = []
+        if unit.block is not None:
+            names = list(self._plan.blocks[unit.block].tensors)
+        tensors = read_tensors(self._source_store, self._checkpoint, names)
+        if unit.block is not None:
+            block = self._plan.blocks[unit.block]
+            with self._timed("solve"), torch.inference_mode():
+                for group in block.input_groups:
+                    packed, reports = self._solve(block, group, tensors, None, 0)
+                    tensors |= packed
+                    rows += reports
+        return self.write(unit_name, [tensors], rows)
+
+    def publish(self, report: Mapping[str, Any]) -> None:
+        """Finish the output; see `quantlib.job.publish.publish`."""
+        with self._timed("publish"):
+            publish(self._source_store, self._output_store, self._plan, self._checkpoint, report)
+
+    def telemetry(self) -> dict[str, Any]:
+        """What this worker spent so far."""
+        stores = {id(s): s for s in (self._source_store, self._output_store, self._work_store)}.values()
+        return {
+            "stages": self._stages,
+            "bytes_read": sum(store.traffic.bytes_read for store in stores),
+            "bytes_written": sum(store.traffic.bytes_written for store in stores),
+            "cpu_seconds": time.process_time(),
+            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+    def _cells(self, digest: str | None, num_workers: int) -> list[_Cell]:
+        if digest is None:
+            return []
+        rows_BT = read_rows(self._work_store, tokens_uri(self._plan.work, digest))
+        size = self._plan.sequences_per_cell
+        cells = [
+            _Cell(number=number, first_row=start, ids_BT=rows_BT[start : start + size])
+            for number, start in enumerate(range(0, rows_BT.shape[0], size))
+        ]
+        return cells[self._number :: num_workers]
+
+    def _observe(self, block: int, cell: _Cell) -> Any:
+        assert cell.hidden is not None
+        excluded = {row - cell.first_row for row in self._excluded} & set(range(len(cell.ids_BT)))
+        return observe_cell(
+            self._block(block)[1],
+            self._plan.blocks[block],
+            cell.hidden,
+            self._inputs_of(cell, block),
+            excluded,
+        )
+
+    def _observed(self, block: int, cell: _Cell) -> Any:
+        if self._begun is not None and self._begun[0] == block and cell is self._calibration[0]:
+            observed, self._begun = self._begun[1], None
+            return observed
+        return self._observe(block, cell)
+
+    def _forward_original(self, block: int, cells: Sequence[_Cell]) -> None:
+        self._forward(self._block(block)[1], block, cells)
+
+    def _forward(self, module: nn.Module, block: int, cells: Sequence[_Cell]) -> None:
+        outputs = []
+        for cell in cells:
+            assert cell.hidden is not None
+            outputs.append(run_block(module, cell.hidden, self._inputs_of(cell, block)))
+        for cell, output in zip(cells, outputs, strict=True):
+            cell.hidden = output
+
+    def _hessian(self, totals: Sequence[torch.Tensor], exponent: int) -> torch.Tensor:
+        """The sum over all workers, fp32 [C, C]; their totals may be mapped read-only and are not changed."""
+        total_CC = totals[0].to(self._device)
+        if len(totals) > 1:
+            total_CC = total_CC.clone()
+        for other_CC in totals[1:]:
+            add_total_(total_CC, other_CC.to(self._device), exponent)
+        return hessian_from(total_CC, exponent)
+
+    def _solve(
+        self,
+        block: BlockPlan,
+        group: Sequence[str],
+        tensors: Tensors,
+        hessian_CC: torch.Tensor | None,
+        tokens: int,
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        linears = [linear for linear in block.linears if linear.name in group]
+        weights = {name: tensors[f"{name}.weight"] for name in group}
+        results = solve_group(
+            {name: weight.to(self._device) for name, weight in weights.items()},
+            linears,
+            hessian_CC=hessian_CC,
+            num_tokens=tokens,
+            scale_dtype=self._packer.scale_dtype(next(iter(weights.values())).dtype),
+        )
+        packed: dict[str, torch.Tensor] = {}
+        for name, result in results.items():
+            packed |= {key: value.cpu() for key, value in self._packer.pack(name, result.quantized).items()}
+        return packed, report_rows(results)
+
+    def _block(self, block: int) -> tuple[int, nn.Module, Tensors]:
+        assert self._loaded is not None and self._loaded[0] == block, f"block {block} is not loaded"
+        return self._loaded
+
+    def _inputs_of(self, cell: _Cell, block: int) -> BlockInputs:
+        return self._inputs[tuple(cell.ids_BT.shape)][block]
+
+    def _group_columns(self, block: int) -> list[int]:
+        plan = self._plan.blocks[block]
+        columns = {linear.name: linear.columns for linear in plan.linears}
+        return [columns[group[0]] for group in plan.input_groups]
+
+    def _unit(self, name: str) -> Any:
+        return next(unit for unit in self._plan.units if unit.name == name)
+
+    @contextmanager
+    def _timed(self, stage: str) -> Iterator[None]:
+        wall, cpu = time.monotonic(), time.process_time()
+        try:
+            yield
+        finally:
+            spent = self._stages.setdefault(stage, {"seconds": 0.0, "cpu_seconds": 0.0, "calls": 0})
+            spent["seconds"] += time.monotonic() - wall
+            spent["cpu_seconds"] += time.process_time() - cpu
+            spent["calls"] += 1
+
+
+def _merged(parts: Sequence[Tensors]) -> dict[str, torch.Tensor]:
+    merged: dict[str, torch.Tensor] = {}
+    for part in parts:
+        merged |= part
+    return merged

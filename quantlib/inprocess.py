@@ -1,0 +1,85 @@
+"""The whole job in this process: the same loop and steps as on a cluster, with one worker and no server."""
+
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from quantlib.block_runner import BlockRunner
+from quantlib.job.conversion import Progress, convert
+from quantlib.job.crew import Crew
+from quantlib.job.options import JobOptions
+
+T = TypeVar("T")
+
+# Storage work that may run beside the computation.
+_IO_METHODS = ("read", "read_packed", "write")
+
+
+class LocalTransport:
+    """One worker in this process: a thread for computation, one for storage."""
+
+    num_workers = 1
+
+    def __init__(self) -> None:
+        self._runner = BlockRunner()
+        self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
+        self._io = ThreadPoolExecutor(1, thread_name_prefix="storage")
+
+    def submit(self, worker: int, method: str, *arguments: Any) -> Future[Any]:
+        """Start a method; futures among the arguments become their values."""
+        assert worker == 0
+        executor = self._io if method in _IO_METHODS else self._compute
+        return executor.submit(self._call, method, arguments)
+
+    def result(self, handle: Future[Any]) -> Any:
+        """Wait for a method."""
+        return handle.result()
+
+    def _call(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        return getattr(self._runner, method)(*(_resolved(argument) for argument in arguments))
+
+    def close(self) -> None:
+        """Drop what was not begun and wait for what was."""
+        for executor in (self._compute, self._io):
+            executor.shutdown(cancel_futures=True)
+
+
+class DirectStages:
+    """Runs every stage where it is submitted, except writes, which may overlap with what follows."""
+
+    def __init__(self) -> None:
+        self._writes = ThreadPoolExecutor(1, thread_name_prefix="stage")
+
+    def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Run a stage; the future carries its result or its error."""
+        if name.endswith(": write"):
+            return self._writes.submit(function, *arguments)
+        future: Future[T] = Future()
+        future.set_result(function(*arguments))
+        return future
+
+    def close(self) -> None:
+        """Wait for stages still running."""
+        self._writes.shutdown(cancel_futures=True)
+
+
+def _resolved(argument: Any) -> Any:
+    if isinstance(argument, Future):
+        return argument.result()
+    if isinstance(argument, list):
+        return [_resolved(item) for item in argument]
+    return argument
+
+
+def quantize(options: JobOptions, on_progress: Callable[[Progress], None] = lambda _: None) -> dict[str, Any]:
+    """Convert a checkpoint here and now; gives the report.
+
+    Raises:
+        QuantError: With ``before_work`` set when the request was refused before anything was written.
+    """
+    transport, stages = LocalTransport(), DirectStages()
+    try:
+        return convert(options, Crew(transport), stages, on_progress)
+    finally:
+        stages.close()
+        transport.close()

@@ -1,0 +1,200 @@
+"""The command line, made from the table of job options; `quantmill` and ``python -m quantlib`` share it.
+
+Commands are data: which addresses they take, which options of the table, and what else. Values are not
+checked by argparse beyond whole numbers; `options_from` checks them, as it does those of a recipe file and of
+the Prefect form, so that every front end says the same.
+"""
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from quantlib.errors import RecipeError
+from quantlib.job.option_table import check_value, kind_of
+from quantlib.job.options import JobOptions, option_fields, options_from
+from quantlib.recipe import NOT_IN_RECIPES, read_recipe
+
+_JOB_OPTIONS = tuple(
+    name for name in option_fields() if name not in NOT_IN_RECIPES and name != "rules"
+)  # rules are tables: a recipe file has room for them, a command line has not
+_RECIPE = ("--recipe", {"metavar": "FILE.toml", "help": "Recipe file; options given here win over it."})
+_JSON = ("--json", {"action": "store_true", "help": "Print JSON instead of text."})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Command:
+    """One sub-command.
+
+    Attributes:
+        help: One sentence for people.
+        addresses: Positional arguments: name -> help.
+        options: Names in the table of job options that become flags.
+        others: Further flags with their argparse settings.
+    """
+
+    help: str
+    addresses: Mapping[str, str]
+    options: tuple[str, ...] = ()
+    others: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+def _job_addresses() -> dict[str, str]:
+    return {name: option_fields()[name][1].help for name in NOT_IN_RECIPES}
+
+
+_OUTPUT = {"output": "A quantized checkpoint: s3://, file:// or a path."}
+
+COMMANDS: dict[str, Command] = {
+    "plan": Command(
+        help="What would be done: blocks, shards, bytes in and out, memory, rough time.",
+        addresses=_job_addresses(),
+        options=_JOB_OPTIONS,
+        others=(_RECIPE, _JSON),
+    ),
+    "quantize": Command(
+        help="Convert a checkpoint, or finish a conversion that was interrupted.",
+        addresses=_job_addresses(),
+        options=_JOB_OPTIONS,
+        others=(_RECIPE, _JSON),
+    ),
+    "verify": Command(
+        help="Re-read every shard of an output and compare it with its record.",
+        addresses=_OUTPUT,
+        options=("storage_engine",),
+        others=(
+            ("--source", {"metavar": "URI", "help": "Account for every tensor of this source too."}),
+            _JSON,
+        ),
+    ),
+    "evaluate": Command(
+        help="Perplexity of an original or quantized checkpoint, block by block.",
+        addresses={"model": "Checkpoint to evaluate: s3://, file:// or a path."},
+        options=(
+            "text_column",
+            "sequence_length",
+            "evaluation_sequences",
+            "threads_per_worker",
+            "device",
+            "storage_engine",
+        ),
+        others=(
+            (
+                "--text",
+                {
+                    "metavar": "URI",
+                    "required": True,
+                    "help": "Text to predict: a parquet, jsonl or txt object.",
+                },
+            ),
+            _JSON,
+        ),
+    ),
+    "inspect": Command(
+        help="What a checkpoint is: architecture, tensors, dtypes, sizes, quantization.",
+        addresses={"uri": "Any checkpoint: s3://, file:// or a path."},
+        options=("storage_engine",),
+        others=(_JSON,),
+    ),
+    "report": Command(
+        help="Show the report of a run.", addresses=_OUTPUT, options=("storage_engine",), others=(_JSON,)
+    ),
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line and exit with 2."""
+
+    program = "quantmill"
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.program}: error: {message} (see {self.prog} --help)\n")
+
+
+def build_parser(program: str, commands: Mapping[str, Command] = COMMANDS) -> argparse.ArgumentParser:
+    """A parser with one sub-command for each entry.
+
+    The result of its ``parse_args`` has ``command`` and ``verbose``; options of the table that were not given
+    are absent from it: read them with `options_of` or `values_of`.
+
+    Args:
+        program: Name in usage and error lines.
+        commands: Sub-commands by name.
+    """
+    parser = _Parser(
+        prog=program,
+        description="Convert large language models into quantized checkpoints, storage to storage.",
+        allow_abbrev=False,
+    )
+    parser.program = program
+    # Without the metavar argparse repeats all names in usage lines that are long enough already.
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", title="commands")
+    for name, command in commands.items():
+        sub = subparsers.add_parser(name, help=command.help, description=command.help, allow_abbrev=False)
+        sub.program = program
+        _fill(sub, command)
+    return parser
+
+
+def _fill(parser: argparse.ArgumentParser, command: Command) -> None:
+    for name, help_text in command.addresses.items():
+        parser.add_argument(name, metavar=name.upper(), help=help_text)
+    for flag, settings in command.others:
+        parser.add_argument(flag, **settings)
+    parser.add_argument("--verbose", action="store_true", help="Show logs, and tracebacks of errors.")
+    groups: dict[str, Any] = {}
+    table = option_fields()
+    for name in command.options:
+        section = table[name][1].section
+        group = groups.setdefault(section, None) or parser.add_argument_group(section)
+        groups[section] = group
+        group.add_argument(f"--{name.replace('_', '-')}", **_settings(name))
+
+
+def _settings(name: str) -> dict[str, Any]:
+    found, option = option_fields()[name]
+    default = "" if found.default is None else f" (default: {found.default})"
+    metavar = "{" + ",".join(option.choices) + "}" if option.choices else "URI"
+    if kind_of(found) is int:
+        metavar = "N"
+    elif name in ("text_column", "ray_address"):
+        metavar = name.rpartition("_")[2].upper()
+    return {
+        "type": kind_of(found),
+        "default": argparse.SUPPRESS,
+        "metavar": metavar,
+        "help": (option.help + default).replace("%", "%%"),
+    }
+
+
+def options_of(arguments: argparse.Namespace) -> JobOptions:
+    """The request behind ``plan`` or ``quantize``: recipe file first, command line over it.
+
+    Raises:
+        RecipeError: With ``before_work`` set; see `read_recipe` and `options_from`.
+    """
+    try:
+        values = {} if arguments.recipe is None else read_recipe(arguments.recipe)
+        given = {name: getattr(arguments, name) for name in option_fields() if hasattr(arguments, name)}
+        return options_from({**values, **given})
+    except RecipeError as error:
+        error.before_work = True
+        raise
+
+
+def values_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The table's options of any other command, checked, with defaults for those not given.
+
+    Raises:
+        RecipeError: With ``before_work`` set, when a value is out of its range.
+    """
+    values: dict[str, Any] = {}
+    for name in COMMANDS[arguments.command].options:
+        found, _ = option_fields()[name]
+        values[name] = getattr(arguments, name, found.default)
+        try:
+            check_value(name, values[name], found)
+        except RecipeError as error:
+            error.before_work = True
+            raise
+    return values

@@ -1,0 +1,344 @@
+"""From a request and headers to a plan: no weight byte is read, nothing impossible is begun.
+
+`prepare` is the first stage of every run: it plans, compares with what an earlier start left behind, refuses
+what cannot be done, and only then stores plan and tokens.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from quantlib.calibration.corpus import load_tokenizer, rows_digest, token_rows
+from quantlib.calibration.documents import read_documents
+from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
+from quantlib.checkpoint.header import read_header
+from quantlib.checkpoint.index import Checkpoint, open_checkpoint
+from quantlib.checkpoint.layout import shard_names
+from quantlib.checkpoint.reader import tensor_of
+from quantlib.errors import CheckpointError, PlanMismatchError, RecipeError
+from quantlib.job.manifest import finished_units, read_plan, store_plan, tokens_uri
+from quantlib.job.options import JobOptions
+from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
+from quantlib.job.report import REPORT_NAME
+from quantlib.machine import computes_fast_in_bfloat16, default_threads, device_kind
+from quantlib.model.skeleton import BlockSpec, Skeleton, load_skeleton
+from quantlib.packing import FORMATS
+from quantlib.packing.contracts import PackingFormat
+from quantlib.quantized import QuantizedLinear
+from quantlib.recipe import rule_for
+from quantlib.storage import Store, join_uri, normalize_uri, open_store
+from quantlib.tokens import store_rows
+
+# Tokens in a cell: enough to fill matrix products, few enough that activations of one cell stay small.
+_CELL_TOKENS = {"cpu": 4096, "cuda": 16384}
+_VERSIONED = ("quantmill", "torch", "transformers")
+
+
+def prepare(options: JobOptions, num_workers: int) -> dict[str, Any]:
+    """Plan a job and make its work prefix ready.
+
+    Returns:
+        ``plan``; ``finished``, the records of an earlier start; ``report``, of a finished output or None.
+
+    Raises:
+        QuantError: The request cannot be done; nothing was written.
+    """
+    work_store = open_store(work_uri(options), options.storage_engine)
+    output_store = open_store(normalize_uri(options.output), options.storage_engine)
+    stored = read_plan(work_store, work_uri(options))
+    plan, rows = build_plan(options, num_workers, stored)
+    if stored is None:
+        _refuse_occupied(output_store, plan.output)
+    elif stored.identity() != plan.identity():
+        raise PlanMismatchError(
+            f"{plan.work} holds another job for this output ({_difference(stored, plan)});"
+            " finish that one, choose another output, or remove both to start over",
+            work=plan.work,
+        )
+    report = _finished_report(output_store, plan) if stored else None
+    if report is not None:
+        return {"plan": plan, "finished": {}, "report": report}
+    finished = finished_units(work_store, output_store, plan) if stored else {}
+    for digest, rows_BT in rows.items():
+        store_rows(work_store, tokens_uri(plan.work, digest), rows_BT)
+    store_plan(work_store, plan)
+    return {"plan": plan, "finished": finished, "report": None}
+
+
+def build_plan(
+    options: JobOptions, num_workers: int, stored: Plan | None = None
+) -> tuple[Plan, dict[str, torch.Tensor]]:
+    """The plan of a request, and the token rows it names by digest; only reads.
+
+    Args:
+        stored: The plan of an earlier start: what depends on the machine is taken from it.
+    """
+    source = normalize_uri(options.source)
+    checkpoint = open_checkpoint(open_store(source, options.storage_engine), source)
+    if "quantization_config" in checkpoint.config:
+        method = checkpoint.config["quantization_config"].get("quant_method", "some method")
+        raise CheckpointError(
+            f"{source} is already quantized ({method}); give the original checkpoint", uri=source
+        )
+    skeleton = load_skeleton(checkpoint.config, list(checkpoint.tensors))
+    packer = FORMATS[options.format]
+    blocks = tuple(
+        _plan_block(skeleton.block_spec(index), options, packer) for index in range(skeleton.num_blocks)
+    )
+    # A layout may be unable to say what was asked for, such as a mix of schemes: better known now.
+    packer.quantization_config(schemes_of(blocks), skeleton.outside_linears)
+    rows = _token_rows(options, checkpoint, blocks)
+    kind = stored.device_kind if stored and not options.device else device_kind(options.device)
+    machine = _machine_settings(options, num_workers, checkpoint, kind, stored)
+    plan = Plan(
+        source=source,
+        source_objects={
+            name: (info.size_bytes, info.etag)
+            for name, info in sorted({**checkpoint.shards, **checkpoint.side_files}.items())
+        },
+        output=normalize_uri(options.output),
+        work=work_uri(options),
+        options=dataclasses.asdict(options),
+        model_type=skeleton.model_type,
+        blocks=blocks,
+        units=_plan_units(skeleton, checkpoint, blocks, packer),
+        kept_linears=tuple(skeleton.outside_linears),
+        tail_tensors=tuple(skeleton.tail_tensors),
+        prelude_tensors=tuple(skeleton.prelude_tensors),
+        dropped={},
+        side_files=tuple(sorted(checkpoint.side_files)),
+        calibration_digest=rows_digest(rows["calibration"]) if "calibration" in rows else None,
+        evaluation_digest=rows_digest(rows["evaluation"]) if "evaluation" in rows else None,
+        versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+        format_version=packer.FORMAT_VERSION,
+        device_kind=kind,
+        **machine,
+    )
+    return plan, {rows_digest(rows_BT): rows_BT for rows_BT in rows.values()}
+
+
+def work_uri(options: JobOptions) -> str:
+    """The work prefix of a request: beside the output unless named."""
+    return normalize_uri(options.work) if options.work else normalize_uri(options.output) + ".quantmill"
+
+
+def open_planned_source(store: Store, plan: Plan) -> Checkpoint:
+    """The source checkpoint, as long as it is the one that was planned.
+
+    Raises:
+        CheckpointError: An object was replaced, or is gone, since the plan was made.
+    """
+    checkpoint = open_checkpoint(store, plan.source)
+    for name, info in checkpoint.shards.items():
+        if plan.source_objects.get(name) != (info.size_bytes, info.etag):
+            raise CheckpointError(
+                f"{info.uri} changed since the job was planned; start over with another output", uri=info.uri
+            )
+    return checkpoint
+
+
+def read_unit(store: Store, plan: Plan, unit: UnitPlan) -> dict[str, torch.Tensor]:
+    """The packed tensors of a unit that is finished, from its shard in the output."""
+    info = store.head(join_uri(plan.output, unit.shard))
+    header = read_header(store, info)
+    entries = [header.tensors[spec.name] for spec in unit.tensors if spec.name not in unit.copied]
+    views = store.read_ranges(info, [(entry.start, entry.end) for entry in entries])
+    return {entry.name: tensor_of(view, entry) for entry, view in zip(entries, views, strict=True)}
+
+
+def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> BlockPlan:
+    linears = []
+    for linear in spec.linears:
+        method, scheme = rule_for(options, linear.name)
+        if scheme is not None:
+            packer.check(linear.name, linear.rows, linear.columns, scheme)
+        linears.append(
+            LinearPlan(
+                name=linear.name,
+                rows=linear.rows,
+                columns=linear.columns,
+                method=method if scheme is not None else None,
+                scheme=scheme,
+            )
+        )
+    quantized = {linear.name for linear in linears if linear.scheme is not None}
+    groups = (tuple(n for n in group if n in quantized) for group in spec.input_groups)
+    return BlockPlan(
+        index=spec.index,
+        prefix=spec.prefix,
+        tensors=tuple(spec.tensors),
+        linears=tuple(linears),
+        input_groups=tuple(group for group in groups if group),
+    )
+
+
+def _plan_units(
+    skeleton: Skeleton, checkpoint: Checkpoint, blocks: tuple[BlockPlan, ...], packer: PackingFormat
+) -> tuple[UnitPlan, ...]:
+    in_blocks = {name for block in blocks for name in block.tensors}
+    prelude = set(skeleton.prelude_tensors)
+    tail = sorted(set(skeleton.tail_tensors) - prelude)
+    first = sorted(set(checkpoint.tensors) - in_blocks - set(tail))
+    drafts: list[tuple[str, str, int | None, list[TensorSpec], list[str]]] = []
+    if first:
+        drafts.append(("prelude-00000", "prelude", None, [], first))
+    for block in blocks:
+        quantized = {f"{linear.name}.weight" for linear in block.linears if linear.scheme is not None}
+        copied = [name for name in block.tensors if name not in quantized]
+        drafts.append(
+            (
+                f"block-{block.index:05d}",
+                "block",
+                block.index,
+                _packed_specs(block, checkpoint, packer),
+                copied,
+            )
+        )
+    if tail:
+        drafts.append(("tail-00000", "tail", None, [], tail))
+    units = []
+    for shard, (name, stage, index, packed, copied) in zip(shard_names(len(drafts)), drafts, strict=True):
+        specs = packed + [_source_spec(checkpoint, n) for n in copied]
+        units.append(
+            UnitPlan(
+                name=name,
+                stage=stage,
+                block=index,
+                shard=shard,
+                tensors=tuple(sorted(specs, key=lambda spec: spec.name)),
+                copied=tuple(copied),
+            )
+        )
+    return tuple(units)
+
+
+def _source_spec(checkpoint: Checkpoint, name: str) -> TensorSpec:
+    entry = checkpoint.tensors[name]
+    return TensorSpec(name=name, dtype=entry.dtype, shape=tuple(entry.shape))
+
+
+def _packed_specs(block: BlockPlan, checkpoint: Checkpoint, packer: PackingFormat) -> list[TensorSpec]:
+    """What the packer will write, learnt by running it on tensors without data."""
+    specs = []
+    for linear in block.linears:
+        if linear.scheme is None:
+            continue
+        groups = linear.scheme.num_groups(linear.columns)
+        stored = torch_dtype(checkpoint.tensors[f"{linear.name}.weight"].dtype)
+        quantized = QuantizedLinear(
+            codes_RC=torch.empty(linear.rows, linear.columns, dtype=torch.uint8, device="meta"),
+            scale_RG=torch.empty(linear.rows, groups, dtype=packer.scale_dtype(stored), device="meta"),
+            zero_RG=None
+            if linear.scheme.is_symmetric
+            else torch.empty(linear.rows, groups, dtype=torch.uint8, device="meta"),
+            scheme=linear.scheme,
+        )
+        specs += [
+            TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
+            for name, tensor in packer.pack(linear.name, quantized).items()
+        ]
+    return specs
+
+
+def _token_rows(
+    options: JobOptions, checkpoint: Checkpoint, blocks: tuple[BlockPlan, ...]
+) -> dict[str, torch.Tensor]:
+    calibrates = any(linear.method == "gptq" for block in blocks for linear in block.linears)
+    limit = checkpoint.config.get("max_position_embeddings")
+    if (calibrates or options.evaluation) and limit and options.sequence_length > limit:
+        raise RecipeError(
+            f"sequence_length must be at most the model's {limit} positions, found {options.sequence_length}",
+            option="sequence_length",
+        )
+    wanted: dict[str, tuple[str, int, int]] = {}
+    if calibrates and options.calibration is not None:
+        wanted["calibration"] = (options.calibration, options.sequences, options.seed)
+    if options.evaluation is not None:
+        wanted["evaluation"] = (options.evaluation, options.evaluation_sequences, 0)
+    if not wanted:
+        return {}
+    tokenizer = load_tokenizer(open_store(checkpoint.uri, options.storage_engine), checkpoint)
+    return {
+        name: token_rows(
+            read_documents(uri, options.text_column),
+            tokenizer,
+            num_sequences=count,
+            sequence_length=options.sequence_length,
+            seed=seed,
+        )
+        for name, (uri, count, seed) in wanted.items()
+    }
+
+
+def _machine_settings(
+    options: JobOptions, num_workers: int, checkpoint: Checkpoint, kind: str, stored: Plan | None
+) -> dict[str, Any]:
+    if stored is not None:
+        return {
+            "threads": options.threads_per_worker or stored.threads,
+            "sequences_per_cell": stored.sequences_per_cell,
+            "compute_dtype": stored.compute_dtype,
+        }
+    cell_tokens = _CELL_TOKENS[kind.split("-")[0]]
+    return {
+        "threads": options.threads_per_worker or default_threads(num_workers),
+        "sequences_per_cell": max(1, cell_tokens // options.sequence_length),
+        "compute_dtype": _compute_dtype(checkpoint, kind),
+    }
+
+
+def _compute_dtype(checkpoint: Checkpoint, kind: str) -> str:
+    """The source's own dtype where the device is fast in it, else fp32."""
+    sizes: dict[str, int] = {}
+    for entry in checkpoint.tensors.values():
+        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
+    stored = max(sorted(sizes), key=lambda name: sizes[name])
+    if stored == "BF16" and computes_fast_in_bfloat16(kind):
+        return "bfloat16"
+    if stored == "F16" and kind.startswith("cuda"):
+        return "float16"
+    return "float32"
+
+
+def _refuse_occupied(store: Store, output: str) -> None:
+    present = store.list(output)
+    if present:
+        raise PlanMismatchError(
+            f"{output} already holds something else (such as {present[0].uri});"
+            " choose an empty output, or remove what is there",
+            uri=present[0].uri,
+        )
+
+
+def _finished_report(store: Store, plan: Plan) -> dict[str, Any] | None:
+    names = {info.uri for info in store.list(plan.output)}
+    if join_uri(plan.output, "config.json") not in names:
+        return None
+    uri = join_uri(plan.output, REPORT_NAME)
+    report = json.loads(store.read(uri)) if uri in names else {}
+    if report.get("identity") != plan.identity():
+        raise PlanMismatchError(
+            f"{plan.output} already holds another finished checkpoint; choose another output, or remove it",
+            uri=plan.output,
+        )
+    return report
+
+
+def _difference(stored: Plan, plan: Plan) -> str:
+    """The first thing in which two plans differ, in words."""
+    for name in ("source", "model_type", "threads", "device_kind", "calibration_digest", "format_version"):
+        if getattr(stored, name) != getattr(plan, name):
+            return f"{name} was {getattr(stored, name)}, now {getattr(plan, name)}"
+    if stored.source_objects != plan.source_objects:
+        return "the source objects were replaced"
+    if stored.versions != plan.versions:
+        return f"versions were {dict(stored.versions)}, now {dict(plan.versions)}"
+    before: Mapping[str, Any] = stored.options
+    for name, value in json.loads(json.dumps(plan.options)).items():
+        if before.get(name) != value:
+            return f"{name} was {before.get(name)}, now {value}"
+    return "the model's layout differs"

@@ -1,0 +1,86 @@
+"""Statistics of a block's inputs: what is observed, and rows that are not finite."""
+
+import pytest
+import torch
+from torch import nn
+
+from quantlib.errors import NumericsError
+from quantlib.job.plan import BlockPlan
+from quantlib.model.skeleton import BlockInputs
+from quantlib.steps import observe_cell
+
+
+class _Block(nn.Module):
+    """Two input groups: ``a`` and ``b`` read the input, ``c`` reads what ``a`` makes of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(0)
+        self.a = nn.Linear(6, 4, bias=False)
+        self.b = nn.Linear(6, 4, bias=False)
+        self.c = nn.Linear(4, 6, bias=False)
+        for linear in (self.a, self.b, self.c):
+            linear.weight.data = torch.randn(linear.weight.shape, generator=generator)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.c(torch.relu(self.a(hidden)) + self.b(hidden))
+
+
+_PLAN = BlockPlan(
+    index=0,
+    prefix="layers.0",
+    tensors=(),
+    linears=(),
+    input_groups=(("layers.0.a", "layers.0.b"), ("layers.0.c",)),
+)
+_INPUTS = BlockInputs(args=(), kwargs={})
+
+
+def _hidden(rows: int = 5) -> torch.Tensor:
+    return torch.randn(rows, 3, 6, generator=torch.Generator().manual_seed(1))
+
+
+def _expected(block: _Block, hidden: torch.Tensor) -> list[torch.Tensor]:
+    x = hidden.double().reshape(-1, 6)
+    a, b = block.a.weight.double(), block.b.weight.double()
+    inner = (x @ a.T).clamp_min(0) + x @ b.T
+    return [x.T @ x, inner.T @ inner]
+
+
+@torch.inference_mode()
+def test_observe_cell_sums_the_inputs_of_every_group():
+    block, hidden = _Block(), _hidden()
+    output, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, ())
+    assert torch.equal(output, block(hidden))
+    assert statistics.num_tokens == 15
+    assert excluded == set()
+    for gram, expected in zip(statistics.grams, _expected(block, hidden), strict=True):
+        assert gram is not None
+        torch.testing.assert_close(gram.tril().double(), expected.tril(), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_observe_cell_leaves_out_rows_that_are_not_finite_and_names_them():
+    block, hidden = _Block(), _hidden()
+    hidden[1, 2, 0] = float("nan")
+    hidden[3, 0, 5] = float("inf")
+    _, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, ())
+    assert excluded == {1, 3}
+    assert statistics.num_tokens == 9
+    for gram, expected in zip(statistics.grams, _expected(block, hidden[[0, 2, 4]]), strict=True):
+        assert gram is not None
+        torch.testing.assert_close(gram.tril().double(), expected.tril(), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_observe_cell_keeps_rows_out_that_were_left_out_before():
+    block, hidden = _Block(), _hidden()
+    _, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, {4})
+    assert excluded == {4}
+    assert statistics.num_tokens == 12
+
+
+@torch.inference_mode()
+def test_observe_cell_finite_inputs_that_overflow_are_an_error_that_names_the_linear():
+    with pytest.raises(NumericsError, match=r"layers\.0\.a"):
+        observe_cell(_Block(), _PLAN, _hidden() * 1e25, _INPUTS, ())

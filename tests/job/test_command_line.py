@@ -1,0 +1,125 @@
+"""The command line made from the table of options."""
+
+import pytest
+
+from quantlib.errors import RecipeError
+from quantlib.job.command_line import COMMANDS, build_parser, options_of, values_of
+from quantlib.job.options import option_fields, options_from
+
+
+def parsed(line: str):
+    return build_parser("quantmill").parse_args(line.split())
+
+
+def test_options_of_command_line_equals_plain_values():
+    options = options_of(
+        parsed(
+            "quantize s3://m/a out --method rtn --group-size -1 --workers 2 --device cpu --work w --seed 3"
+        )
+    )
+    assert options == options_from(
+        {
+            "source": "s3://m/a",
+            "output": "out",
+            "method": "rtn",
+            "group_size": -1,
+            "workers": 2,
+            "device": "cpu",
+            "work": "w",
+            "seed": 3,
+        }
+    )
+
+
+def test_addresses_and_options_may_alternate():
+    options = options_of(parsed("plan a --json --method rtn b"))
+    assert (options.source, options.output) == ("a", "b")
+
+
+def test_recipe_is_read_and_the_command_line_wins(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('method = "rtn"\ngroup_size = 32\nseed = 5\n[[rules]]\nmatch = "x"\nkeep = true\n')
+    options = options_of(parsed(f"quantize a b --recipe {recipe} --group-size 128"))
+    assert (options.method, options.group_size, options.seed) == ("rtn", 128, 5)
+    assert options.rules == ({"match": "x", "keep": True},)
+
+
+def test_a_default_given_on_the_command_line_wins_over_the_recipe(tmp_path):
+    recipe = tmp_path / "r.toml"
+    recipe.write_text('method = "rtn"\ngroup_size = 32\n')
+    assert options_of(parsed(f"quantize a b --group-size 128 --recipe {recipe}")).group_size == 128
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "quantize a b",
+        "quantize a b --method rtn --scheme W5",
+        "quantize a b --method rtn --recipe /nonexistent.toml",
+        "plan a b --method rtn --sequences 0",
+    ],
+)
+def test_options_of_wrong_request_is_refused_before_work(line):
+    with pytest.raises(RecipeError) as raised:
+        options_of(parsed(line))
+    assert raised.value.before_work
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("", "required: COMMAND"),
+        ("convert a b", "invalid choice: 'convert'"),
+        ("quantize a", "required: OUTPUT"),
+        ("quantize a b c", "unrecognized arguments: c"),
+        ("quantize a b --group_size 64", "unrecognized arguments: --group_size 64"),
+        ("quantize a b --seq 64", "unrecognized arguments: --seq 64"),
+        ("quantize a b --sequences many", "argument --sequences: invalid int value: 'many'"),
+        ("quantize a b --rules x", "unrecognized arguments: --rules x"),
+        ("evaluate m", "required: --text"),
+    ],
+)
+def test_wrong_line_is_one_line_and_exits_with_2(line, said, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parsed(line)
+    assert raised.value.code == 2
+    shown = capsys.readouterr().err
+    assert shown.startswith("quantmill: error: ")
+    assert said in shown
+    assert shown.count("\n") == 1
+
+
+def test_values_of_other_commands_have_defaults_and_are_checked():
+    values = values_of(parsed("evaluate m --text t.txt --sequence-length 64"))
+    assert values == {
+        "text_column": "text",
+        "sequence_length": 64,
+        "evaluation_sequences": 32,
+        "threads_per_worker": None,
+        "device": None,
+        "storage_engine": "obstore",
+    }
+    with pytest.raises(RecipeError, match="sequence_length must be at least 8") as raised:
+        values_of(parsed("evaluate m --text t.txt --sequence-length 1"))
+    assert raised.value.before_work
+
+
+@pytest.mark.parametrize("command", ["plan", "quantize"])
+def test_help_shows_every_option_with_text_and_default(command, capsys):
+    with pytest.raises(SystemExit) as raised:
+        parsed(f"{command} --help")
+    assert raised.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for name, (found, option) in option_fields().items():
+        if name == "rules":
+            continue
+        assert option.help in shown, name
+        if isinstance(found.default, str | int):
+            assert f"(default: {found.default})" in shown, name
+
+
+def test_every_command_knows_verbose_and_json():
+    for name, command in COMMANDS.items():
+        line = [name, *command.addresses, "--json", "--verbose"] + ["--text", "t"] * (name == "evaluate")
+        arguments = build_parser("quantmill").parse_args(line)
+        assert (arguments.command, arguments.json, arguments.verbose) == (name, True, True)

@@ -1,0 +1,188 @@
+"""Whole jobs on a tiny model in this process: what they write, report, refuse and resume."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quantlib.checkpoint.verify import verify_checkpoint
+from quantlib.errors import CorpusError, PackingError, PlanMismatchError, QuantError, RecipeError
+from quantlib.evaluation import evaluate_checkpoint
+from quantlib.inprocess import quantize
+from quantlib.job.conversion import Progress
+from quantlib.storage import normalize_uri, open_store
+from tests.support.tiny_jobs import shard_digests, tiny_options
+
+
+def _output(options) -> Path:
+    return Path(options.output)
+
+
+@pytest.mark.parametrize("output_format", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("method", ["gptq", "rtn"])
+def test_conversion_finished_output_is_verified_and_evaluates_to_the_reported_perplexity(
+    tmp_path, output_format, method
+):
+    options = tiny_options(tmp_path, format=output_format, method=method)
+    report = quantize(options)
+    uri = normalize_uri(options.output)
+    verified = verify_checkpoint(
+        open_store(uri), uri, source_uri=normalize_uri(options.source), source_store=open_store(uri)
+    )
+    assert verified.findings == ()
+    figures = report["evaluation"]
+    assert figures["tokens"] == 5 * 31
+    for model, key in ((options.source, "perplexity_original"), (options.output, "perplexity_quantized")):
+        measured = evaluate_checkpoint(
+            model,
+            options.evaluation,
+            text_column="text",
+            sequences=5,
+            sequence_length=32,
+            threads=1,
+            device="cpu",
+        )
+        assert math.isclose(measured["perplexity"], figures[key], rel_tol=1e-6), model
+    assert figures["kl_divergence"] > 0
+    assert [row["name"] for row in report["blocks"][0]["linears"]][:1] == ["model.layers.0.self_attn.q_proj"]
+    assert len(report["blocks"][0]["linears"]) == 7
+
+
+def test_conversion_gptq_has_smaller_layer_errors_than_rounding_to_nearest(tmp_path):
+    gptq = quantize(tiny_options(tmp_path, output=str(tmp_path / "gptq")))
+    rtn = quantize(tiny_options(tmp_path, output=str(tmp_path / "rtn"), method="rtn"))
+    gptq_error = [block["relative_error"] for block in gptq["blocks"]]
+    rtn_error = [block["relative_error"] for block in rtn["blocks"]]
+    assert sum(gptq_error) < 0.8 * sum(rtn_error)
+
+
+def test_conversion_everything_not_quantized_is_copied_byte_for_byte(tmp_path):
+    options = tiny_options(tmp_path)
+    quantize(options)
+    source, output = {}, {}
+    for folder, tensors in ((Path(options.source), source), (_output(options), output)):
+        for shard in folder.glob("*.safetensors"):
+            tensors.update(load_file(shard))
+    for name, tensor in source.items():
+        if not name.endswith("_proj.weight"):
+            assert torch.equal(output[name].view(torch.int16), tensor.view(torch.int16)), name
+    copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
+    for name in copied:
+        assert (_output(options) / name).read_bytes() == (Path(options.source) / name).read_bytes()
+
+
+def test_conversion_without_data_converts_unit_by_unit_to_the_same_bytes(tmp_path):
+    streamed = tiny_options(tmp_path, method="rtn", output=str(tmp_path / "streamed"))
+    alone = tiny_options(
+        tmp_path, method="rtn", calibration=None, evaluation=None, output=str(tmp_path / "alone")
+    )
+    quantize(streamed)
+    report = quantize(alone)
+    assert report["evaluation"] is None
+    assert report["calibration"] is None
+    assert shard_digests(_output(alone)) == shard_digests(_output(streamed))
+
+
+@pytest.mark.parametrize("propagation", ["original", "quantized"])
+def test_conversion_interrupted_anywhere_is_finished_to_the_same_bytes(tmp_path, propagation):
+    undisturbed = tiny_options(tmp_path, output=str(tmp_path / "whole"), propagation=propagation)
+    expected = quantize(undisturbed)
+    stopped = tiny_options(tmp_path, output=str(tmp_path / "stopped"), propagation=propagation)
+
+    class StopError(Exception):
+        pass
+
+    def stop_at(label: str):
+        def on_progress(progress: Progress) -> None:
+            if progress.label == label:
+                raise StopError
+
+        return on_progress
+
+    for label in ("block 1/3: capture", "block 2/3: evaluate", "block 3/3: solve", "head"):
+        with pytest.raises(StopError):
+            quantize(stopped, stop_at(label))
+        assert not (_output(stopped) / "config.json").exists()
+        assert not (_output(stopped) / "model.safetensors.index.json").exists()
+    report = quantize(stopped)
+    assert shard_digests(_output(stopped)) == shard_digests(_output(undisturbed))
+    assert "block-00000" in report["resumed_units"]
+    assert report["evaluation"] == expected["evaluation"]
+    assert [b["linears"] for b in report["blocks"]] == [b["linears"] for b in expected["blocks"]]
+
+
+def test_conversion_finished_output_is_left_alone(tmp_path):
+    options = tiny_options(tmp_path)
+    first = quantize(options)
+    before = shard_digests(_output(options))
+    assert quantize(options) == json.loads(json.dumps(first))
+    assert shard_digests(_output(options)) == before
+
+
+def test_conversion_quantized_propagation_calibrates_on_quantized_activations(tmp_path):
+    original = tiny_options(tmp_path, output=str(tmp_path / "original"))
+    quantized = tiny_options(tmp_path, output=str(tmp_path / "quantized"), propagation="quantized")
+    quantize(original)
+    quantize(quantized)
+    a, b = shard_digests(_output(original)), shard_digests(_output(quantized))
+    # Block 0 reads the same activations either way; from block 1 on they differ.
+    assert a["model-00002-of-00005.safetensors"] == b["model-00002-of-00005.safetensors"]
+    assert a["model-00003-of-00005.safetensors"] != b["model-00003-of-00005.safetensors"]
+
+
+def _assert_refused(options, kind: type[QuantError], words: str) -> None:
+    before = sorted(Path(options.output).parent.rglob("*"))
+    with pytest.raises(kind, match=words) as caught:
+        quantize(options)
+    assert caught.value.before_work
+    assert sorted(Path(options.output).parent.rglob("*")) == before
+
+
+def test_conversion_refuses_gptq_without_calibration_text(tmp_path):
+    with pytest.raises(RecipeError, match="calibration"):
+        tiny_options(tmp_path, calibration=None)
+
+
+def test_conversion_refuses_empty_calibration_text(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    _assert_refused(tiny_options(tmp_path, calibration=str(tmp_path / "empty.jsonl")), CorpusError, "empty")
+
+
+def test_conversion_refuses_a_group_size_the_format_cannot_hold(tmp_path):
+    _assert_refused(tiny_options(tmp_path, group_size=40), PackingError, "40")
+
+
+def test_conversion_refuses_an_output_that_holds_something_else(tmp_path):
+    options = tiny_options(tmp_path)
+    _output(options).mkdir()
+    (_output(options) / "notes.txt").write_text("mine")
+    _assert_refused(options, PlanMismatchError, "already holds something else")
+
+
+def test_conversion_refuses_another_job_on_the_same_output(tmp_path):
+    quantize(tiny_options(tmp_path))
+    _assert_refused(tiny_options(tmp_path, scheme="W8A16"), PlanMismatchError, "scheme was W4A16, now W8A16")
+
+
+def test_conversion_refuses_sequences_longer_than_the_model_can_read(tmp_path):
+    _assert_refused(tiny_options(tmp_path, sequence_length=1024), RecipeError, "128 positions")
+
+
+def test_conversion_refuses_a_source_replaced_since_it_began(tmp_path):
+    options = tiny_options(tmp_path)
+
+    def stop(progress: Progress) -> None:
+        if progress.label == "block 2/3: capture":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(options, stop)
+    shard = sorted(Path(options.source).glob("*.safetensors"))[1]
+    content = shard.read_bytes()
+    shard.unlink()
+    shard.write_bytes(content[:-2] + b"\x00\x01")
+    with pytest.raises(PlanMismatchError, match="source objects were replaced"):
+        quantize(options)

@@ -1,0 +1,162 @@
+"""The plan as data: what it names, what its identity depends on, and records that belong to it."""
+
+import dataclasses
+import json
+
+import pytest
+
+from quantlib.checkpoint.header import read_header
+from quantlib.errors import PackingError, PlanMismatchError
+from quantlib.inprocess import quantize
+from quantlib.job.estimate import describe_plan, format_plan
+from quantlib.job.manifest import DoneRecord, finished_units, read_plan, store_plan, store_record
+from quantlib.job.plan import plan_from_json, plan_to_json
+from quantlib.job.planner import build_plan
+from quantlib.storage import join_uri, open_store
+from tests.support.tiny_jobs import tiny_options
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("plan")
+
+
+@pytest.fixture(scope="module")
+def plan(root):
+    return build_plan(tiny_options(root), 1)[0]
+
+
+def test_plan_survives_json(plan):
+    stored = json.dumps(plan_to_json(plan))
+    again = plan_from_json(json.loads(stored))
+    assert json.dumps(plan_to_json(again)) == stored
+    assert again.blocks == plan.blocks
+    assert again.units == plan.units
+    assert again.identity() == plan.identity()
+
+
+def test_plan_of_another_schema_is_refused(plan):
+    with pytest.raises(PlanMismatchError, match="schema 99"):
+        plan_from_json({**plan_to_json(plan), "schema": 99})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"output": "elsewhere"},
+        {"work": "elsewhere"},
+        {"workers": 3},
+        {"runner": "ray"},
+        {"evaluation": None},
+        {"storage_engine": "s3fs"},
+        {"ray_address": "auto"},
+    ],
+)
+def test_plan_identity_does_not_depend_on_where_and_by_whom(root, plan, change):
+    assert build_plan(tiny_options(root, **change), 1)[0].identity() == plan.identity()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scheme": "W8A16"},
+        {"group_size": 16},
+        {"method": "rtn"},
+        {"format": "gptq"},
+        {"propagation": "quantized"},
+        {"sequences": 9},
+        {"seed": 1},
+        {"threads_per_worker": 2},
+        {"rules": [{"match": "*.down_proj", "keep": True}]},
+    ],
+)
+def test_plan_identity_depends_on_whatever_may_change_a_byte(root, plan, change):
+    assert build_plan(tiny_options(root, **change), 1)[0].identity() != plan.identity()
+
+
+def test_plan_shards_are_written_as_promised(root, plan):
+    options = tiny_options(root, output=str(root / "written"))
+    quantize(options)
+    store = open_store(plan.output)
+    for unit in plan.units:
+        header = read_header(store, store.head(join_uri(f"file://{root}/written", unit.shard)))
+        written = [(t.name, t.dtype, tuple(t.shape)) for t in header.tensors.values()]
+        assert written == [(t.name, t.dtype, t.shape) for t in unit.tensors]
+
+
+def test_plan_names_every_source_tensor_once(plan):
+    planned = [name for unit in plan.units for name in unit.copied]
+    planned += [f"{linear.name}.weight" for b in plan.blocks for linear in b.linears if linear.scheme]
+    assert len(planned) == len(set(planned))
+    assert {n for b in plan.blocks for n in b.tensors} <= set(planned)
+
+
+def test_plan_rules_keep_linears_and_mix_schemes(root):
+    rules = [
+        {"match": "*.down_proj", "scheme": "W8A16"},
+        {"match": "re:.*layers\\.0\\..*", "keep": True},
+    ]
+    mixed, _ = build_plan(tiny_options(root, rules=rules), 1)
+    assert all(linear.scheme is None for linear in mixed.blocks[0].linears if "down" not in linear.name)
+    bits = {linear.name.rsplit(".", 1)[1]: linear.scheme.bits for linear in mixed.blocks[1].linears}
+    assert bits["down_proj"] == 8
+    assert bits["q_proj"] == 4
+
+
+def test_plan_a_mix_the_layout_cannot_say_is_refused_before_work(root):
+    rules = [{"match": "*.down_proj", "scheme": "W4A16_ASYM"}]
+    with pytest.raises(PackingError, match="symmetric"):
+        build_plan(tiny_options(root, rules=rules, format="gptq"), 1)
+
+
+def test_manifest_first_plan_stays(tmp_path, plan):
+    store = open_store(f"file://{tmp_path}")
+    first = dataclasses.replace(plan, work=f"file://{tmp_path}/work")
+    store_plan(store, first)
+    store_plan(store, dataclasses.replace(first, threads=7))
+    stored = read_plan(store, first.work)
+    assert stored is not None
+    assert stored.threads == plan.threads
+
+
+def _record(plan, unit, **changes) -> DoneRecord:
+    values = {
+        "unit": unit.name,
+        "identity": plan.identity(),
+        "sha256": "0" * 64,
+        "size_bytes": 3,
+        "etag": "none",
+        "linears": (),
+    }
+    return DoneRecord(**{**values, **changes})
+
+
+def test_manifest_record_of_another_plan_is_refused_by_name(tmp_path, plan):
+    store = open_store(f"file://{tmp_path}")
+    here = dataclasses.replace(plan, work=f"file://{tmp_path}/work", output=f"file://{tmp_path}/out")
+    store_record(store, here.work, _record(here, here.units[0], identity="f" * 64))
+    with pytest.raises(PlanMismatchError, match=here.units[0].name):
+        finished_units(store, store, here)
+
+
+def test_manifest_unit_counts_as_finished_only_while_its_shard_is_what_was_recorded(tmp_path, plan):
+    store = open_store(f"file://{tmp_path}")
+    here = dataclasses.replace(plan, work=f"file://{tmp_path}/work", output=f"file://{tmp_path}/out")
+    unit = here.units[0]
+    info = store.write(join_uri(here.output, unit.shard), b"abc")
+    store_record(store, here.work, _record(here, unit, etag=info.etag))
+    assert set(finished_units(store, store, here)) == {unit.name}
+    store.write(join_uri(here.output, unit.shard), b"abd")
+    assert finished_units(store, store, here) == {}
+
+
+def test_estimate_counts_bytes_as_they_are_written(root, plan):
+    described = describe_plan(plan, num_workers=1, flops_per_second=1e9)
+    written = sum(path.stat().st_size for path in (root / "written").glob("*.safetensors"))
+    assert described["bytes_out"] == written
+    assert described["blocks"] == 3
+    assert described["linears_quantized"] == 21
+    assert described["linears_kept"] == ["lm_head"]
+    text = format_plan(described)
+    assert "3 blocks" in text
+    assert "21 linears to W4A16 g32 by gptq" in text
