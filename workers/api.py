@@ -1,0 +1,21 @@
+"""What flows may call: a crew of workers on a Ray cluster, for as long as a job runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from quantlib.job.crew import Crew
+from quantlib.job.options import JobOptions
+from workers.resources import block_workers, cluster
+from workers.transport import RayTransport
+
+
+@contextmanager
+def open_crew(options: JobOptions) -> Iterator[Crew]:
+    """Join or start Ray, place the workers, and free everything at the end, whatever happened.
+
+    Raises:
+        RecipeError: More workers than the machine can hold.
+        WorkerError: No cluster, or workers that could not be placed.
+    """
+    with cluster(options.ray_address), block_workers(options) as actors:
+        yield Crew(RayTransport(actors))
