@@ -1,0 +1,1 @@
+"""Prefect flows, their parameters, artifacts and deployments, and the `quantmill` command."""

@@ -1,0 +1,75 @@
+"""What a run shows in the Prefect UI: progress, a table of blocks, and a summary.
+
+Artifacts are a view. A Prefect server that cannot be reached costs the view and not the conversion: such a
+failure is logged and the run goes on.
+"""
+
+import time
+from collections.abc import Coroutine, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID
+
+import httpx
+from prefect.artifacts import (
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+from prefect.logging import get_run_logger
+
+from flows.summary import block_rows, summary_markdown
+from quantlib.job.conversion import Progress
+
+PROGRESS_KEY, BLOCKS_KEY, SUMMARY_KEY = "quantize-progress", "quantize-blocks", "quantize-summary"
+_MIN_INTERVAL_S = 3.0
+
+
+class ProgressArtifact:
+    """A progress bar in the UI, updated at most every few seconds."""
+
+    def __init__(self) -> None:
+        self._artifact: UUID | None = None
+        self._shown_at = float("-inf")
+
+    def show(self, progress: Progress) -> None:
+        """Bring the bar up to date, unless that was done a moment ago; the end is always shown."""
+        is_done = progress.done >= progress.total
+        if not is_done and time.monotonic() - self._shown_at < _MIN_INTERVAL_S:
+            return
+        self._shown_at = time.monotonic()
+        percent = 100.0 * min(1.0, progress.done / progress.total)
+        with _view_only():
+            if self._artifact is None:
+                self._artifact = _outside_event_loop(
+                    create_progress_artifact(percent, key=PROGRESS_KEY, description=progress.label)
+                )
+            else:
+                update_progress_artifact(self._artifact, percent, description=progress.label)
+
+
+def publish_report(report: Mapping[str, Any]) -> None:
+    """Leave the table of blocks and the summary of a finished run with it."""
+    with _view_only():
+        create_table_artifact(
+            block_rows(report), key=BLOCKS_KEY, description="Every block: error, time, damping, fallbacks"
+        )
+    with _view_only():
+        create_markdown_artifact(
+            summary_markdown(report), key=SUMMARY_KEY, description="What the conversion did"
+        )
+
+
+def _outside_event_loop(created: UUID | Coroutine[Any, Any, UUID]) -> UUID:
+    # Prefect's functions give a coroutine when they are called inside an event loop; a flow's body is not.
+    assert isinstance(created, UUID)
+    return created
+
+
+@contextmanager
+def _view_only() -> Iterator[None]:
+    try:
+        yield
+    except httpx.HTTPError as error:
+        get_run_logger().warning("an artifact could not be shown, the conversion goes on: %r", error)

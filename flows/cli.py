@@ -1,0 +1,104 @@
+"""The `quantmill` command.
+
+``quantize`` calls the flow in this process: against the configured Prefect server, or a temporary one.
+``serve`` registers deployments and executes their runs. Everything else is ``python -m quantlib`` in a child
+process. Exit codes: 0 done, 2 the request is wrong (nothing was written), 1 failed.
+"""
+
+import argparse
+import json
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+from flows.child_process import run_quantlib
+from flows.prefect_environment import prepare_prefect, refuse_unreachable_server
+from quantlib.errors import QuantError, RecipeError
+from quantlib.job.command_line import COMMANDS, Command, build_parser, options_of, values_of
+from quantlib.job.options import JobOptions
+
+_PROGRAM = "quantmill"
+_SERVE = Command(
+    help="Register the deployments with the configured Prefect server and execute their runs.",
+    addresses={},
+    others=(
+        ("--limit", {"type": int, "default": 1, "metavar": "N", "help": "Runs at a time. (default: 1)"}),
+    ),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: Arguments without the program's name; those of this process by default.
+
+    Returns:
+        The exit code.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser(_PROGRAM, {**COMMANDS, "serve": _SERVE}).parse_args(argv)
+    try:
+        return _dispatch(arguments, argv)
+    except QuantError as error:
+        if arguments.verbose:
+            traceback.print_exc()
+        print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
+        return 2 if error.before_work else 1
+    except KeyboardInterrupt:
+        print(f"{_PROGRAM}: interrupted; the same command continues the job", file=sys.stderr)
+        return 130
+
+
+def _dispatch(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
+    if arguments.command == "serve":
+        return _serve(arguments)
+    if arguments.command not in ("plan", "quantize"):
+        values_of(arguments)  # refused here, before a process that loads torch is started
+        return run_quantlib(argv)
+    options = options_of(arguments)
+    if arguments.command == "plan" or options.runner == "inprocess":
+        return run_quantlib(argv)
+    return _quantize(options, arguments)
+
+
+def _quantize(options: JobOptions, arguments: argparse.Namespace) -> int:
+    is_temporary = prepare_prefect(is_verbose=arguments.verbose)
+    if is_temporary:
+        print(f"{_PROGRAM}: starting a temporary Prefect server", file=sys.stderr)
+    else:
+        refuse_unreachable_server()
+    # Prefect reads its settings at import, so after prepare_prefect.
+    from flows.params import params_from
+    from flows.progress import progress_heard_by
+    from flows.quantize_model import quantize_model
+    from quantlib.job.progress_bar import progress_bar
+
+    with progress_bar() as show, progress_heard_by(show):
+        report = quantize_model(params_from(options))
+    _print_report(report, is_json=arguments.json)
+    return 0
+
+
+def _print_report(report: dict[str, Any], *, is_json: bool) -> None:
+    from flows.summary import report_uri
+    from quantlib.job.report_text import format_summary
+
+    if is_json:
+        print(json.dumps(report, indent=2))
+        return
+    print(format_summary(report))
+    print(f"report: {report_uri(report)}")
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    if arguments.limit < 1:
+        error = RecipeError(f"limit must be at least 1, found {arguments.limit}", option="limit")
+        error.before_work = True
+        raise error
+    refuse_unreachable_server()
+    from flows.deployments import serve_deployments
+
+    serve_deployments(arguments.limit)
+    return 0

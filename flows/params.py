@@ -1,0 +1,115 @@
+"""The form of a conversion: the table of job options as a pydantic model.
+
+Prefect stores the model's JSON schema with a deployment. Its server checks every submitted run against it
+(a wrong value is refused before a run exists) and its UI draws the form from it. So all that can be said in
+the schema is said there; what is left (a regular expression that does not compile, gptq without calibration
+text) is found by `options_from` when the run starts.
+"""
+
+import dataclasses
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, create_model
+
+from quantlib.job.option_table import REQUIRED, Option, fields_of, is_optional, kind_of
+from quantlib.job.options import JobOptions, options_from
+from quantlib.job.rules import Rule
+from quantlib.schemes import WHOLE_ROW
+
+# Literal with choices known only at run time; a type checker sees no type in it.
+_LITERAL: Any = Literal
+# In a flow the work is always spread over Ray workers; one process is the command line's business.
+_FLOW_RUNNERS = ("ray",)
+
+
+class _Form(BaseModel):
+    """What all generated forms share: unknown keys are refused, text is no number."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+def _field(found: dataclasses.Field[Any], option: Option, position: int) -> tuple[Any, Any]:
+    schema: dict[str, Any] = {"position": position}
+    kind: Any = kind_of(found)
+    if option.choices is not None:
+        kind = _LITERAL[option.choices]
+    elif option.minimum is not None and option.also_allowed is None:
+        kind = Annotated[int, Field(ge=option.minimum)]
+    elif option.minimum is not None:
+        # One number beside a range: the smaller is the minimum, what lies between is cut out. An anyOf would
+        # be exact too, but the form shows it as two tabs.
+        assert option.also_allowed == WHOLE_ROW
+        kind = Annotated[int, Field(ge=option.also_allowed)]
+        between = {"exclusiveMinimum": option.also_allowed, "exclusiveMaximum": option.minimum}
+        schema["not"] = {"type": "integer", **between}
+    elif kind is str:
+        kind = Annotated[str, Field(pattern=r"\S")]
+    elif kind is tuple:
+        kind = list[RuleParams]
+    annotation = kind | None if is_optional(found) else kind
+    title = found.name.replace("_", " ").capitalize()
+    return annotation, Field(_default(found), title=title, description=option.help, json_schema_extra=schema)
+
+
+def _default(found: dataclasses.Field[Any]) -> Any:
+    if found.default is REQUIRED:
+        return ...
+    # The schema's default must be what JSON can hold.
+    return list(found.default) if isinstance(found.default, tuple) else found.default
+
+
+def _fields(table: type) -> dict[str, Any]:
+    return {
+        name: _field(found, option, position)
+        for position, (name, (found, option)) in enumerate(fields_of(table).items())
+    }
+
+
+def _job_fields() -> dict[str, Any]:
+    fields = _fields(JobOptions)
+    found, option = fields_of(JobOptions)["runner"]
+    position = list(fields).index("runner")
+    fields["runner"] = _field(found, dataclasses.replace(option, choices=_FLOW_RUNNERS), position)
+    return fields
+
+
+class RuleParams(create_model("_RuleFields", __base__=_Form, **_fields(Rule))):
+    """An exception for some linears; the first rule that matches a linear decides."""
+
+    model_config = ConfigDict(title="Rule")
+
+
+class QuantizeParams(create_model("_JobFields", __base__=_Form, **_job_fields())):
+    """A conversion of one checkpoint."""
+
+    model_config = ConfigDict(title="Conversion")
+
+    @property
+    def title(self) -> str:
+        """What a run is called: the model's last path part and the scheme."""
+        values = self.model_dump()
+        model = values["source"].rstrip("/").rpartition("/")[2]
+        return f"{model} to {values['scheme']} g{values['group_size']} {values['format']}"
+
+    def to_options(self) -> JobOptions:
+        """The validated request.
+
+        Raises:
+            RecipeError: What the schema cannot say is wrong; see `options_from`.
+        """
+        return options_from(self.model_dump(exclude_unset=True))
+
+
+def params_from(options: JobOptions) -> QuantizeParams:
+    """The form filled with a validated request, for a run that the command line starts.
+
+    Only what differs from the defaults is filled in, so that a run shows what was asked for.
+    """
+    values = {
+        name: getattr(options, name)
+        for name, (found, _) in fields_of(JobOptions).items()
+        if getattr(options, name) != found.default
+    }
+    if "rules" in values:
+        values["rules"] = list(values["rules"])
+    return QuantizeParams.model_validate(values)

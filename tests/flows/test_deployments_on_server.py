@@ -1,0 +1,134 @@
+"""Deployments on a real server: `quantmill serve`, `prefect deploy`, and what the server refuses."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.flows.conftest import REPOSITORY, PrefectServer, stop, wait_until
+
+pytestmark = pytest.mark.slow
+QUANTMILL = Path(sys.executable).parent / "quantmill"
+REQUEST = {"source": "s3://models/tiny", "output": "s3://models/out", "method": "rtn"}
+
+
+def is_registered(server: PrefectServer, name: str) -> bool:
+    with server.client() as client:
+        return client.get(f"/deployments/name/quantize-model/{name}").status_code == 200
+
+
+@pytest.fixture(scope="module")
+def served(prefect_server: PrefectServer, tmp_path_factory) -> Iterator[PrefectServer]:
+    """A server with which `quantmill serve` has registered, stopped again so that no run is executed."""
+    folder = tmp_path_factory.mktemp("serve")
+    with (folder / "serve.log").open("wb") as log:
+        process = subprocess.Popen(
+            [QUANTMILL, "serve"],
+            env=prefect_server.environment,
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        wait_until(
+            lambda: process.poll() is not None or is_registered(prefect_server, "nightly-example"),
+            120,
+            "the registration",
+        )
+        assert process.poll() is None, (folder / "serve.log").read_text()
+    finally:
+        stop(process)
+    yield prefect_server
+
+
+def submit(server: PrefectServer, params: dict) -> httpx.Response:
+    deployment = server.deployment("on-demand")
+    with server.client() as client:
+        body = {"parameters": {"params": params}}
+        return client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body)
+
+
+def test_serve_registers_a_form_with_constraints_texts_and_defaults(served):
+    schema = served.deployment("on-demand")["parameter_openapi_schema"]
+    form = schema["definitions"]["QuantizeParams"]
+    assert schema["required"] == ["params"]
+    assert form["required"] == ["source", "output"]
+    assert form["additionalProperties"] is False
+    assert form["properties"]["scheme"]["enum"] == ["W4A16", "W8A16", "W4A16_ASYM", "W8A16_ASYM"]
+    assert form["properties"]["sequences"]["minimum"] == 1
+    assert form["properties"]["sequence_length"]["default"] == 2048
+    assert form["properties"]["evaluation"]["description"].startswith("Held-out text")
+
+
+def test_serve_registers_a_schedule_that_is_off(served):
+    deployment = served.deployment("nightly-example")
+    (schedule,) = deployment["schedules"]
+    assert schedule["active"] is False
+    assert schedule["schedule"]["cron"] == "0 2 * * *"
+    assert set(deployment["parameters"]["params"]) >= {"source", "output", "calibration"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "field"),
+    [
+        ({"group_size": 5}, "params.group_size"),
+        ({"scheme": "W3A16"}, "params.scheme"),
+        ({"sequences": 0}, "params.sequences"),
+        ({"sequences": "64"}, "params.sequences"),
+        ({"source": " "}, "params.source"),
+        ({"runner": "inprocess"}, "params.runner"),
+        ({"rules": [{"match": "*", "bits": 4}]}, "params.rules[0]"),
+        ({"bogus": 1}, "'bogus' was unexpected"),
+    ],
+)
+def test_wrong_run_is_refused_before_it_exists(served, wrong, field):
+    answer = submit(served, {**REQUEST, **wrong})
+    assert answer.status_code == 409
+    assert field in answer.json()["detail"]
+
+
+def test_right_run_is_accepted(served):
+    answer = submit(served, {**REQUEST, "group_size": -1, "workers": None, "rules": [{"match": "*"}]})
+    assert answer.status_code == 201
+    with served.client() as client:
+        client.delete(f"/flow_runs/{answer.json()['id']}").raise_for_status()
+
+
+def prefect(server: PrefectServer, *words: str) -> str:
+    ended = subprocess.run(
+        [sys.executable, "-m", "prefect", "--no-prompt", *words],
+        env=server.environment | {"QUANTMILL_HOME": os.fspath(REPOSITORY)},
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
+def test_prefect_yaml_deploys_to_a_work_pool_with_its_schedule_off(prefect_server):
+    prefect(prefect_server, "work-pool", "create", "quantmill", "--type", "process")
+    prefect(prefect_server, "deploy", "--all", "--prefect-file", "infra/prefect/prefect.yaml")
+    deployment = prefect_server.deployment("on-pool")
+    (schedule,) = deployment["schedules"]
+    assert schedule["active"] is False
+    assert schedule["schedule"]["cron"] == "0 2 * * *"
+    assert deployment["work_pool_name"] == "quantmill"
+    assert deployment["global_concurrency_limit"]["limit"] == 1
+    assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
+    (pull,) = deployment["pull_steps"]
+    assert pull == {"prefect.deployments.steps.set_working_directory": {"directory": str(REPOSITORY)}}
+    assert deployment["enforce_parameter_schema"] is True
+
+
+def test_prefect_yaml_parameters_are_a_valid_request(prefect_server):
+    from flows.params import QuantizeParams
+
+    stored = prefect_server.deployment("on-pool")["parameters"]["params"]
+    assert QuantizeParams.model_validate(stored).to_options().group_size == 128

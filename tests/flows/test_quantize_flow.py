@@ -1,0 +1,191 @@
+"""The real thing on a tiny model: through the command line and through the Prefect API."""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.flows.conftest import PrefectServer, clean_environment, stop, wait_until
+from tests.support.tiny_jobs import shard_digests, tiny_source, tiny_text
+
+pytestmark = pytest.mark.slow
+QUANTMILL = Path(sys.executable).parent / "quantmill"
+_RUN_TIMEOUT_S = 400
+_FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    tiny_source(folder / "tiny")
+    tiny_text(folder / "calibration.jsonl", seed=1)
+    tiny_text(folder / "evaluation.jsonl", seed=2)
+    return folder
+
+
+def request(inputs: Path, output: Path) -> dict[str, Any]:
+    return {
+        "source": str(inputs / "tiny"),
+        "output": str(output),
+        "calibration": str(inputs / "calibration.jsonl"),
+        "evaluation": str(inputs / "evaluation.jsonl"),
+        "group_size": 32,
+        "sequences": 6,
+        "sequence_length": 32,
+        "evaluation_sequences": 2,
+        "workers": 1,
+        "threads_per_worker": 1,
+        "device": "cpu",
+    }
+
+
+def command(values: dict[str, Any], *more: str) -> list[str]:
+    flags = [
+        word
+        for name, value in values.items()
+        if name not in ("source", "output")
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return [str(QUANTMILL), "quantize", values["source"], values["output"], *flags, *more]
+
+
+def run(words: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess:
+    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=_RUN_TIMEOUT_S)
+
+
+@pytest.fixture(scope="module")
+def converted(prefect_server: PrefectServer, inputs: Path, tmp_path_factory) -> dict[str, Any]:
+    """The report of a conversion that the command line did against the server."""
+    output = tmp_path_factory.mktemp("command") / "out"
+    ended = run(command(request(inputs, output), "--json"), prefect_server.environment)
+    assert ended.returncode == 0, ended.stderr
+    assert "done" in ended.stderr.splitlines()[-1]
+    return json.loads(ended.stdout)
+
+
+def only_run(server: PrefectServer, flow_run_id: str | None) -> dict[str, Any]:
+    """The flow run of that id, or the only one that no deployment started."""
+    query = {
+        "flow_runs": {"deployment_id": {"is_null_": True}},
+        "flows": {"name": {"any_": ["quantize-model"]}},
+    }
+    if flow_run_id is not None:
+        query = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
+    with server.client() as client:
+        (found,) = client.post("/flow_runs/filter", json=query).json()
+    return found
+
+
+def artifacts_of(server: PrefectServer, flow_run_id: str) -> dict[str, Any]:
+    with server.client() as client:
+        query = {"artifacts": {"flow_run_id": {"any_": [flow_run_id]}}}
+        return {found["key"]: found["data"] for found in client.post("/artifacts/filter", json=query).json()}
+
+
+def stage_names(server: PrefectServer, flow_run_id: str) -> set[str]:
+    with server.client() as client:
+        query = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
+        return {found["name"] for found in client.post("/task_runs/filter", json=query).json()}
+
+
+def test_command_line_converts_and_the_run_is_on_the_server(prefect_server, converted, inputs):
+    assert converted["runner"] == "ray"
+    assert len(converted["blocks"]) == 3
+    found = only_run(prefect_server, None)
+    assert found["state"]["type"] == "COMPLETED"
+    assert found["name"] == "tiny to W4A16 g32 compressed-tensors"
+    assert found["parameters"]["params"]["source"] == str(inputs / "tiny")
+    wanted = {"plan", "head", "publish", *(f"block {k}/3: solve" for k in (1, 2, 3))}
+    wait_until(lambda: stage_names(prefect_server, found["id"]) >= wanted, 60, "the arrival of the task runs")
+    shown = artifacts_of(prefect_server, found["id"])
+    assert shown["quantize-progress"] == 100.0
+    assert [row["block"] for row in json.loads(shown["quantize-blocks"])] == [0, 1, 2]
+    assert "quantmill_report.html" in shown["quantize-summary"]
+
+
+def test_one_process_gives_the_same_bytes_as_the_flow(converted, inputs, tmp_path):
+    ended = run(
+        command(request(inputs, tmp_path / "out"), "--runner", "inprocess"), clean_environment(tmp_path)
+    )
+    assert ended.returncode == 0, ended.stderr
+    digests = shard_digests(tmp_path / "out")
+    assert digests == {shard["name"]: shard["sha256"] for shard in converted["shards"]}
+
+
+def test_wrong_source_exits_2_with_one_line_and_writes_nothing(prefect_server, tmp_path):
+    values = {"source": str(tmp_path / "none"), "output": str(tmp_path / "out"), "method": "rtn"}
+    ended = run(command(values), prefect_server.environment)
+    assert ended.returncode == 2, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("quantmill: error: ")
+    assert "Traceback" not in ended.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def scratch() -> Iterator[Path]:
+    """A folder for temporary files with a short name: Ray puts sockets there, whose paths have 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="qm", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
+
+
+def test_without_a_server_a_temporary_one_is_used_and_leaves_nothing(inputs, tmp_path, scratch):
+    environment = clean_environment(tmp_path) | {"TMPDIR": str(scratch), "HOME": str(tmp_path / "home")}
+    del environment["PREFECT_HOME"]
+    values = {"source": str(inputs / "tiny"), "output": str(tmp_path / "out"), "method": "rtn"}
+    settings = {"group_size": 32, "workers": 1, "threads_per_worker": 1, "device": "cpu"}
+    ended = run(command({**values, **settings}), environment)
+    assert ended.returncode == 0, ended.stderr
+    assert f"{tmp_path / 'out'}/quantmill_report.html" in ended.stdout
+    assert not list(scratch.glob("quantmill-prefect-*"))
+
+
+@pytest.fixture
+def serving(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[Path]:
+    """`quantmill serve`, executing runs; gives its log."""
+    log_path = tmp_path / "serve.log"
+    with log_path.open("wb") as log:
+        process = subprocess.Popen(
+            [QUANTMILL, "serve"],
+            env=prefect_server.environment,
+            cwd=tmp_path,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        yield log_path
+    finally:
+        stop(process)
+
+
+def test_run_created_through_the_api_is_executed_by_serve(
+    prefect_server, serving, inputs, converted, tmp_path
+):
+    def is_registered() -> bool:
+        with prefect_server.client() as client:
+            found = client.get("/deployments/name/quantize-model/on-demand")
+            return found.status_code == 200 and found.json()["status"] == "READY"
+
+    wait_until(is_registered, 120, "the registration")
+    deployment = prefect_server.deployment("on-demand")
+    with prefect_server.client() as client:
+        body = {"parameters": {"params": request(inputs, tmp_path / "out")}}
+        created = client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body)
+    assert created.status_code == 201, created.text
+    run_id = created.json()["id"]
+    wait_until(
+        lambda: only_run(prefect_server, run_id)["state"]["type"] in _FINAL, _RUN_TIMEOUT_S, "the served run"
+    )
+    assert only_run(prefect_server, run_id)["state"]["type"] == "COMPLETED", serving.read_text()
+    assert set(artifacts_of(prefect_server, run_id)) == {
+        "quantize-progress",
+        "quantize-blocks",
+        "quantize-summary",
+    }
+    wanted = {shard["name"]: shard["sha256"] for shard in converted["shards"]}
+    assert shard_digests(tmp_path / "out") == wanted
