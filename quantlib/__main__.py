@@ -91,16 +91,18 @@ def _verify(parsed: argparse.Namespace) -> int:
 
 def _evaluate(parsed: argparse.Namespace) -> int:
     values = values_of(parsed)
-    result = evaluate_checkpoint(
-        parsed.model,
-        parsed.text,
-        text_column=values["text_column"],
-        sequences=values["evaluation_sequences"],
-        sequence_length=values["sequence_length"],
-        threads=values["threads_per_worker"],
-        device=values["device"],
-        storage_engine=values["storage_engine"],
-    )
+    with progress_bar() as show:
+        result = evaluate_checkpoint(
+            parsed.model,
+            parsed.text,
+            text_column=values["text_column"],
+            sequences=values["evaluation_sequences"],
+            sequence_length=values["sequence_length"],
+            threads=values["threads_per_worker"],
+            device=values["device"],
+            storage_engine=values["storage_engine"],
+            on_progress=show,
+        )
     text = f"{result['model']}: perplexity {result['perplexity']:.4f} over {result['tokens']} tokens"
     print(json.dumps(result, indent=1) if parsed.json else text)
     return 0

@@ -3,7 +3,7 @@
 The model is never in memory: one block's weights, the activations of the rows, and at the end the head.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,8 @@ from quantlib.calibration.corpus import load_tokenizer, rows_digest, token_rows
 from quantlib.calibration.documents import read_documents
 from quantlib.checkpoint.decoder import DecodedCheckpoint
 from quantlib.checkpoint.index import open_checkpoint
-from quantlib.machine import computes_fast_in_bfloat16, default_threads, device_kind
+from quantlib.job.conversion import Progress
+from quantlib.machine import cell_tokens, compute_dtype, default_threads, device_kind
 from quantlib.model.skeleton import load_skeleton, run_block
 from quantlib.steps import perplexity, score_streams
 from quantlib.storage import normalize_uri, open_store
@@ -28,13 +29,13 @@ def evaluate_checkpoint(
     threads: int | None = None,
     device: str | None = None,
     storage_engine: str = "obstore",
-    on_block: Callable[[int, int], None] = lambda _done, _total: None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Next-token perplexity inside rows of ``sequence_length`` tokens of a text.
 
     Args:
         threads: CPU threads; by default all cores.
-        on_block: Called with blocks done and blocks in all.
+        on_progress: Called before every block, and before the head.
 
     Returns:
         ``perplexity``, ``tokens``, ``sequences``, ``digest`` of the rows, ``model``.
@@ -47,7 +48,6 @@ def evaluate_checkpoint(
     store = open_store(uri, storage_engine)
     checkpoint = open_checkpoint(store, uri)
     weights = DecodedCheckpoint(store, checkpoint)
-    skeleton = load_skeleton(weights.config, weights.names)
     rows_BT = token_rows(
         read_documents(text, text_column),
         load_tokenizer(store, checkpoint),
@@ -57,26 +57,10 @@ def evaluate_checkpoint(
     )
     kind = device_kind(device)
     place = torch.device("cuda" if kind.startswith("cuda") else "cpu")
-    dtype = torch.bfloat16 if computes_fast_in_bfloat16(kind) else torch.float32
-    cells = rows_BT.to(place).split(max(1, 4096 // sequence_length))
+    dtype = getattr(torch, compute_dtype(weights.config, kind))
+    cells = rows_BT.to(place).split(max(1, cell_tokens(kind) // sequence_length))
     with torch.inference_mode():
-        outer = skeleton.build_outer(weights.read(skeleton.prelude_tensors), dtype=dtype, device=place)
-        embedded = [outer.embed(cell) for cell in cells]
-        streams = [hidden for hidden, _ in embedded]
-        # The last cell may hold fewer rows, so block inputs are kept by shape.
-        inputs = {tuple(cell.shape): given for cell, (_, given) in zip(cells, embedded, strict=True)}
-        del outer, embedded
-        for index in range(skeleton.num_blocks):
-            tensors = weights.read(skeleton.block_spec(index).tensors)
-            block = skeleton.build_block(index, tensors, dtype=dtype, device=place)
-            for number, cell in enumerate(cells):
-                streams[number] = run_block(block, streams[number], inputs[tuple(cell.shape)][index])
-            on_block(index + 1, skeleton.num_blocks)
-        outer = skeleton.build_outer(weights.read(skeleton.tail_tensors), dtype=torch.float32, device=place)
-        sums = [
-            score_streams(outer, cell, stream.float(), None)
-            for cell, stream in zip(cells, streams, strict=True)
-        ]
+        sums = _score(weights, cells, dtype, place, on_progress)
     tokens = sum(cell["tokens"] for cell in sums)
     return {
         "model": uri,
@@ -85,3 +69,32 @@ def evaluate_checkpoint(
         "sequences": len(rows_BT),
         "digest": rows_digest(rows_BT),
     }
+
+
+def _score(
+    weights: DecodedCheckpoint,
+    cells: Sequence[torch.Tensor],
+    dtype: torch.dtype,
+    device: torch.device,
+    on_progress: Callable[[Progress], None],
+) -> list[dict[str, float]]:
+    """Run all cells through the model, one block at a time; the sums of `score_streams` for every cell."""
+    skeleton = load_skeleton(weights.config, weights.names)
+    outer = skeleton.build_outer(weights.read(skeleton.prelude_tensors), dtype=dtype, device=device)
+    embedded = [outer.embed(cell) for cell in cells]
+    streams = [hidden for hidden, _ in embedded]
+    # The last cell may hold fewer rows, so block inputs are kept by shape.
+    inputs = {tuple(cell.shape): given for cell, (_, given) in zip(cells, embedded, strict=True)}
+    del outer, embedded
+    total = skeleton.num_blocks + 1.0
+    for index in range(skeleton.num_blocks):
+        on_progress(Progress(done=index, total=total, label=f"block {index + 1}/{skeleton.num_blocks}"))
+        tensors = weights.read(skeleton.block_spec(index).tensors)
+        block = skeleton.build_block(index, tensors, dtype=dtype, device=device)
+        for number, cell in enumerate(cells):
+            streams[number] = run_block(block, streams[number], inputs[tuple(cell.shape)][index])
+    on_progress(Progress(done=total - 1, total=total, label="head"))
+    outer = skeleton.build_outer(weights.read(skeleton.tail_tensors), dtype=torch.float32, device=device)
+    return [
+        score_streams(outer, cell, stream.float(), None) for cell, stream in zip(cells, streams, strict=True)
+    ]

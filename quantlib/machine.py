@@ -2,6 +2,8 @@
 
 import os
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 
@@ -18,12 +20,23 @@ def device_kind(wanted: str | None) -> str:
     return f"cpu-{torch.backends.cpu.get_cpu_capability().lower().replace(' ', '-')}"
 
 
-def computes_fast_in_bfloat16(kind: str) -> bool:
-    """Whether matrix products of bf16 are faster here than those of fp32.
+def compute_dtype(config: Mapping[str, Any], kind: str) -> str:
+    """Name of the dtype in which a model's blocks run: its own where this device is fast in it, else fp32.
 
-    A CPU without AMX emulates them at a seventh of the fp32 rate.
+    Args:
+        config: Values of ``config.json``.
+        kind: From `device_kind`. A CPU without AMX emulates bf16 products at a seventh of the fp32 rate.
     """
-    return kind.startswith("cuda") or torch.cpu._is_amx_tile_supported()
+    stored = str(config.get("dtype") or config.get("torch_dtype") or "float32").removeprefix("torch.")
+    is_gpu = kind.startswith("cuda")
+    if stored == "bfloat16" and (is_gpu or torch.cpu._is_amx_tile_supported()):
+        return "bfloat16"
+    return "float16" if stored == "float16" and is_gpu else "float32"
+
+
+def cell_tokens(kind: str) -> int:
+    """Tokens in a cell: enough to fill matrix products, few enough that its activations stay small."""
+    return 16384 if kind.startswith("cuda") else 4096
 
 
 def default_threads(num_workers: int) -> int:

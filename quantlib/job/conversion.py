@@ -96,6 +96,7 @@ def convert(
     with _before_work():
         prepared = stages.submit("plan", crew.prepare, options).result()
     if prepared["report"] is not None:
+        on_progress(Progress(done=1.0, total=1.0, label="finished before, nothing to do"))
         return prepared["report"]
     plan: Plan = prepared["plan"]
     run = _Run(plan, crew, stages, on_progress, dict(prepared["finished"]))

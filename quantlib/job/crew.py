@@ -6,6 +6,7 @@ as the value it stands for. Tensors travel only so, never through this object. E
 stage of the conversion.
 """
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -13,8 +14,11 @@ from quantlib.errors import NumericsError, QuantError
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
+from quantlib.storage import normalize_uri
 
 Handle = Any
+
+_ADDRESSES = ("source", "output", "work", "calibration", "evaluation")
 
 # Calibration rows whose activations overflow are left out; with more of them than this the model or the
 # text is at fault and codes fitted to the rest would be worth little.
@@ -58,8 +62,13 @@ class Crew:
         return self._transport.num_workers
 
     def prepare(self, options: JobOptions) -> dict[str, Any]:
-        """Plan the job in a worker process; see `quantlib.job.planner.prepare`."""
-        return self._one("prepare", options, self.num_workers)
+        """Plan the job in a worker process; see `quantlib.job.planner.prepare`.
+
+        Paths are made absolute here: a worker may run in another folder.
+        """
+        given = {name: getattr(options, name) for name in _ADDRESSES}
+        absolute = {name: normalize_uri(uri) for name, uri in given.items() if uri is not None}
+        return self._one("prepare", dataclasses.replace(options, **absolute), self.num_workers)
 
     def open(self, plan: Plan) -> None:
         """Give every worker the plan and its share of the cells."""

@@ -91,7 +91,7 @@ class JobOptions:
         choices=("ray", "inprocess"),
     )
     workers: int | None = declare(
-        None, _RUN, "Workers; by default one for each GPU, or one on a machine without.", minimum=1
+        None, _RUN, "Workers; by default one for each GPU, or up to four on CPU cores.", minimum=1
     )
     threads_per_worker: int | None = declare(
         None, _RUN, "CPU threads of a worker; by default an equal share.", minimum=1, in_identity=True

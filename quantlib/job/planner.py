@@ -24,7 +24,7 @@ from quantlib.job.manifest import finished_units, read_plan, store_plan, tokens_
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
 from quantlib.job.report import REPORT_NAME
-from quantlib.machine import computes_fast_in_bfloat16, default_threads, device_kind
+from quantlib.machine import cell_tokens, compute_dtype, default_threads, device_kind
 from quantlib.model.skeleton import BlockSpec, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.packing.contracts import PackingFormat
@@ -33,8 +33,6 @@ from quantlib.recipe import rule_for
 from quantlib.storage import Store, join_uri, normalize_uri, open_store
 from quantlib.tokens import store_rows
 
-# Tokens in a cell: enough to fill matrix products, few enough that activations of one cell stay small.
-_CELL_TOKENS = {"cpu": 4096, "cuda": 16384}
 _VERSIONED = ("quantmill", "torch", "transformers")
 
 
@@ -283,25 +281,11 @@ def _machine_settings(
             "sequences_per_cell": stored.sequences_per_cell,
             "compute_dtype": stored.compute_dtype,
         }
-    cell_tokens = _CELL_TOKENS[kind.split("-")[0]]
     return {
         "threads": options.threads_per_worker or default_threads(num_workers),
-        "sequences_per_cell": max(1, cell_tokens // options.sequence_length),
-        "compute_dtype": _compute_dtype(checkpoint, kind),
+        "sequences_per_cell": max(1, cell_tokens(kind) // options.sequence_length),
+        "compute_dtype": compute_dtype(checkpoint.config, kind),
     }
-
-
-def _compute_dtype(checkpoint: Checkpoint, kind: str) -> str:
-    """The source's own dtype where the device is fast in it, else fp32."""
-    sizes: dict[str, int] = {}
-    for entry in checkpoint.tensors.values():
-        sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.end - entry.start
-    stored = max(sorted(sizes), key=lambda name: sizes[name])
-    if stored == "BF16" and computes_fast_in_bfloat16(kind):
-        return "bfloat16"
-    if stored == "F16" and kind.startswith("cuda"):
-        return "float16"
-    return "float32"
 
 
 def _refuse_occupied(store: Store, output: str) -> None:

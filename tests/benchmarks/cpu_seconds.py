@@ -1,10 +1,11 @@
 """Runs a command and tells what it cost, counting every process it started, daemons included.
 
-``time`` misses what outlives its parent, and Ray's daemons do. Here this process adopts orphans
-(PR_SET_CHILD_SUBREAPER, Linux), so that each descendant is reaped either by its own parent, whose figures
-then include it, or by this one. What still runs some seconds after the command ended is terminated by its
-process id, then reaped like the rest. Not seen: children of a process that ignores SIGCHLD, and work done for
-the command by servers that already ran.
+``time`` misses what outlives its parent, and Ray's daemons do; the figures of reaped children miss what the
+parent never waits for, and Ray's raylet ignores SIGCHLD. So this process adopts orphans
+(PR_SET_CHILD_SUBREAPER, Linux) and, twenty times a second, notes what every descendant has used so far
+(/proc/PID/stat): the last note of each counts. What still runs some seconds after the command ended is
+terminated by its process id, then reaped. Not seen: the last twentieth of a second of a process, and work
+done for the command by servers that already ran.
 
     python tests/benchmarks/cpu_seconds.py [--json] [--grace SECONDS] -- COMMAND [ARGUMENT ...]
 
@@ -19,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 _PR_SET_CHILD_SUBREAPER = 36
@@ -33,26 +34,48 @@ class Cost:
 
     Attributes:
         wall_seconds: From start to the end of the command itself; waiting for daemons does not count.
-        user_seconds: CPU seconds in user mode, over all processes.
-        system_seconds: CPU seconds in the kernel, over all processes.
+        cpu_seconds: In user mode and in the kernel, over all processes.
+        by_name: The same by name of the process, the dearest first.
         peak_rss_bytes: Largest resident size that a single process reached.
-        processes: Direct children and orphans reaped here.
+        processes: Descendants seen.
         terminated: How many of them had to be told to end.
         status: Exit status of the command; 128 + n when signal n ended it.
     """
 
     wall_seconds: float = 0.0
-    user_seconds: float = 0.0
-    system_seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    by_name: dict[str, float] = field(default_factory=dict)
     peak_rss_bytes: int = 0
     processes: int = 0
     terminated: int = 0
     status: int = 0
 
-    @property
-    def cpu_seconds(self) -> float:
-        """User and system together."""
-        return self.user_seconds + self.system_seconds
+
+@dataclass(slots=True)
+class _Notes:
+    """What every descendant had used when it was last seen, by process id and start time."""
+
+    cost: Cost
+    seen: dict[tuple[int, str], tuple[str, float]] = field(default_factory=dict)
+
+    def take(self) -> None:
+        ticks = os.sysconf("SC_CLK_TCK")
+        for pid in descendants(os.getpid()):
+            try:
+                name, _, rest = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")
+            except OSError:
+                continue
+            values = rest.split()
+            used = (int(values[11]) + int(values[12])) / ticks
+            self.seen[pid, values[19]] = (name.partition("(")[2], used)
+
+    def total(self) -> None:
+        by_name: dict[str, float] = {}
+        for name, used in self.seen.values():
+            by_name[name] = by_name.get(name, 0.0) + used
+        self.cost.by_name = dict(sorted(by_name.items(), key=lambda item: -item[1]))
+        self.cost.cpu_seconds = sum(by_name.values())
+        self.cost.processes = len(self.seen)
 
 
 def measure(command: list[str], grace_s: float) -> Cost:
@@ -66,25 +89,28 @@ def measure(command: list[str], grace_s: float) -> Cost:
     if libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "this kernel lets no process adopt orphans")
     cost = Cost()
+    notes = _Notes(cost)
     start = time.monotonic()
     child = subprocess.Popen(command)
     try:
-        _reap_until(cost, child.pid, deadline=None)
+        _reap_until(notes, child.pid, deadline=None)
         cost.wall_seconds = time.monotonic() - start
     finally:
-        _end_leftovers(cost, child, grace_s)
+        _end_leftovers(notes, child, grace_s)
+        notes.total()
     return cost
 
 
-def _end_leftovers(cost: Cost, child: subprocess.Popen, grace_s: float) -> None:
+def _end_leftovers(notes: _Notes, child: subprocess.Popen, grace_s: float) -> None:
+    cost = notes.cost
     # subprocess must not wait for a child that was reaped behind its back.
     child.returncode = cost.status
     for limit_s, kind in ((grace_s, signal.SIGTERM), (_TERMINATION_TIMEOUT_S, signal.SIGKILL)):
-        if _reap_until(cost, None, deadline=time.monotonic() + limit_s):
+        if _reap_until(notes, None, deadline=time.monotonic() + limit_s):
             return
         _signal(cost, kind)
     # A killed process may leave children, which are ours from then on.
-    while not _reap_until(cost, None, deadline=time.monotonic() + 1.0):
+    while not _reap_until(notes, None, deadline=time.monotonic() + 1.0):
         _signal(cost, signal.SIGKILL)
 
 
@@ -99,9 +125,11 @@ def _signal(cost: Cost, kind: signal.Signals) -> None:
             continue
 
 
-def _reap_until(cost: Cost, pid: int | None, deadline: float | None) -> bool:
+def _reap_until(notes: _Notes, pid: int | None, deadline: float | None) -> bool:
     """Reap until the process with this id ended (None: until no child is left); False past the deadline."""
+    cost = notes.cost
     while True:
+        notes.take()
         try:
             ended, status, usage = os.wait4(-1, os.WNOHANG)
         except ChildProcessError:
@@ -111,9 +139,6 @@ def _reap_until(cost: Cost, pid: int | None, deadline: float | None) -> bool:
                 return False
             time.sleep(_POLL_S)
             continue
-        cost.processes += 1
-        cost.user_seconds += usage.ru_utime
-        cost.system_seconds += usage.ru_stime
         cost.peak_rss_bytes = max(cost.peak_rss_bytes, usage.ru_maxrss * 1024)
         if ended == pid:
             code = os.waitstatus_to_exitcode(status)
@@ -154,12 +179,11 @@ def main() -> int:
         parser.error("wanted a command after --, found none")
     cost = measure(command, arguments.grace)
     if arguments.json:
-        print(json.dumps({**asdict(cost), "cpu_seconds": cost.cpu_seconds}), flush=True)
+        print(json.dumps(asdict(cost)), flush=True)
         return cost.status
     print(
-        f"wall {cost.wall_seconds:.1f} s, CPU {cost.cpu_seconds:.1f} s (user {cost.user_seconds:.1f},"
-        f" system {cost.system_seconds:.1f}), largest process {cost.peak_rss_bytes / 2**30:.2f} GiB,"
-        f" {cost.processes} processes reaped, {cost.terminated} terminated",
+        f"wall {cost.wall_seconds:.1f} s, CPU {cost.cpu_seconds:.1f} s, largest reaped process"
+        f" {cost.peak_rss_bytes / 2**30:.2f} GiB, {cost.processes} processes, {cost.terminated} terminated",
         file=sys.stderr,
     )
     return cost.status
