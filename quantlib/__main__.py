@@ -12,7 +12,16 @@ from typing import Any
 
 from quantlib.checkpoint.inspect import format_inspection, inspect_checkpoint
 from quantlib.checkpoint.verify import verify_checkpoint
-from quantlib.errors import ObjectNotFoundError, PlanMismatchError, QuantError
+from quantlib.errors import (
+    CheckpointError,
+    CorpusError,
+    ObjectNotFoundError,
+    PackingError,
+    PlanMismatchError,
+    QuantError,
+    RecipeError,
+    UnsupportedModelError,
+)
 from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize
 from quantlib.job.command_line import COMMANDS, build_parser, options_of, values_of
@@ -21,8 +30,19 @@ from quantlib.job.planner import build_plan
 from quantlib.job.progress_bar import progress_bar
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_text import format_report, format_summary
-from quantlib.machine import measured_flops_per_second
+from quantlib.machine import default_threads, measured_flops_per_second
 from quantlib.storage import join_uri, normalize_uri, open_store
+
+# What a command other than quantize raises when it was asked for something that cannot be.
+_REQUEST_ERRORS = (
+    CheckpointError,
+    CorpusError,
+    ObjectNotFoundError,
+    PackingError,
+    PlanMismatchError,
+    RecipeError,
+    UnsupportedModelError,
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,7 +54,11 @@ def main(arguments: list[str] | None = None) -> int:
         if parsed.verbose:
             traceback.print_exc()
         print(f"quantmill: error: {error}", file=sys.stderr)
-        return 2 if error.before_work or parsed.command != "quantize" else 1
+        return (
+            2
+            if error.before_work or (parsed.command != "quantize" and isinstance(error, _REQUEST_ERRORS))
+            else 1
+        )
     except KeyboardInterrupt:
         print("quantmill: interrupted; the same command continues the job", file=sys.stderr)
         return 130
@@ -43,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _plan(parsed: argparse.Namespace) -> int:
     options = options_of(parsed)
     num_workers = options.workers or 1
-    plan, _ = build_plan(options, num_workers)
+    plan, _ = build_plan(options, default_threads(num_workers))
     described = describe_plan(
         plan, num_workers=num_workers, flops_per_second=measured_flops_per_second(plan.threads)
     )

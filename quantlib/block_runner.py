@@ -9,13 +9,15 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import nn
 
 from quantlib.calibration.hessian import add_partial_, add_total_, exponent_for, hessian_from
+from quantlib.cells import Cell, cut_into_cells
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.writer import write_shard
@@ -24,6 +26,7 @@ from quantlib.job.manifest import DoneRecord, store_record, tokens_uri
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, Plan
 from quantlib.job.publish import publish
+from quantlib.machine import refuse_other_device
 from quantlib.model.skeleton import BlockInputs, Skeleton, load_skeleton, run_block
 from quantlib.packing import FORMATS
 from quantlib.steps import (
@@ -38,21 +41,6 @@ from quantlib.storage import join_uri, open_store
 from quantlib.tokens import read_rows
 
 Tensors = Mapping[str, torch.Tensor]
-
-
-@dataclass(slots=True)
-class _Cell:
-    """A fixed handful of sequences and where their activations stand.
-
-    ``hidden`` is the input of block ``position`` in the stream that calibrates (calibration cells) or in
-    the original stream (evaluation cells); ``quantized`` is the other stream of evaluation cells.
-    """
-
-    number: int
-    first_row: int
-    ids_BT: torch.Tensor
-    hidden: torch.Tensor | None = None
-    quantized: torch.Tensor | None = None
 
 
 class BlockRunner:
@@ -70,17 +58,26 @@ class BlockRunner:
         self._excluded: set[int] = set()
         self._inputs: dict[tuple[int, ...], list[BlockInputs]] = {}
         self._begun: tuple[int, Any] | None = None
+        self._captured: tuple[int, dict[str, Any]] | None = None
+        self._advanced: tuple[int, dict[int, dict[str, float]]] | None = None
         self._loaded: tuple[int, nn.Module, Tensors] | None = None
+        self._storage_cpu_seconds = 0.0
 
-    def prepare(self, options: JobOptions, num_workers: int) -> dict[str, Any]:
+    def prepare(self, options: JobOptions, threads: int) -> dict[str, Any]:
         """Plan the job; see `quantlib.job.planner.prepare`."""
         with self._timed("plan"):
-            return planner.prepare(options, num_workers)
+            return planner.prepare(options, threads)
 
     def open(self, plan: Plan, num_workers: int) -> dict[str, Any]:
-        """Take up a plan and this worker's share of its cells."""
+        """Take up a plan and this worker's share of its cells.
+
+        Raises:
+            PlanMismatchError: This worker's device is of another kind than the plan's.
+        """
+        refuse_other_device(plan.device_kind)
         torch.set_num_threads(plan.threads)
         self._plan = plan
+        self._units = {unit.name: unit for unit in plan.units}
         self._device = torch.device("cuda" if plan.device_kind.startswith("cuda") else "cpu")
         self._dtype: torch.dtype = getattr(torch, plan.compute_dtype)
         self._packer = FORMATS[plan.options["format"]]
@@ -100,32 +97,36 @@ class BlockRunner:
         Parts are runs of neighbours of about equal bytes: tensors between those asked for would be fetched
         along with them.
         """
-        with self._timed("read"):
+        with self._timed_storage("read"):
             entries = sorted((self._checkpoint.tensors[n] for n in names), key=lambda e: (e.shard, e.start))
             sizes = [entry.end - entry.start for entry in entries]
-            middles = [sum(sizes[:i]) + size / 2 for i, size in enumerate(sizes)]
             share = max(1, sum(sizes)) / num_parts
-            mine = [e.name for e, m in zip(entries, middles, strict=True) if int(m / share) == self._number]
+            parts = [
+                min(num_parts - 1, int((end - size / 2) / share))
+                for end, size in zip(accumulate(sizes), sizes, strict=True)
+            ]
+            mine = [entry.name for entry, part in zip(entries, parts, strict=True) if part == self._number]
             return read_tensors(self._source_store, self._checkpoint, mine)
 
     def read_packed(self, unit_name: str) -> dict[str, torch.Tensor]:
         """The tensors of a finished unit, from the output."""
-        with self._timed("read"):
-            return planner.read_unit(self._output_store, self._plan, self._unit(unit_name))
+        with self._timed_storage("read"):
+            return planner.read_unit(self._output_store, self._plan, self._units[unit_name])
 
     def embed(self, parts: Sequence[Tensors]) -> None:
         """Turn this worker's token cells into the inputs of block 0."""
         with self._timed("embed"), torch.inference_mode():
             outer = self._skeleton.build_outer(_merged(parts), dtype=self._dtype, device=self._device)
-            for cell in [*self._calibration, *self._evaluation]:
-                cell.hidden, inputs = outer.embed(cell.ids_BT.to(self._device))
-                self._inputs.setdefault(tuple(cell.ids_BT.shape), inputs)
-            for cell in self._evaluation:
-                cell.quantized = cell.hidden
+            for cells, compares in ((self._calibration, False), (self._evaluation, True)):
+                for cell in cells:
+                    hidden_BTD, inputs = outer.embed(cell.ids_BT.to(self._device))
+                    cell.start(hidden_BTD, compares=compares)
+                    self._inputs.setdefault(tuple(cell.ids_BT.shape), inputs)
 
     def load(self, block: int, parts: Sequence[Tensors]) -> None:
-        """Make a block live on the device."""
+        """Make a block live on the device, in place of the one before."""
         with self._timed("load"):
+            self._loaded = None
             tensors = _merged(parts)
             module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
             self._loaded = (block, module, tensors)
@@ -147,32 +148,36 @@ class BlockRunner:
             return {"exponents": [exponent_for(peak, num_cells) for peak in peaks]}
 
     def capture(self, block: int, exponents: Sequence[int]) -> dict[str, Any]:
-        """Observe the other cells, add all up exactly, and move the streams to the next block."""
+        """Observe the other cells, add all up exactly, and move the streams to the next block.
+
+        Asked again for the same block it gives the same answer without doing anything.
+        """
+        if self._captured is not None and self._captured[0] == block:
+            return self._captured[1]
         with self._timed("capture"), torch.inference_mode():
             columns = self._group_columns(block)
             totals = [torch.zeros(c, c, dtype=torch.int64, device=self._device) for c in columns]
-            outputs, tokens = [], 0
+            tokens = 0
             for cell in self._calibration:
-                output, statistics, left_out = self._observed(block, cell)
+                output_BTD, statistics, left_out = self._observed(block, cell)
                 for total, gram, exponent in zip(totals, statistics.grams, exponents, strict=True):
                     add_partial_(total, gram, exponent)
                 self._excluded |= {cell.first_row + row for row in left_out}
-                outputs.append(output)
                 tokens += statistics.num_tokens
-            if self._plan.options["propagation"] == "original":
-                for cell, output in zip(self._calibration, outputs, strict=True):
-                    cell.hidden = output
-            self._forward_original(block, self._evaluation)
+                if self._plan.options["propagation"] == "original":
+                    assert cell.main is not None
+                    cell.main.move(block, lambda _, moved=output_BTD: moved)
+            self._move(self._block(block)[1], block, self._evaluation)
             shared = {group: self._share(total.cpu()) for group, total in enumerate(totals)}
-            return {"totals": shared, "tokens": tokens, "excluded": sorted(self._excluded)}
+            captured = {"totals": shared, "tokens": tokens, "excluded": sorted(self._excluded)}
+            self._captured = (block, captured)
+            return captured
 
     def forward(self, block: int) -> None:
         """Move the original streams through a block without statistics."""
         with self._timed("forward"), torch.inference_mode():
-            follows_original = self._plan.options["propagation"] == "original"
-            self._forward_original(
-                block, [*(self._calibration if follows_original else []), *self._evaluation]
-            )
+            follow = self._calibration if self._plan.options["propagation"] == "original" else []
+            self._move(self._block(block)[1], block, [*follow, *self._evaluation])
 
     def solve(
         self, block: int, groups: Sequence[int], statistics: Sequence[Sequence[Any]], tokens: int
@@ -201,8 +206,8 @@ class BlockRunner:
         self, unit_name: str, parts: Sequence[Tensors], linears: Sequence[Mapping[str, Any]]
     ) -> DoneRecord:
         """Stream a unit's shard to its final place and record it."""
-        with self._timed("write"):
-            unit = self._unit(unit_name)
+        with self._timed_storage("write"):
+            unit = self._units[unit_name]
             given, promised = _merged(parts), {spec.name for spec in unit.tensors}
             tensors = {name: tensor for name, tensor in given.items() if name in promised}
             uri = join_uri(self._plan.output, unit.shard)
@@ -215,45 +220,51 @@ class BlockRunner:
                 etag=receipt.etag,
                 linears=tuple(linears),
             )
-            store_record(self._work_store, self._plan.work, record)
-            return record
+            return store_record(self._work_store, self._plan.work, record)
 
     def advance(self, block: int, parts: Sequence[Tensors]) -> dict[int, dict[str, float]]:
-        """Move the quantized streams through the block as packed; cell number -> sums of `stream_error`."""
+        """Move the quantized streams through the block as packed; cell number -> sums of `stream_error`.
+
+        Asked again for the same block it gives the same answer without doing anything.
+        """
+        if self._advanced is not None and self._advanced[0] == block:
+            return self._advanced[1]
         with self._timed("evaluate"), torch.inference_mode():
             tensors = dict(self._block(block)[2])
             tensors |= dequantized_weights(self._plan.blocks[block], _merged(parts), self._packer)
             module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
+            del tensors
             if self._plan.options["propagation"] == "quantized":
-                self._forward(module, block, self._calibration)
+                self._move(module, block, self._calibration)
             sums = {}
             for cell in self._evaluation:
-                assert cell.hidden is not None and cell.quantized is not None
-                cell.quantized = run_block(module, cell.quantized, self._inputs_of(cell, block))
-                sums[cell.number] = stream_error(cell.hidden, cell.quantized)
+                original, quantized = cell.streams
+                quantized.move(block, partial(run_block, module, block_inputs=self._inputs_of(cell, block)))
+                sums[cell.number] = stream_error(original.hidden_BTD, quantized.hidden_BTD)
+            self._advanced = (block, sums)
             return sums
 
     def head(self, parts: Sequence[Tensors]) -> dict[int, dict[str, float]]:
         """Score this worker's evaluation cells in both streams."""
         with self._timed("head"), torch.inference_mode():
+            self._loaded = None
             # fp32: the losses of two close models are compared, and bf16 logits carry a noise of 2^-9.
             outer = self._skeleton.build_outer(_merged(parts), dtype=torch.float32, device=self._device)
             sums = {}
             for cell in self._evaluation:
-                assert cell.hidden is not None and cell.quantized is not None
-                sums[cell.number] = score_streams(
-                    outer, cell.ids_BT, cell.hidden.float(), cell.quantized.float()
-                )
+                hidden = [stream.hidden_BTD.float() for stream in cell.streams]
+                sums[cell.number] = score_streams(outer, cell.ids_BT, *hidden)
             return sums
 
     def convert_unit(self, unit_name: str) -> DoneRecord:
         """Read, quantize without data, and write one unit."""
-        unit = self._unit(unit_name)
+        unit = self._units[unit_name]
         names = list(unit.copied)
         rows: list[dict[str, Any]] = []
         if unit.block is not None:
             names = list(self._plan.blocks[unit.block].tensors)
-        tensors = read_tensors(self._source_store, self._checkpoint, names)
+        with self._timed_storage("read"):
+            tensors = read_tensors(self._source_store, self._checkpoint, names)
         if unit.block is not None:
             block = self._plan.blocks[unit.block]
             with self._timed("solve"), torch.inference_mode():
@@ -279,44 +290,29 @@ class BlockRunner:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
-    def _cells(self, digest: str | None, num_workers: int) -> list[_Cell]:
+    def _cells(self, digest: str | None, num_workers: int) -> list[Cell]:
         if digest is None:
             return []
         rows_BT = read_rows(self._work_store, tokens_uri(self._plan.work, digest))
-        size = self._plan.sequences_per_cell
-        cells = [
-            _Cell(number=number, first_row=start, ids_BT=rows_BT[start : start + size])
-            for number, start in enumerate(range(0, rows_BT.shape[0], size))
-        ]
-        return cells[self._number :: num_workers]
+        return cut_into_cells(rows_BT, self._plan.sequences_per_cell)[self._number :: num_workers]
 
-    def _observe(self, block: int, cell: _Cell) -> Any:
-        assert cell.hidden is not None
+    def _observe(self, block: int, cell: Cell) -> Any:
+        assert cell.main is not None and cell.main.position == block
         excluded = {row - cell.first_row for row in self._excluded} & set(range(len(cell.ids_BT)))
-        return observe_cell(
-            self._block(block)[1],
-            self._plan.blocks[block],
-            cell.hidden,
-            self._inputs_of(cell, block),
-            excluded,
-        )
+        inputs = self._inputs_of(cell, block)
+        plan, module = self._plan.blocks[block], self._block(block)[1]
+        return observe_cell(module, plan, cell.main.hidden_BTD, inputs, excluded)
 
-    def _observed(self, block: int, cell: _Cell) -> Any:
+    def _observed(self, block: int, cell: Cell) -> Any:
         if self._begun is not None and self._begun[0] == block and cell is self._calibration[0]:
             observed, self._begun = self._begun[1], None
             return observed
         return self._observe(block, cell)
 
-    def _forward_original(self, block: int, cells: Sequence[_Cell]) -> None:
-        self._forward(self._block(block)[1], block, cells)
-
-    def _forward(self, module: nn.Module, block: int, cells: Sequence[_Cell]) -> None:
-        outputs = []
+    def _move(self, module: nn.Module, block: int, cells: Sequence[Cell]) -> None:
         for cell in cells:
-            assert cell.hidden is not None
-            outputs.append(run_block(module, cell.hidden, self._inputs_of(cell, block)))
-        for cell, output in zip(cells, outputs, strict=True):
-            cell.hidden = output
+            assert cell.main is not None
+            cell.main.move(block, partial(run_block, module, block_inputs=self._inputs_of(cell, block)))
 
     def _hessian(self, totals: Sequence[torch.Tensor], exponent: int) -> torch.Tensor:
         """The sum over all workers, fp32 [C, C]; their totals may be mapped read-only and are not changed."""
@@ -353,7 +349,7 @@ class BlockRunner:
         assert self._loaded is not None and self._loaded[0] == block, f"block {block} is not loaded"
         return self._loaded
 
-    def _inputs_of(self, cell: _Cell, block: int) -> BlockInputs:
+    def _inputs_of(self, cell: Cell, block: int) -> BlockInputs:
         return self._inputs[tuple(cell.ids_BT.shape)][block]
 
     def _group_columns(self, block: int) -> list[int]:
@@ -361,19 +357,32 @@ class BlockRunner:
         columns = {linear.name: linear.columns for linear in plan.linears}
         return [columns[group[0]] for group in plan.input_groups]
 
-    def _unit(self, name: str) -> Any:
-        return next(unit for unit in self._plan.units if unit.name == name)
-
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
-        wall, cpu = time.monotonic(), time.process_time()
+        """Time of the computing lane: CPU of the whole process, less that of the storage thread."""
+        wall, cpu, storage = time.monotonic(), time.process_time(), self._storage_cpu_seconds
         try:
             yield
         finally:
-            spent = self._stages.setdefault(stage, {"seconds": 0.0, "cpu_seconds": 0.0, "calls": 0})
-            spent["seconds"] += time.monotonic() - wall
-            spent["cpu_seconds"] += time.process_time() - cpu
-            spent["calls"] += 1
+            used = time.process_time() - cpu - (self._storage_cpu_seconds - storage)
+            self._spend(stage, time.monotonic() - wall, max(0.0, used))
+
+    @contextmanager
+    def _timed_storage(self, stage: str) -> Iterator[None]:
+        """Time of the storage lane: CPU of its own thread."""
+        wall, cpu = time.monotonic(), time.thread_time()
+        try:
+            yield
+        finally:
+            used = time.thread_time() - cpu
+            self._storage_cpu_seconds += used
+            self._spend(stage, time.monotonic() - wall, used)
+
+    def _spend(self, stage: str, seconds: float, cpu_seconds: float) -> None:
+        spent = self._stages.setdefault(stage, {"seconds": 0.0, "cpu_seconds": 0.0, "calls": 0})
+        spent["seconds"] += seconds
+        spent["cpu_seconds"] += cpu_seconds
+        spent["calls"] += 1
 
 
 def _merged(parts: Sequence[Tensors]) -> dict[str, torch.Tensor]:

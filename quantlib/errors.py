@@ -79,6 +79,7 @@ class PackingError(QuantError):
 
 
 class WorkerError(QuantError):
-    """A worker was lost, or could not be placed."""
+    """A worker was lost, or could not be placed.
 
-    retryable = True
+    Not retryable: its activations are gone with it. A new start rebuilds them.
+    """

@@ -14,7 +14,7 @@ from quantlib.checkpoint.decoder import DecodedCheckpoint
 from quantlib.checkpoint.index import open_checkpoint
 from quantlib.job.conversion import Progress
 from quantlib.machine import cell_tokens, compute_dtype, default_threads, device_kind
-from quantlib.model.skeleton import load_skeleton, run_block
+from quantlib.model.skeleton import Skeleton, load_skeleton, run_block
 from quantlib.steps import perplexity, score_streams
 from quantlib.storage import normalize_uri, open_store
 
@@ -48,6 +48,7 @@ def evaluate_checkpoint(
     store = open_store(uri, storage_engine)
     checkpoint = open_checkpoint(store, uri)
     weights = DecodedCheckpoint(store, checkpoint)
+    skeleton = load_skeleton(weights.config, weights.names)
     rows_BT = token_rows(
         read_documents(text, text_column),
         load_tokenizer(store, checkpoint),
@@ -60,7 +61,7 @@ def evaluate_checkpoint(
     dtype = getattr(torch, compute_dtype(weights.config, kind))
     cells = rows_BT.to(place).split(max(1, cell_tokens(kind) // sequence_length))
     with torch.inference_mode():
-        sums = _score(weights, cells, dtype, place, on_progress)
+        sums = _score(weights, skeleton, cells, dtype, place, on_progress)
     tokens = sum(cell["tokens"] for cell in sums)
     return {
         "model": uri,
@@ -73,13 +74,13 @@ def evaluate_checkpoint(
 
 def _score(
     weights: DecodedCheckpoint,
+    skeleton: Skeleton,
     cells: Sequence[torch.Tensor],
     dtype: torch.dtype,
     device: torch.device,
     on_progress: Callable[[Progress], None],
 ) -> list[dict[str, float]]:
     """Run all cells through the model, one block at a time; the sums of `score_streams` for every cell."""
-    skeleton = load_skeleton(weights.config, weights.names)
     outer = skeleton.build_outer(weights.read(skeleton.prelude_tensors), dtype=dtype, device=device)
     embedded = [outer.embed(cell) for cell in cells]
     streams = [hidden for hidden, _ in embedded]

@@ -1,5 +1,6 @@
 """The whole job in this process: the same loop and steps as on a cluster, with one worker and no server."""
 
+import dataclasses
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -8,6 +9,7 @@ from quantlib.block_runner import BlockRunner
 from quantlib.job.conversion import Progress, convert
 from quantlib.job.crew import Crew
 from quantlib.job.options import JobOptions
+from quantlib.machine import default_threads
 
 T = TypeVar("T")
 
@@ -77,9 +79,10 @@ def quantize(options: JobOptions, on_progress: Callable[[Progress], None] = lamb
     Raises:
         QuantError: With ``before_work`` set when the request was refused before anything was written.
     """
+    here = dataclasses.replace(options, runner="inprocess")
     transport, stages = LocalTransport(), DirectStages()
     try:
-        return convert(options, Crew(transport), stages, on_progress)
+        return convert(here, Crew(transport, default_threads(1)), stages, on_progress)
     finally:
         stages.close()
         transport.close()

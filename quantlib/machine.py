@@ -7,17 +7,41 @@ from typing import Any
 
 import torch
 
+from quantlib.errors import PlanMismatchError, RecipeError
+
 
 def device_kind(wanted: str | None) -> str:
     """``cuda-sm90``, ``cpu-avx2``, ...; results are only promised to repeat within one kind.
 
     Args:
         wanted: ``cpu`` or ``cuda``; None takes cuda where there is one.
+
+    Raises:
+        RecipeError: cuda is wanted and there is none.
     """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise RecipeError(
+            "device cuda was asked for, but PyTorch finds none here; choose cpu, or look at the driver",
+            option="device",
+        )
     if wanted != "cpu" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
         return f"cuda-sm{major}{minor}"
     return f"cpu-{torch.backends.cpu.get_cpu_capability().lower().replace(' ', '-')}"
+
+
+def refuse_other_device(kind: str) -> None:
+    """Make sure that this process computes on the kind of device a plan was made for.
+
+    Raises:
+        PlanMismatchError: It does not: its results might differ in their last bits.
+    """
+    found = device_kind(kind.split("-")[0])
+    if found != kind:
+        raise PlanMismatchError(
+            f"the job was planned for {kind}, this worker has {found}; use one kind of device for one job",
+            device_kind=found,
+        )
 
 
 def compute_dtype(config: Mapping[str, Any], kind: str) -> str:

@@ -123,15 +123,19 @@ def score_streams(
 ) -> dict[str, float]:
     """Next-token loss of one or two streams inside each row, and their divergence.
 
+    Rows whose original stream holds a NaN or an infinity are left out and counted.
+
     Returns:
-        ``tokens``, ``sequences``, ``nll_original`` and, with a second stream, ``nll_quantized`` and
-        ``kl_divergence``: sums over predicted tokens, in nats.
+        ``tokens``, ``sequences``, ``excluded_sequences``, ``nll_original`` and, with a second stream,
+        ``nll_quantized`` and ``kl_divergence``: sums over predicted tokens, in nats.
 
     Numerics: logits and softmax in fp32, sums in float64.
     """
     sums = {"nll_original": 0.0, "nll_quantized": 0.0, "kl_divergence": 0.0}
     positions = ids_BT.shape[1] - 1
-    for row in range(ids_BT.shape[0]):
+    finite_B = torch.isfinite(original_BTD).flatten(1).all(dim=1).tolist()
+    kept = [row for row, is_finite in enumerate(finite_B) if is_finite]
+    for row in kept:
         start, width = 0, 1
         while start < positions:
             stop = min(start + width, positions)
@@ -145,7 +149,11 @@ def score_streams(
                 for name, value in _compare(logits_TV, other_TV, target_T).items():
                     sums[name] += value
             start = stop
-    counts = {"tokens": float(positions * ids_BT.shape[0]), "sequences": float(ids_BT.shape[0])}
+    counts = {
+        "tokens": float(positions * len(kept)),
+        "sequences": float(len(kept)),
+        "excluded_sequences": float(len(finite_B) - len(kept)),
+    }
     return counts | sums
 
 
@@ -174,12 +182,14 @@ def _compare(
 
 
 def perplexity(nll: float, tokens: float) -> float:
-    """exp of the mean loss a token.
+    """exp of the mean loss a token; infinity where fp64 cannot hold it, NaN without tokens.
 
     >>> round(perplexity(10 * 2.0, 10), 6)
     7.389056
     """
-    return math.exp(nll / tokens)
+    if not tokens:
+        return math.nan
+    return math.exp(nll / tokens) if nll / tokens < 700 else math.inf
 
 
 def report_rows(results: Mapping[str, LinearResult]) -> list[dict[str, Any]]:

@@ -63,6 +63,17 @@ def test_stream_error_sums_give_relative_error_and_cosine(seed, noise):
     assert math.isclose(cosine, float(torch.nn.functional.cosine_similarity(a, b, dim=0)), rel_tol=1e-9)
 
 
+def test_score_streams_leaves_out_rows_that_are_not_finite_in_the_original():
+    generator = torch.Generator().manual_seed(0)
+    head = _Head(50, 8)
+    hidden = torch.randn(3, 5, 8, generator=generator)
+    ids = torch.randint(50, (3, 5), generator=generator, dtype=torch.int32)
+    whole = score_streams(head, ids[[0, 2]], hidden[[0, 2]], None)  # pyright: ignore[reportArgumentType]
+    hidden[1, 3, 2] = float("inf")
+    sums = score_streams(head, ids, hidden, None)  # pyright: ignore[reportArgumentType]
+    assert sums == {**whole, "excluded_sequences": 1.0}
+
+
 def test_stream_error_leaves_out_rows_without_finite_values():
     original = torch.ones(2, 1, 2)
     original[1, 0, 0] = float("nan")

@@ -17,5 +17,5 @@ def open_crew(options: JobOptions) -> Iterator[Crew]:
         RecipeError: More workers than the machine can hold.
         WorkerError: No cluster, or workers that could not be placed.
     """
-    with cluster(options.ray_address), block_workers(options) as actors:
-        yield Crew(RayTransport(actors))
+    with cluster(options.ray_address), block_workers(options) as (actors, threads):
+        yield Crew(RayTransport(actors), threads)

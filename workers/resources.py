@@ -61,8 +61,8 @@ def cluster(address: str | None) -> Iterator[None]:
 
 
 @contextmanager
-def block_workers(options: JobOptions) -> Iterator[list[Any]]:
-    """As many actors as the options ask for, placed and answering; killed at the end.
+def block_workers(options: JobOptions) -> Iterator[tuple[list[Any], int]]:
+    """As many actors as the options ask for and the threads of each; placed, answering, killed at the end.
 
     Raises:
         RecipeError: More was asked for than the cluster can ever hold.
@@ -70,6 +70,8 @@ def block_workers(options: JobOptions) -> Iterator[list[Any]]:
     """
     offered = ray.cluster_resources()
     uses_gpus = options.device != "cpu" and offered.get("GPU", 0) >= 1
+    if options.device == "cuda" and not uses_gpus:
+        raise _refused("device cuda was asked for, but the cluster offers no GPU; choose cpu", "device")
     cores = int(offered.get("CPU", 1))
     count = options.workers or (int(offered["GPU"]) if uses_gpus else _workers_for(cores, options))
     threads = options.threads_per_worker or max(1, cores // count)
@@ -77,22 +79,26 @@ def block_workers(options: JobOptions) -> Iterator[list[Any]]:
     if options.ray_address is None:
         for kind, amount in needed.items():
             if amount > offered.get(kind, 0):
-                error = RecipeError(
+                raise _refused(
                     f"{count} workers of {threads} threads need {amount} {kind}, this machine offers"
                     f" {offered.get(kind, 0):g}; ask for fewer workers or threads_per_worker",
-                    option="workers",
+                    "workers",
                 )
-                error.before_work = True
-                raise error
     actors = [start_worker(n, threads=threads, num_gpus=1 if uses_gpus else 0) for n in range(count)]
     try:
         _wait_until_placed(
             actors, LOCAL_PLACEMENT_TIMEOUT_S if options.ray_address is None else PLACEMENT_TIMEOUT_S
         )
-        yield actors
+        yield actors, threads
     finally:
         for actor in actors:
             ray.kill(actor)
+
+
+def _refused(message: str, option: str) -> RecipeError:
+    error = RecipeError(message, option=option)
+    error.before_work = True
+    return error
 
 
 def _workers_for(cores: int, options: JobOptions) -> int:

@@ -6,8 +6,8 @@ stage is `quantlib.job.crew`, what happens on a worker `quantlib.block_runner`.
 """
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
@@ -82,6 +82,12 @@ class _Run:
             self.records[record.unit] = record
             self.writing = None
 
+    def settle(self) -> None:
+        """Let a write that was begun come to its end: what was solved is not to be solved again."""
+        if self.writing is not None:
+            with suppress(QuantError):
+                self.writing.result()
+
 
 def convert(
     options: JobOptions, crew: Crew, stages: StageRunner, on_progress: Callable[[Progress], None]
@@ -102,7 +108,11 @@ def convert(
     run = _Run(plan, crew, stages, on_progress, dict(prepared["finished"]))
     resumed = sorted(run.records)
     stages.submit("open workers", crew.open, plan).result()
-    figures = _with_streams(run) if plan.has_streams else _without_streams(run)
+    try:
+        figures = _with_streams(run) if plan.has_streams else _without_streams(run)
+    except BaseException:
+        run.settle()
+        raise
     report = build_report(
         plan=plan,
         records=run.records,
@@ -125,20 +135,22 @@ def _before_work() -> Iterator[None]:
     try:
         yield
     except QuantError as error:
-        error.before_work = True
+        error.before_work = not error.retryable
         raise
 
 
 def _with_streams(run: _Run) -> list[dict[str, float]] | None:
     """Blocks in order, activations flowing; gives the held-out figures of every cell."""
     plan, crew = run.plan, run.crew
-    run.total = sum(_block_weight(run, block) for block in plan.blocks) + 1.0
+    run.total = sum(_block_weight(run, block) for block in _blocks_to_run(run)) + 1.0
     crew.prefetch(0)
     records = run.stages.submit("embed", crew.prelude, _pending(run, "prelude")).result()
     run.records.update({record.unit: record for record in records})
-    for block in plan.blocks:
+    for block in _blocks_to_run(run):
         _convert_block(run, block)
     run.finish_writing()
+    if plan.blocks:
+        crew.release(len(plan.blocks) - 1)
     run.on_progress(Progress(done=run.done, total=run.total, label="head"))
     head = run.stages.submit("head", crew.head, _pending(run, "tail")).result()
     run.records.update({record.unit: record for record in head["records"]})
@@ -157,16 +169,14 @@ def _convert_block(run: _Run, block: BlockPlan) -> None:
     else:
         run.stage(index, "forward", crew.forward, index)
     run.finish_writing()
-    if unit.name in run.records:
-        crew.load_packed(index)
-    else:
+    if index > 0:
+        crew.release(index - 1)
+    if unit.name not in run.records:
         linears = run.stage(index, "solve", crew.solve, index, tokens)
         name = f"block {index + 1}/{len(plan.blocks)}: write"
         run.writing = run.stages.submit(name, crew.write, unit, linears)
     if _runs_quantized(plan):
         run.errors[index] = run.stage(index, "evaluate", crew.advance, index)
-    if index > 0:
-        crew.release(index - 1)
 
 
 def _without_streams(run: _Run) -> None:
@@ -191,6 +201,14 @@ def _note_unit(run: _Run, record: DoneRecord) -> None:
 
 def _pending(run: _Run, stage: str) -> list[UnitPlan]:
     return [u for u in run.plan.units if u.stage == stage and u.name not in run.records]
+
+
+def _blocks_to_run(run: _Run) -> Sequence[BlockPlan]:
+    """With evaluation all blocks; otherwise those up to the last one that is not finished."""
+    if run.plan.evaluation_digest is not None:
+        return run.plan.blocks
+    pending = [b.index for b in run.plan.blocks if run.plan.block_units[b.index].name not in run.records]
+    return run.plan.blocks[: max(pending, default=-1) + 1]
 
 
 def _needs_statistics(block: BlockPlan) -> bool:

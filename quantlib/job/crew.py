@@ -7,6 +7,7 @@ stage of the conversion.
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
@@ -44,10 +45,12 @@ class Crew:
 
     Args:
         transport: How to reach the workers.
+        threads: CPU threads a worker has.
     """
 
-    def __init__(self, transport: Transport) -> None:
+    def __init__(self, transport: Transport, threads: int) -> None:
         self._transport = transport
+        self._threads = threads
         self._sources: dict[int, list[Handle]] = {}
         self._packed: dict[int, list[Handle]] = {}
         self._totals: dict[int, dict[int, list[Handle]]] = {}
@@ -68,7 +71,7 @@ class Crew:
         """
         given = {name: getattr(options, name) for name in _ADDRESSES}
         absolute = {name: normalize_uri(uri) for name, uri in given.items() if uri is not None}
-        return self._one("prepare", dataclasses.replace(options, **absolute), self.num_workers)
+        return self._one("prepare", dataclasses.replace(options, **absolute), self._threads)
 
     def open(self, plan: Plan) -> None:
         """Give every worker the plan and its share of the cells."""
@@ -113,8 +116,8 @@ class Crew:
         """Quantize a block's linears, input groups shared out by cost; report rows in the plan's order."""
         plan = self._opened().blocks[block]
         shares = share_by_cost([_solve_cost(plan, group) for group in plan.input_groups], self.num_workers)
-        totals = self._totals.pop(block, {})
-        exponents = self._exponents.pop(block, [])
+        totals = self._totals.get(block, {})
+        exponents = self._exponents.get(block, [])
         handles = []
         for worker, groups in enumerate(shares):
             if groups:
@@ -122,13 +125,10 @@ class Crew:
                 handles.append(self._transport.submit(worker, "solve", block, groups, chosen, tokens))
         solved = [self._transport.result(handle) for handle in handles]
         self._packed[block] = [s["packed"] for s in solved]
+        self._totals.pop(block, None)
+        self._exponents.pop(block, None)
         rows = {row["name"]: row for s in solved for row in s["linears"]}
         return [rows[linear.name] for linear in plan.linears if linear.name in rows]
-
-    def load_packed(self, block: int) -> None:
-        """Take a finished block's codes from the output instead of solving it again."""
-        unit = self._opened().block_units[block]
-        self._packed[block] = [self._transport.submit(0, "read_packed", unit.name)]
 
     def write(self, unit: UnitPlan, linears: Sequence[dict[str, Any]]) -> DoneRecord:
         """Write a block's shard and its record."""
@@ -145,6 +145,11 @@ class Crew:
 
     def advance(self, block: int) -> dict[str, Any]:
         """Run the quantized streams through a block as it was packed; errors against the original stream."""
+        if block not in self._packed:
+            # Finished by an earlier start: its codes come from the output.
+            packed = self._transport.submit(0, "read_packed", self._opened().block_units[block].name)
+            self._transport.result(packed)
+            self._packed[block] = [packed]
         sums = self._all("advance", block, self._packed[block])
         cells = {cell: values for summary in sums for cell, values in summary.items()}
         return _stream_errors([cells[cell] for cell in sorted(cells)])
@@ -242,6 +247,9 @@ def _stream_errors(cells: Sequence[dict[str, float]]) -> dict[str, Any]:
     error, original, quantized, product = (
         sum(cell[name] for cell in cells) for name in ("error", "original", "quantized", "product")
     )
+    if not math.isfinite(error):
+        # JSON has no word for it; the perplexity at the end says what became of the model.
+        return {"relative_error": None, "cosine": None}
     return {
         "relative_error": error / original if original else 0.0,
         "cosine": product / (original * quantized) ** 0.5 if original and quantized else 1.0,

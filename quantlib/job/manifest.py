@@ -55,8 +55,19 @@ def read_plan(store: Store, work: str) -> Plan | None:
 
 
 def store_plan(store: Store, plan: Plan) -> None:
-    """Keep the plan for later starts; the first one stays."""
-    store.put_if_absent(join_uri(plan.work, "plan.json"), json.dumps(plan_to_json(plan)).encode())
+    """Keep the plan for later starts; the first one stays.
+
+    Raises:
+        PlanMismatchError: Another run stored another plan meanwhile.
+    """
+    uri = join_uri(plan.work, "plan.json")
+    if store.put_if_absent(uri, json.dumps(plan_to_json(plan)).encode()):
+        return
+    first = read_plan(store, plan.work)
+    if first is None or first.identity() != plan.identity():
+        raise PlanMismatchError(
+            f"another run began another job on {plan.output} at the same time; choose another output", uri=uri
+        )
 
 
 def tokens_uri(work: str, digest: str) -> str:
@@ -64,9 +75,26 @@ def tokens_uri(work: str, digest: str) -> str:
     return join_uri(work, "tokens", f"{digest}.npy")
 
 
-def store_record(store: Store, work: str, record: DoneRecord) -> None:
-    """Record a finished unit, once."""
-    store.put_if_absent(_record_uri(work, record.unit), json.dumps(_record_to_json(record)).encode())
+def store_record(store: Store, work: str, record: DoneRecord) -> DoneRecord:
+    """Record a finished unit, once; gives the record that stands.
+
+    A write that is tried again finds its own record: only the etag may differ then, and the newer one counts.
+
+    Raises:
+        PlanMismatchError: Another plan, or a run with other bytes, recorded this unit.
+    """
+    uri = _record_uri(work, record.unit)
+    content = json.dumps(_record_to_json(record)).encode()
+    if store.put_if_absent(uri, content):
+        return record
+    first = _record_from_json(json.loads(store.read(uri)))
+    if (first.identity, first.sha256) != (record.identity, record.sha256):
+        raise PlanMismatchError(
+            f"{uri} was recorded by another run with other content; two runs must not share an output",
+            uri=uri,
+        )
+    store.write(uri, content)
+    return record
 
 
 def finished_units(store: Store, output_store: Store, plan: Plan) -> dict[str, DoneRecord]:

@@ -27,7 +27,8 @@ class Option:
         choices: The allowed values, where they can be listed.
         minimum: Smallest allowed number.
         also_allowed: A value outside the range with a meaning of its own (explained in ``help``).
-        in_identity: True when the value may change a written byte.
+        in_identity: True when the value itself is part of a plan's identity. Addresses, texts and the
+            machine are so only by what the plan makes of them (etags, digests, threads, kind of device).
     """
 
     help: str

@@ -21,9 +21,7 @@ _WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evalua
 class JobOptions:
     """A validated request. ``None`` means: decided by the plan from the model or the machine."""
 
-    source: str = declare(
-        REQUIRED, _WHAT, "Checkpoint to convert: s3://, file:// or a path.", in_identity=True
-    )
+    source: str = declare(REQUIRED, _WHAT, "Checkpoint to convert: s3://, file:// or a path.")
     output: str = declare(REQUIRED, _WHAT, "Where the quantized checkpoint goes: s3://, file:// or a path.")
     work: str | None = declare(
         None, _WHAT, "Where records of the running job are kept; beside the output unless named."
@@ -67,22 +65,19 @@ class JobOptions:
         " or keep.",
         in_identity=True,
     )
-    calibration: str | None = declare(
-        None, _DATA, "Calibration text: a parquet, jsonl or txt object.", in_identity=True
-    )
+    calibration: str | None = declare(None, _DATA, "Calibration text: a parquet, jsonl or txt object.")
     evaluation: str | None = declare(
         None, _DATA, "Held-out text; with it the run reports perplexity and KL divergence."
     )
-    text_column: str = declare("text", _DATA, "Column of the text in parquet and jsonl.", in_identity=True)
-    sequences: int = declare(256, _DATA, "Calibration sequences.", minimum=1, in_identity=True)
-    sequence_length: int = declare(2048, _DATA, "Tokens in a sequence.", minimum=8, in_identity=True)
+    text_column: str = declare("text", _DATA, "Column of the text in parquet and jsonl.")
+    sequences: int = declare(256, _DATA, "Calibration sequences.", minimum=1)
+    sequence_length: int = declare(2048, _DATA, "Tokens in a sequence.", minimum=8)
     evaluation_sequences: int = declare(32, _DATA, "Evaluation sequences.", minimum=1)
     seed: int = declare(
         0,
         _DATA,
         "0 takes the calibration documents as they come; another number shuffles them.",
         minimum=0,
-        in_identity=True,
     )
     runner: str = declare(
         "ray",
@@ -94,14 +89,13 @@ class JobOptions:
         None, _RUN, "Workers; by default one for each GPU, or up to four on CPU cores.", minimum=1
     )
     threads_per_worker: int | None = declare(
-        None, _RUN, "CPU threads of a worker; by default an equal share.", minimum=1, in_identity=True
+        None, _RUN, "CPU threads of a worker; by default an equal share.", minimum=1
     )
     device: str | None = declare(
         None,
         _RUN,
         "Kind of device; by default cuda where there is one.",
         choices=("cpu", "cuda"),
-        in_identity=True,
     )
     ray_address: str | None = declare(
         None, _RUN, "Address of a running Ray cluster; without it a small one is started here."

@@ -97,6 +97,7 @@ class Plan:
         output: URI of the output.
         work: URI of the work prefix.
         options: The validated options, as JSON values.
+        config_digest: sha256 of the source's ``config.json``.
         model_type: ``config.json``'s.
         blocks: Ordered decoder blocks.
         units: Everything to write, in shard order.
@@ -122,6 +123,7 @@ class Plan:
     output: str
     work: str
     options: Mapping[str, Any]
+    config_digest: str
     model_type: str
     blocks: tuple[BlockPlan, ...]
     units: tuple[UnitPlan, ...]
@@ -157,14 +159,12 @@ class Plan:
         """
         kept = plan_to_json(self)
         kept["options"] = {
-            name: self.options[name]
-            for name, (_, option) in option_fields().items()
-            if option.in_identity and name in self.options
+            name: self.options[name] for name, (_, option) in option_fields().items() if option.in_identity
         }
         for name in ("source", "output", "work", "evaluation_digest"):
             kept.pop(name)
-            kept["options"].pop(name, None)
-        kept["options"].pop("calibration", None)
+        if self.calibration_digest is None:
+            kept.pop("sequences_per_cell")
         canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

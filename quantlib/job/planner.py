@@ -5,6 +5,7 @@ what cannot be done, and only then stores plan and tokens.
 """
 
 import dataclasses
+import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
@@ -24,7 +25,7 @@ from quantlib.job.manifest import finished_units, read_plan, store_plan, tokens_
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
 from quantlib.job.report import REPORT_NAME
-from quantlib.machine import cell_tokens, compute_dtype, default_threads, device_kind
+from quantlib.machine import cell_tokens, compute_dtype, device_kind
 from quantlib.model.skeleton import BlockSpec, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.packing.contracts import PackingFormat
@@ -36,8 +37,12 @@ from quantlib.tokens import store_rows
 _VERSIONED = ("quantmill", "torch", "transformers")
 
 
-def prepare(options: JobOptions, num_workers: int) -> dict[str, Any]:
+def prepare(options: JobOptions, threads: int) -> dict[str, Any]:
     """Plan a job and make its work prefix ready.
+
+    Args:
+        options: The request.
+        threads: CPU threads a worker has, unless the options or an earlier start say otherwise.
 
     Returns:
         ``plan``; ``finished``, the records of an earlier start; ``report``, of a finished output or None.
@@ -48,7 +53,7 @@ def prepare(options: JobOptions, num_workers: int) -> dict[str, Any]:
     work_store = open_store(work_uri(options), options.storage_engine)
     output_store = open_store(normalize_uri(options.output), options.storage_engine)
     stored = read_plan(work_store, work_uri(options))
-    plan, rows = build_plan(options, num_workers, stored)
+    plan, rows = build_plan(options, threads, stored)
     if stored is None:
         _refuse_occupied(output_store, plan.output)
     elif stored.identity() != plan.identity():
@@ -61,18 +66,19 @@ def prepare(options: JobOptions, num_workers: int) -> dict[str, Any]:
     if report is not None:
         return {"plan": plan, "finished": {}, "report": report}
     finished = finished_units(work_store, output_store, plan) if stored else {}
+    store_plan(work_store, plan)
     for digest, rows_BT in rows.items():
         store_rows(work_store, tokens_uri(plan.work, digest), rows_BT)
-    store_plan(work_store, plan)
     return {"plan": plan, "finished": finished, "report": None}
 
 
 def build_plan(
-    options: JobOptions, num_workers: int, stored: Plan | None = None
+    options: JobOptions, threads: int, stored: Plan | None = None
 ) -> tuple[Plan, dict[str, torch.Tensor]]:
     """The plan of a request, and the token rows it names by digest; only reads.
 
     Args:
+        threads: CPU threads a worker has, unless the options or an earlier start say otherwise.
         stored: The plan of an earlier start: what depends on the machine is taken from it.
     """
     source = normalize_uri(options.source)
@@ -90,8 +96,8 @@ def build_plan(
     # A layout may be unable to say what was asked for, such as a mix of schemes: better known now.
     packer.quantization_config(schemes_of(blocks), skeleton.outside_linears)
     rows = _token_rows(options, checkpoint, blocks)
-    kind = stored.device_kind if stored and not options.device else device_kind(options.device)
-    machine = _machine_settings(options, num_workers, checkpoint, kind, stored)
+    kind = device_kind(options.device)
+    machine = _machine_settings(options, threads, checkpoint, kind, stored)
     plan = Plan(
         source=source,
         source_objects={
@@ -101,6 +107,7 @@ def build_plan(
         output=normalize_uri(options.output),
         work=work_uri(options),
         options=dataclasses.asdict(options),
+        config_digest=_config_digest(checkpoint),
         model_type=skeleton.model_type,
         blocks=blocks,
         units=_plan_units(skeleton, checkpoint, blocks, packer),
@@ -131,12 +138,22 @@ def open_planned_source(store: Store, plan: Plan) -> Checkpoint:
         CheckpointError: An object was replaced, or is gone, since the plan was made.
     """
     checkpoint = open_checkpoint(store, plan.source)
-    for name, info in checkpoint.shards.items():
+    if _config_digest(checkpoint) != plan.config_digest:
+        raise CheckpointError(
+            f"config.json of {plan.source} changed since the job was planned; start over with another output",
+            uri=plan.source,
+        )
+    for name, info in {**checkpoint.shards, **checkpoint.side_files}.items():
         if plan.source_objects.get(name) != (info.size_bytes, info.etag):
             raise CheckpointError(
                 f"{info.uri} changed since the job was planned; start over with another output", uri=info.uri
             )
     return checkpoint
+
+
+def _config_digest(checkpoint: Checkpoint) -> str:
+    canonical = json.dumps(checkpoint.config, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def read_unit(store: Store, plan: Plan, unit: UnitPlan) -> dict[str, torch.Tensor]:
@@ -273,7 +290,7 @@ def _token_rows(
 
 
 def _machine_settings(
-    options: JobOptions, num_workers: int, checkpoint: Checkpoint, kind: str, stored: Plan | None
+    options: JobOptions, threads: int, checkpoint: Checkpoint, kind: str, stored: Plan | None
 ) -> dict[str, Any]:
     if stored is not None:
         return {
@@ -282,7 +299,7 @@ def _machine_settings(
             "compute_dtype": stored.compute_dtype,
         }
     return {
-        "threads": options.threads_per_worker or default_threads(num_workers),
+        "threads": options.threads_per_worker or threads,
         "sequences_per_cell": max(1, cell_tokens(kind) // options.sequence_length),
         "compute_dtype": compute_dtype(checkpoint.config, kind),
     }
@@ -309,6 +326,12 @@ def _finished_report(store: Store, plan: Plan) -> dict[str, Any] | None:
             f"{plan.output} already holds another finished checkpoint; choose another output, or remove it",
             uri=plan.output,
         )
+    if plan.evaluation_digest is not None and report["evaluation"] is None:
+        raise PlanMismatchError(
+            f"{plan.output} was finished without evaluation; measure it with"
+            f" quantmill evaluate {plan.output} --text {plan.options['evaluation']}",
+            uri=plan.output,
+        )
     return report
 
 
@@ -317,7 +340,7 @@ def _difference(stored: Plan, plan: Plan) -> str:
     for name in ("source", "model_type", "threads", "device_kind", "calibration_digest", "format_version"):
         if getattr(stored, name) != getattr(plan, name):
             return f"{name} was {getattr(stored, name)}, now {getattr(plan, name)}"
-    if stored.source_objects != plan.source_objects:
+    if stored.source_objects != plan.source_objects or stored.config_digest != plan.config_digest:
         return "the source objects were replaced"
     if stored.versions != plan.versions:
         return f"versions were {dict(stored.versions)}, now {dict(plan.versions)}"

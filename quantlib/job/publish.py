@@ -31,7 +31,9 @@ def publish(
         output_store.write(join_uri(plan.output, name), source_store.read(info.uri))
     for name, content in packer.side_files(quantization).items():
         output_store.write(join_uri(plan.output, name), content)
-    output_store.write(join_uri(plan.output, REPORT_NAME), json.dumps(report, indent=1).encode())
+    output_store.write(
+        join_uri(plan.output, REPORT_NAME), json.dumps(report, indent=1, allow_nan=False).encode()
+    )
     output_store.write(join_uri(plan.output, HTML_NAME), render_html(dict(report)).encode())
     output_store.write(join_uri(plan.output, "model.safetensors.index.json"), index_bytes(plan.units))
     output_store.write(join_uri(plan.output, "config.json"), json.dumps(config, indent=2).encode())

@@ -15,6 +15,8 @@ SCHEMA = 1
 REPORT_NAME = "quantmill_report.json"
 HTML_NAME = "quantmill_report.html"
 
+_LOSSES = ("nll_original", "nll_quantized", "kl_divergence")
+
 
 def build_report(
     *,
@@ -99,18 +101,35 @@ def build_report(
 def _evaluation(plan: Plan, figures: Sequence[Mapping[str, float]] | None) -> dict[str, Any] | None:
     if figures is None:
         return None
-    tokens = sum(cell["tokens"] for cell in figures)
-    nll_original = sum(cell["nll_original"] for cell in figures) / tokens
-    nll_quantized = sum(cell["nll_quantized"] for cell in figures) / tokens
-    return {
-        "sequences": int(sum(cell["sequences"] for cell in figures)),
-        "tokens": int(tokens),
+    sums = {name: sum(cell[name] for cell in figures) for name in figures[0]}
+    counts = {
+        "sequences": int(sums["sequences"]),
+        "excluded_sequences": int(sums["excluded_sequences"]),
+        "tokens": int(sums["tokens"]),
         "digest": plan.evaluation_digest,
-        "perplexity_original": math.exp(nll_original),
-        "perplexity_quantized": math.exp(nll_quantized),
-        "ratio": math.exp(nll_quantized - nll_original),
-        "kl_divergence": sum(cell["kl_divergence"] for cell in figures) / tokens,
     }
+    losses = {name: sums[name] / max(1.0, sums["tokens"]) for name in _LOSSES}
+    reason = _no_figures_because(counts, losses)
+    if reason:
+        empty = ("perplexity_original", "perplexity_quantized", "ratio", "kl_divergence")
+        return {**counts, **dict.fromkeys(empty), "no_figures_because": reason}
+    return {
+        **counts,
+        "perplexity_original": math.exp(losses["nll_original"]),
+        "perplexity_quantized": math.exp(losses["nll_quantized"]),
+        "ratio": math.exp(losses["nll_quantized"] - losses["nll_original"]),
+        "kl_divergence": losses["kl_divergence"],
+    }
+
+
+def _no_figures_because(counts: Mapping[str, Any], losses: Mapping[str, float]) -> str | None:
+    if not counts["tokens"]:
+        return "every evaluation row gives non-finite activations in the original model"
+    for name, loss in losses.items():
+        # exp leaves fp64 above 709; JSON has no words for what lies there.
+        if not math.isfinite(loss) or loss > 700:
+            return f"{name} is {loss} nats a token: the model is broken"
+    return None
 
 
 def _calibration(plan: Plan, excluded_rows: Sequence[int]) -> dict[str, Any] | None:

@@ -35,6 +35,7 @@ LAYERS = {
     "quantlib.linalg": 3,
     "quantlib.quantized": 3,
     "quantlib.machine": 3,
+    "quantlib.cells": 3,
     "quantlib.tokens": 3,
     "quantlib.methods": 4,
     "quantlib.packing": 4,

@@ -186,3 +186,54 @@ def test_conversion_refuses_a_source_replaced_since_it_began(tmp_path):
     shard.write_bytes(content[:-2] + b"\x00\x01")
     with pytest.raises(PlanMismatchError, match="source objects were replaced"):
         quantize(options)
+
+
+def test_conversion_of_a_changed_config_is_refused_on_resume(tmp_path):
+    options = tiny_options(tmp_path)
+
+    def stop(progress: Progress) -> None:
+        if progress.label == "block 2/3: capture":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(options, stop)
+    path = Path(options.source) / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-3}))
+    with pytest.raises(PlanMismatchError, match="replaced"):
+        quantize(options)
+
+
+def test_conversion_resumes_with_the_threads_it_found_itself(tmp_path):
+    options = tiny_options(tmp_path, threads_per_worker=None)
+
+    def stop(progress: Progress) -> None:
+        if progress.label == "block 2/3: capture":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(options, stop)
+    threads = json.loads((tmp_path / "output.quantmill" / "plan.json").read_text())["threads"]
+    assert quantize(tiny_options(tmp_path, threads_per_worker=threads))["resumed_units"]
+
+
+def test_conversion_finished_without_evaluation_points_to_the_command_that_measures(tmp_path):
+    quantize(tiny_options(tmp_path, evaluation=None))
+    _assert_refused(tiny_options(tmp_path), PlanMismatchError, "quantmill evaluate")
+
+
+def test_conversion_device_that_is_not_there_is_refused(tmp_path):
+    if torch.cuda.is_available():
+        return
+    _assert_refused(tiny_options(tmp_path, device="cuda"), RecipeError, "cuda")
+
+
+def test_conversion_without_evaluation_resumes_without_running_finished_blocks(tmp_path):
+    options = tiny_options(tmp_path, evaluation=None)
+
+    def stop(progress: Progress) -> None:
+        if progress.label == "head":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(options, stop)
+    assert "forward" not in quantize(options)["stages"]

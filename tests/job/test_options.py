@@ -107,18 +107,9 @@ def test_every_option_is_described_and_has_a_known_kind():
         assert (found.default is None) == is_optional(found), name
 
 
-def test_identity_leaves_out_what_cannot_change_a_byte():
-    left_out = {name for name, (_, option) in option_fields().items() if not option.in_identity}
-    assert left_out == {
-        "output",
-        "work",
-        "evaluation",
-        "evaluation_sequences",
-        "runner",
-        "workers",
-        "ray_address",
-        "storage_engine",
-    }
+def test_identity_holds_what_is_asked_of_the_weights_and_nothing_of_where_and_by_whom():
+    kept = {name for name, (_, option) in option_fields().items() if option.in_identity}
+    assert kept == {"scheme", "group_size", "method", "format", "propagation", "rules"}
 
 
 def test_options_cannot_be_changed():

@@ -113,10 +113,10 @@ def test_manifest_first_plan_stays(tmp_path, plan):
     store = open_store(f"file://{tmp_path}")
     first = dataclasses.replace(plan, work=f"file://{tmp_path}/work")
     store_plan(store, first)
-    store_plan(store, dataclasses.replace(first, threads=7))
+    store_plan(store, dataclasses.replace(first, output="elsewhere"))
     stored = read_plan(store, first.work)
     assert stored is not None
-    assert stored.threads == plan.threads
+    assert stored.output == plan.output
 
 
 def _record(plan, unit, **changes) -> DoneRecord:
@@ -160,3 +160,24 @@ def test_estimate_counts_bytes_as_they_are_written(root, plan):
     text = format_plan(described)
     assert "3 blocks" in text
     assert "21 linears to W4A16 g32 by gptq" in text
+
+
+def test_manifest_second_plan_on_one_work_prefix_is_refused(tmp_path, plan):
+    store = open_store(f"file://{tmp_path}")
+    first = dataclasses.replace(plan, work=f"file://{tmp_path}/work")
+    store_plan(store, first)
+    store_plan(store, first)
+    with pytest.raises(PlanMismatchError, match="another run"):
+        store_plan(store, dataclasses.replace(first, threads=7))
+
+
+def test_manifest_record_written_again_keeps_the_newer_etag_and_refuses_other_bytes(tmp_path, plan):
+    store = open_store(f"file://{tmp_path}")
+    here = dataclasses.replace(plan, work=f"file://{tmp_path}/work", output=f"file://{tmp_path}/out")
+    unit = here.units[0]
+    store_record(store, here.work, _record(here, unit, etag="old"))
+    info = store.write(join_uri(here.output, unit.shard), b"abc")
+    store_record(store, here.work, _record(here, unit, etag=info.etag))
+    assert finished_units(store, store, here)[unit.name].etag == info.etag
+    with pytest.raises(PlanMismatchError, match="other content"):
+        store_record(store, here.work, _record(here, unit, sha256="1" * 64))
