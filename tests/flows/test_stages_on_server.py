@@ -13,6 +13,10 @@ pytestmark = pytest.mark.slow
 PROGRAM = Path(__file__).with_name("stages_program.py")
 
 
+# Other tests leave runs and artifacts on the same server.
+OF_THE_PROGRAM = {"flows": {"name": {"any_": ["stages-program"]}}}
+
+
 @pytest.fixture(scope="module")
 def outcomes(prefect_server: PrefectServer) -> dict:
     environment = prefect_server.environment | {"PYTHONPATH": str(REPOSITORY)}
@@ -61,10 +65,9 @@ def test_bug_is_not_retried(outcomes):
 
 def test_task_runs_bear_the_names_of_the_stages(prefect_server, outcomes):
     wanted = {"block 1/2: capture", "block 1/2: solve", "plan", "head"}
-    query = {"flows": {"name": {"any_": ["stages-program"]}}}
 
     def names() -> set[str]:
-        return {run["name"] for run in read(prefect_server, "/task_runs/filter", query)}
+        return {run["name"] for run in read(prefect_server, "/task_runs/filter", OF_THE_PROGRAM)}
 
     # Task runs reach the server as events, some seconds after the fact.
     wait_until(lambda: names() >= wanted, 60, "the arrival of the task runs")
@@ -72,14 +75,14 @@ def test_task_runs_bear_the_names_of_the_stages(prefect_server, outcomes):
 
 
 def test_progress_ends_at_100_and_was_not_shown_at_every_step(prefect_server, outcomes):
-    query = {"artifacts": {"key": {"any_": ["quantize-progress"]}}}
+    query = {"artifacts": {"key": {"any_": ["quantize-progress"]}}, **OF_THE_PROGRAM}
     (bar,) = read(prefect_server, "/artifacts/filter", query)
     assert bar["data"] == 100.0
     assert bar["description"] == "step 100"
 
 
 def test_report_is_left_as_table_and_summary(prefect_server, outcomes):
-    query = {"artifacts": {"key": {"any_": ["quantize-blocks", "quantize-summary"]}}}
+    query = {"artifacts": {"key": {"any_": ["quantize-blocks", "quantize-summary"]}}, **OF_THE_PROGRAM}
     found = {
         artifact["key"]: artifact["data"] for artifact in read(prefect_server, "/artifacts/filter", query)
     }
