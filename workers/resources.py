@@ -18,7 +18,7 @@ PLACEMENT_TIMEOUT_S = 900.0
 LOCAL_PLACEMENT_TIMEOUT_S = 180.0
 
 # Without GPUs: few threads a worker waste little time waiting for each other (two workers of one thread took
-# three fifths of the CPU seconds of one worker of two threads), but each worker holds a block.
+# four fifths of the time of one worker of two threads, wall and CPU), but each worker holds a block.
 _DEFAULT_CPU_WORKERS = 4
 
 # Tensors are mapped from the object store instead of copied out of it.
@@ -44,7 +44,7 @@ def cluster(address: str | None) -> Iterator[None]:
         ray.init(
             **where,
             log_to_driver=False,
-            logging_level=logging.WARNING,
+            logging_level=logging.ERROR,
             runtime_env={"env_vars": _WORKER_ENVIRONMENT},
         )
     except (OSError, TimeoutError, RuntimeError, ValueError) as error:

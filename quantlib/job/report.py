@@ -58,23 +58,10 @@ def build_report(
         "runner": plan.options["runner"],
         "evaluation": _evaluation(plan, figures),
         "calibration": _calibration(plan, excluded_rows),
-        "blocks": [
-            {
-                "index": block.index,
-                "relative_error": block_errors.get(block.index, {}).get("relative_error"),
-                "cosine": block_errors.get(block.index, {}).get("cosine"),
-                "linears": [dict(row) for row in linears[plan.block_units[block.index].name]],
-                "seconds": dict(block_seconds.get(block.index, {})),
-            }
-            for block in plan.blocks
-        ],
+        "blocks": _blocks(plan, linears, block_errors, block_seconds),
         "shards": [
-            {
-                "name": unit.shard,
-                "sha256": records[unit.name].sha256,
-                "size_bytes": records[unit.name].size_bytes,
-            }
-            for unit in plan.units
+            {"name": u.shard, "sha256": records[u.name].sha256, "size_bytes": records[u.name].size_bytes}
+            for u in plan.units
         ],
         "bytes": {
             "source": sum(
@@ -96,6 +83,24 @@ def build_report(
         "dropped": dict(plan.dropped),
         "versions": dict(plan.versions),
     }
+
+
+def _blocks(
+    plan: Plan,
+    linears: Mapping[str, Sequence[Mapping[str, Any]]],
+    errors: Mapping[int, Mapping[str, Any]],
+    seconds: Mapping[int, Mapping[str, float]],
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "index": block.index,
+            "relative_error": errors.get(block.index, {}).get("relative_error"),
+            "cosine": errors.get(block.index, {}).get("cosine"),
+            "linears": [dict(row) for row in linears[plan.block_units[block.index].name]],
+            "seconds": dict(seconds.get(block.index, {})),
+        }
+        for block in plan.blocks
+    ]
 
 
 def _evaluation(plan: Plan, figures: Sequence[Mapping[str, float]] | None) -> dict[str, Any] | None:
