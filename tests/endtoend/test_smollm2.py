@@ -69,8 +69,9 @@ def test_smollm2_perplexity_stays_near_the_source(converted):
     _, _, report = converted
     figures = report["evaluation"]
     assert figures["tokens"] == 16352
-    # The figure the peers were measured against, on the same rows.
-    assert figures["perplexity_original"] == pytest.approx(14.374, abs=0.02)
+    # The figure the peers were measured against, on the same rows, in fp32. A processor with AMX runs the
+    # blocks in bf16, which moves it by about 0.1 %.
+    assert figures["perplexity_original"] == pytest.approx(14.374, rel=0.005)
     assert figures["ratio"] <= WORST_RATIO
     assert report["fallbacks"] == []
     assert 0 < figures["kl_divergence"] < 0.2
@@ -91,6 +92,8 @@ def test_smollm2_evaluate_of_the_output_gives_the_reported_perplexity(converted)
             str(DEMO / "text" / "evaluation.jsonl"),
             "--sequence-length",
             "512",
+            "--threads-per-worker",
+            str(report["threads_per_worker"]),
             "--json",
         )
     )
