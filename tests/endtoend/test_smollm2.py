@@ -71,7 +71,8 @@ def test_smollm2_perplexity_stays_near_the_source(converted):
     assert figures["tokens"] == 16352
     # The figure the peers were measured against, on the same rows, in fp32. A processor with AMX runs the
     # blocks in bf16, which moves it by about 0.1 %.
-    assert figures["perplexity_original"] == pytest.approx(14.374, rel=0.005)
+    allowed = 0.02 if report["compute_dtype"] == "float32" else 0.07
+    assert figures["perplexity_original"] == pytest.approx(14.374, abs=allowed)
     assert figures["ratio"] <= WORST_RATIO
     assert report["fallbacks"] == []
     assert 0 < figures["kl_divergence"] < 0.2
@@ -101,10 +102,10 @@ def test_smollm2_evaluate_of_the_output_gives_the_reported_perplexity(converted)
     assert measured["perplexity"] == pytest.approx(report["evaluation"]["perplexity_quantized"], rel=1e-4)
 
 
+# transformers reads gptq through GPTQModel, which wants another torch.
+@pytest.mark.parametrize("converted", ["compressed-tensors"], indirect=True)
 def test_smollm2_transformers_loads_the_output_to_the_same_perplexity(converted):
-    output_format, output, report = converted
-    if output_format != "compressed-tensors":
-        return  # transformers reads gptq through GPTQModel, which wants another torch
+    _, output, report = converted
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from quantlib.calibration.corpus import rows_digest, token_rows

@@ -133,6 +133,17 @@ def test_conversion_quantized_propagation_calibrates_on_quantized_activations(tm
     assert a["model-00003-of-00005.safetensors"] != b["model-00003-of-00005.safetensors"]
 
 
+def _interrupt(options, label: str) -> None:
+    """Run a job up to the stage with this label."""
+
+    def stop(progress: Progress) -> None:
+        if progress.label == label:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(options, stop)
+
+
 def _assert_refused(options, kind: type[QuantError], words: str) -> None:
     before = sorted(Path(options.output).parent.rglob("*"))
     with pytest.raises(kind, match=words) as caught:
@@ -173,13 +184,7 @@ def test_conversion_refuses_sequences_longer_than_the_model_can_read(tmp_path):
 
 def test_conversion_refuses_a_source_replaced_since_it_began(tmp_path):
     options = tiny_options(tmp_path)
-
-    def stop(progress: Progress) -> None:
-        if progress.label == "block 2/3: capture":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(options, stop)
+    _interrupt(options, "block 2/3: capture")
     shard = sorted(Path(options.source).glob("*.safetensors"))[1]
     content = shard.read_bytes()
     shard.unlink()
@@ -190,13 +195,7 @@ def test_conversion_refuses_a_source_replaced_since_it_began(tmp_path):
 
 def test_conversion_of_a_changed_config_is_refused_on_resume(tmp_path):
     options = tiny_options(tmp_path)
-
-    def stop(progress: Progress) -> None:
-        if progress.label == "block 2/3: capture":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(options, stop)
+    _interrupt(options, "block 2/3: capture")
     path = Path(options.source) / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "rms_norm_eps": 1e-3}))
     with pytest.raises(PlanMismatchError, match="replaced"):
@@ -205,13 +204,7 @@ def test_conversion_of_a_changed_config_is_refused_on_resume(tmp_path):
 
 def test_conversion_resumes_with_the_threads_it_found_itself(tmp_path):
     options = tiny_options(tmp_path, threads_per_worker=None)
-
-    def stop(progress: Progress) -> None:
-        if progress.label == "block 2/3: capture":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(options, stop)
+    _interrupt(options, "block 2/3: capture")
     threads = json.loads((tmp_path / "output.quantmill" / "plan.json").read_text())["threads"]
     assert quantize(tiny_options(tmp_path, threads_per_worker=threads))["resumed_units"]
 
@@ -221,19 +214,12 @@ def test_conversion_finished_without_evaluation_points_to_the_command_that_measu
     _assert_refused(tiny_options(tmp_path), PlanMismatchError, "quantmill evaluate")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a device that is missing is wanted")
 def test_conversion_device_that_is_not_there_is_refused(tmp_path):
-    if torch.cuda.is_available():
-        return
     _assert_refused(tiny_options(tmp_path, device="cuda"), RecipeError, "cuda")
 
 
 def test_conversion_without_evaluation_resumes_without_running_finished_blocks(tmp_path):
     options = tiny_options(tmp_path, evaluation=None)
-
-    def stop(progress: Progress) -> None:
-        if progress.label == "head":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        quantize(options, stop)
+    _interrupt(options, "head")
     assert "forward" not in quantize(options)["stages"]
