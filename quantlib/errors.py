@@ -66,6 +66,16 @@ class TransientStorageError(StorageError):
     retryable = True
 
 
+class NoSpaceError(StorageError):
+    """The store is full, or its quota is used up; with space the same command goes on."""
+
+
+class ChecksumError(StorageError):
+    """Stored bytes are not those whose digest was recorded."""
+
+    retryable = True
+
+
 class NumericsError(QuantError):
     """A computation met values it must not hide (NaN, infinity, an overflowing sum)."""
 

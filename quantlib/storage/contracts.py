@@ -2,7 +2,9 @@
 
 A URI is ``s3://bucket/key`` or ``file:///absolute/path``. Errors are ours (`quantlib.errors`):
 ObjectNotFoundError for a missing object or bucket, StorageError for refused credentials and the like,
-TransientStorageError once the engine's own retries are used up.
+TransientStorageError once the engine's own retries are used up, NoSpaceError when the store is full,
+ChecksumError for bytes that arrive damaged again and again. Every call on S3 ends within a stated time
+(`s3_settings.CALL_LIMIT_S`).
 """
 
 from collections.abc import Sequence
@@ -64,6 +66,10 @@ class Store(Protocol):
         """A whole small object."""
         ...
 
+    def read_with_info(self, uri: str) -> tuple[bytes, ObjectInfo]:
+        """A whole small object with the etag of that very version."""
+        ...
+
     def read_ranges(self, info: ObjectInfo, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
         """Byte ranges [start, end) of the very object ``info`` describes, in the order asked for.
 
@@ -88,8 +94,34 @@ class Store(Protocol):
     def put_if_absent(self, uri: str, data: bytes) -> bool:
         """Store a small object unless there is one already; says whether it was stored.
 
-        After False, or after a TransientStorageError, read the object to see whose it is: an answer that
-        was lost on the way looks the same as a race that was lost.
+        Of callers with different contents exactly one is told True. An answer that was lost on the way is
+        settled here, by reading the object: equal content counts as stored. So callers with equal contents
+        may all be told True; put something of your own into ``data`` (a run id) when that matters.
+
+        Raises:
+            TransientStorageError: It could not be found out; the object may still appear.
+        """
+        ...
+
+    def replace_if_match(self, uri: str, data: bytes, etag: str) -> ObjectInfo | None:
+        """Store a small object only while the one that is there still has this etag.
+
+        Of callers with the same etag and different contents exactly one gets its ObjectInfo; the others get
+        None, as for an object that is gone. Lost answers are settled as in `put_if_absent`: equal content
+        counts as stored, and its present etag is returned. On local files this guards against other calls of
+        `replace_if_match`, `put_if_absent` and `delete`, not against `write` or `open_writer` of the object.
+
+        Raises:
+            TransientStorageError: It could not be found out; the object may still change.
+        """
+        ...
+
+    def abort_uploads(self, prefix_uri: str) -> int:
+        """Give up unfinished uploads below a prefix (``prefix/...``); returns how many there were.
+
+        On S3 these are multipart uploads, which cost money and are not listed as objects; of local files the
+        hidden part files, but none that a living process of this machine has open. The caller makes sure that
+        nobody streams an object there; small objects may be written meanwhile.
         """
         ...
 

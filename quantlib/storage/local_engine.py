@@ -1,14 +1,13 @@
 """Local files as a store.
 
 Writes go to a temporary name in the same folder and are renamed, so that no reader sees half an object.
-An etag is the file's modification time, size and inode: replacing a file changes it. Left out: locking, and
-folders as objects (an empty folder lists as nothing).
+An etag is the file's modification time, size and inode: replacing a file changes it. Left out: folders as
+objects (an empty folder lists as nothing), and guarding `write` against `replace_if_match` on the same file.
 """
 
 import errno
 import os
 import stat
-import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -17,13 +16,19 @@ from typing import BinaryIO, Self
 
 import numpy as np
 
-from quantlib.errors import CheckpointError, ObjectNotFoundError, StorageError, TransientStorageError
+from quantlib.errors import (
+    CheckpointError,
+    NoSpaceError,
+    ObjectNotFoundError,
+    StorageError,
+    TransientStorageError,
+)
+from quantlib.storage import local_files
 from quantlib.storage.contracts import ObjectInfo
 from quantlib.storage.ranges import MAX_IN_FLIGHT, fetch_ranges
 from quantlib.storage.traffic import Traffic
 from quantlib.storage.uris import file_path
 
-_PART_SUFFIX = ".quantmill-part"
 # What network file systems answer while their server is away.
 _MAY_PASS = (errno.EAGAIN, errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
@@ -49,7 +54,7 @@ class LocalStore:
         self.traffic.count()
         found = []
         with _translated(prefix_uri, "list"):
-            for path in _files_below(file_path(prefix_uri), recursive):
+            for path in local_files.files_below(file_path(prefix_uri), recursive=recursive):
                 # A file may vanish between being seen and being looked at.
                 with suppress(FileNotFoundError):
                     found.append(_info(f"file://{path}", path.stat()))
@@ -57,10 +62,16 @@ class LocalStore:
 
     def read(self, uri: str) -> bytes:
         """A whole small file."""
-        with _translated(uri, "read"):
-            content = Path(file_path(uri)).read_bytes()
+        return self.read_with_info(uri)[0]
+
+    def read_with_info(self, uri: str) -> tuple[bytes, ObjectInfo]:
+        """A whole small file with the etag of that very version."""
+        with _translated(uri, "read"), Path(file_path(uri)).open("rb") as file:
+            info = _info(uri, os.fstat(file.fileno()))
+            content = file.read()
+            _check_unchanged(info, file)
         self.traffic.count(read=len(content))
-        return content
+        return content, info
 
     def read_ranges(self, info: ObjectInfo, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
         """Byte ranges of the very file that ``info`` describes."""
@@ -90,24 +101,37 @@ class LocalStore:
         self.traffic.count(written=len(data))
         target = Path(file_path(uri))
         with _translated(uri, "write"):
-            part, file = _open_part(target)
+            return local_files.link_new(target, data)
+
+    def replace_if_match(self, uri: str, data: bytes, etag: str) -> ObjectInfo | None:
+        """Replace a small file only while the one that is there still has this etag."""
+        self.traffic.count(written=len(data))
+        target = Path(file_path(uri))
+        if not target.parent.is_dir():
+            return None
+        with _translated(uri, "write"), local_files.locked(target):
             try:
-                with file:
-                    file.write(data)
-                    _flush_to_disk(file)
-                # A link, unlike a rename, fails when the name is taken.
-                target.hardlink_to(part)
-            except FileExistsError:
-                return False
-            finally:
-                part.unlink()
-        return True
+                present = target.stat()
+            except FileNotFoundError:
+                return None
+            if _info(uri, present).etag != etag:
+                return None
+            return _info(uri, local_files.replace(target, data, newer_than=present))
+
+    def abort_uploads(self, prefix_uri: str) -> int:
+        """Remove part files (and locks) that no living process of this machine has open; how many."""
+        self.traffic.count()
+        with _translated(prefix_uri, "delete"):
+            return local_files.remove_abandoned(file_path(prefix_uri))
 
     def delete(self, uri: str) -> None:
         """Remove one file; no error when there is none."""
         self.traffic.count()
-        with _translated(uri, "delete"), suppress(FileNotFoundError):
-            Path(file_path(uri)).unlink()
+        target = Path(file_path(uri))
+        if not target.parent.is_dir():
+            return
+        with _translated(uri, "delete"):
+            local_files.remove(target)
 
 
 class LocalWriter:
@@ -122,7 +146,7 @@ class LocalWriter:
 
     def __enter__(self) -> Self:
         with _translated(self._uri, "write"):
-            self._part, self._file = _open_part(self._target)
+            self._part, self._file = local_files.open_part(self._target)
         return self
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
@@ -138,10 +162,9 @@ class LocalWriter:
             return
         try:
             with _translated(self._uri, "write"):
-                _flush_to_disk(self._file)
-                status = os.fstat(self._file.fileno())
-                self._file.close()
+                status = local_files.flush_to_disk(self._file)
                 self._part.replace(self._target)
+                self._file.close()
         except StorageError:
             self._discard()
             raise
@@ -161,6 +184,18 @@ def _translated(uri: str, action: str) -> Iterator[None]:
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError) as error:
         raise _absent(uri) from error
     except OSError as error:
+        if error.errno in local_files.FULL:
+            raise NoSpaceError(
+                f"the disk or the quota is full, {uri} could not be written ({error.strerror});"
+                " free space, then run the same command again",
+                uri=uri,
+            ) from error
+        if error.errno in local_files.NO_LOCKS:
+            raise StorageError(
+                f"the file system of {uri} has no file locks, which one writer at a time needs;"
+                " use a folder on another one, or S3",
+                uri=uri,
+            ) from error
         kind = TransientStorageError if error.errno in _MAY_PASS else StorageError
         raise kind(f"this machine would not {action} {uri}: {error.strerror}", uri=uri) from error
 
@@ -191,29 +226,3 @@ def _pread(descriptor: int, start: int, end: int) -> memoryview:
             break
         done += count
     return content[:done]
-
-
-def _open_part(target: Path) -> tuple[Path, BinaryIO]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    # Long names are cut: a file name holds at most 255 bytes.
-    part = target.with_name(f".{target.name[:60]}.{uuid.uuid4().hex}{_PART_SUFFIX}")
-    return part, part.open("xb")
-
-
-def _flush_to_disk(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _files_below(root: str, recursive: bool) -> Iterator[Path]:
-    for folder, folders, names in os.walk(root, onerror=_raise_unless_absent):
-        if not recursive:
-            folders.clear()
-        for name in names:
-            if not (name.startswith(".") and name.endswith(_PART_SUFFIX)):
-                yield Path(folder, name)
-
-
-def _raise_unless_absent(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError | NotADirectoryError):
-        raise error

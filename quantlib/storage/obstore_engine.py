@@ -1,38 +1,43 @@
 """S3 through obstore (a Rust client): the default engine.
 
-Requests are retried with backoff for RETRY_TIMEOUT_S, which rides out a restarted server. The first contact
-with a bucket is retried only briefly, so that a mistyped endpoint is told at once. Left out: cleaning up
-multipart uploads of a process that was killed (a lifecycle rule of the bucket does that).
+Requests are retried with backoff for RETRY_TIMEOUT_S, which rides out a restarted server; what obstore
+itself gives up too early is repeated by `retries`. The first contact with a bucket is retried only briefly,
+so that a mistyped endpoint is told at once. Left to s3fs: listing unfinished uploads, which obstore cannot.
 """
 
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, PreconditionError
 from obstore.store import S3Store
 
-from quantlib.errors import CheckpointError, StorageError
+from quantlib.errors import CheckpointError, StorageError, TransientStorageError
 from quantlib.storage import s3_settings
 from quantlib.storage.contracts import ObjectInfo
 from quantlib.storage.ranges import MAX_IN_FLIGHT, fetch_ranges
-from quantlib.storage.s3_errors import s3_error, unreachable
+from quantlib.storage.retries import read_undamaged, repeated, store_conditionally
+from quantlib.storage.s3_errors import check_upload_gone, s3_error, unreachable
 from quantlib.storage.traffic import Traffic
 from quantlib.storage.uris import bucket_and_key
 
 if TYPE_CHECKING:
+    from obstore import PutMode
     from obstore.store import ClientConfig, RetryConfig
 
+_T = TypeVar("_T")
 # S3 allows 10 000 parts: objects of up to 320 GB.
 PART_BYTES = 32 << 20
 PARTS_IN_FLIGHT = 4
 _CODE = re.compile(r"<Code>(\w+)</Code>")
 _STATUS = re.compile(r"status code: (\d{3})")
+# An answer that does not parse was damaged or cut off on its way.
+_DAMAGED = re.compile(r"Got invalid \w+ response")
 _CAUSE = re.compile(r'message: "([^"]+)"')
 
 
@@ -48,47 +53,47 @@ class ObstoreStore:
 
     def head(self, uri: str) -> ObjectInfo:
         """Size and etag of one object."""
-        bucket, key = self._locate(uri)
         self.traffic.count()
-        with self._translated(uri, "read", probe=True):
-            found = obstore.head(bucket, key)
-        return _info(uri, found)
+        return _info(uri, self._call(uri, "read", obstore.head, probe=True))
 
     def list(self, prefix_uri: str, *, recursive: bool = True) -> Sequence[ObjectInfo]:
         """All objects below a prefix, sorted by uri."""
-        bucket, prefix = self._locate(prefix_uri)
         self.traffic.count()
-        root = "s3://" + bucket_and_key(prefix_uri)[0]
-        with self._translated(prefix_uri, "list"):
-            if recursive:
-                found = [
-                    item for chunk in obstore.list(bucket, prefix or None, chunk_size=1000) for item in chunk
-                ]
-            else:
-                found = obstore.list_with_delimiter(bucket, prefix or None)["objects"]
+        name, prefix = bucket_and_key(prefix_uri)
+
+        def list_all(bucket: S3Store, key: str) -> list[Any]:
+            if not recursive:
+                return list(obstore.list_with_delimiter(bucket, key or None)["objects"])
+            return [item for page in obstore.list(bucket, key or None, chunk_size=1000) for item in page]
+
+        found = self._call(prefix_uri, "list", list_all)
         # A "folder" made by a console is an empty object whose path is the prefix itself.
-        kept = [_info(f"{root}/{item['path']}", item) for item in found if item["path"] != prefix]
+        kept = [_info(f"s3://{name}/{item['path']}", item) for item in found if item["path"] != prefix]
         return sorted(kept, key=lambda info: info.uri)
 
     def read(self, uri: str) -> bytes:
         """A whole small object."""
-        bucket, key = self._locate(uri)
-        with self._translated(uri, "read"):
-            content = obstore.get(bucket, key).bytes().to_bytes()
+        return self.read_with_info(uri)[0]
+
+    def read_with_info(self, uri: str) -> tuple[bytes, ObjectInfo]:
+        """A whole small object with the etag of that very version."""
+        self._locate(uri)
+        content, info = repeated(lambda: self._read_once(uri))
         self.traffic.count(read=len(content))
-        return content
+        return content, info
 
     def read_ranges(self, info: ObjectInfo, ranges: Sequence[tuple[int, int]]) -> Sequence[memoryview]:
         """Byte ranges of the very object that ``info`` describes."""
-        bucket, key = self._locate(info.uri)
 
         def fetch(start: int, end: int) -> memoryview:
-            with self._translated(info.uri, "read"):
+            def get(bucket: S3Store, key: str) -> tuple[memoryview, str | None]:
                 answer = obstore.get(bucket, key, options={"range": (start, end), "if_match": info.etag})
-                content = memoryview(answer.bytes())
+                return memoryview(answer.bytes()), answer.meta["e_tag"]
+
+            content, etag = self._call(info.uri, "read", get)
             self.traffic.count(read=len(content))
             # Some servers ignore the condition.
-            if answer.meta["e_tag"] != info.etag:
+            if etag != info.etag:
                 raise _changed(info.uri)
             return content
 
@@ -100,61 +105,109 @@ class ObstoreStore:
 
     def write(self, uri: str, data: bytes) -> ObjectInfo:
         """Store a small object, replacing what is there."""
-        bucket, key = self._locate(uri)
-        with self._translated(uri, "write"):
-            stored = obstore.put(bucket, key, data, use_multipart=False)
+        stored = self._call(uri, "write", lambda b, key: obstore.put(b, key, data, use_multipart=False))
         self.traffic.count(written=len(data))
         return ObjectInfo(uri=uri, size_bytes=len(data), etag=stored["e_tag"] or "")
 
     def put_if_absent(self, uri: str, data: bytes) -> bool:
         """Store a small object unless there is one already; says whether it was stored."""
-        bucket, key = self._locate(uri)
-        self.traffic.count(written=len(data))
-        with self._translated(uri, "write"):
-            try:
-                obstore.put(bucket, key, data, mode="create")
-            except AlreadyExistsError:
-                return False
-        return True
+        return self._store_conditionally(uri, data, etag=None) is not None
+
+    def replace_if_match(self, uri: str, data: bytes, etag: str) -> ObjectInfo | None:
+        """Store a small object only while the one that is there still has this etag."""
+        return self._store_conditionally(uri, data, etag=etag)
+
+    def abort_uploads(self, prefix_uri: str) -> int:
+        """Give up unfinished multipart uploads below a prefix; how many there were."""
+        # Imported here: half a second that only this call needs.
+        from quantlib.storage.s3fs_engine import S3fsStore
+
+        return S3fsStore(self.traffic).abort_uploads(prefix_uri)
 
     def delete(self, uri: str) -> None:
         """Remove one object; no error when there is none."""
-        bucket, key = self._locate(uri)
         self.traffic.count()
-        with self._translated(uri, "delete"):
-            obstore.delete(bucket, key)
+        self._call(uri, "delete", obstore.delete)
+
+    def _read_once(self, uri: str) -> tuple[bytes, ObjectInfo]:
+        bucket, key = self._locate(uri)
+
+        def fetch() -> tuple[bytes, str]:
+            with self._translated(uri, "read"):
+                answer = obstore.get(bucket, key)
+                content, size_bytes = answer.bytes().to_bytes(), answer.meta["size"]
+            if len(content) != size_bytes:
+                raise TransientStorageError(
+                    f"{uri} has {size_bytes} bytes, {len(content)} came back; try again", uri=uri
+                )
+            return content, answer.meta["e_tag"] or ""
+
+        content, etag = read_undamaged(fetch, uri)
+        return content, ObjectInfo(uri=uri, size_bytes=len(content), etag=etag)
+
+    def _store_conditionally(self, uri: str, data: bytes, *, etag: str | None) -> ObjectInfo | None:
+        bucket, key = self._locate(uri)
+        self.traffic.count(written=len(data))
+        mode: PutMode = "create" if etag is None else {"e_tag": etag}
+
+        def put() -> ObjectInfo | None:
+            with self._translated(uri, "write"):
+                try:
+                    stored = obstore.put(bucket, key, data, mode=mode, use_multipart=False)
+                except (AlreadyExistsError, PreconditionError):
+                    return None
+            return ObjectInfo(uri=uri, size_bytes=len(data), etag=stored["e_tag"] or "")
+
+        return store_conditionally(put, lambda: self._read_once(uri), data, uri=uri, etag=etag)
+
+    def _call(
+        self, uri: str, action: str, request: Callable[[S3Store, str], _T], *, probe: bool = False
+    ) -> _T:
+        """One request, repeated while its error may pass."""
+        bucket, key = self._locate(uri)
+
+        def attempt() -> _T:
+            with self._translated(uri, action, probe=probe):
+                return request(bucket, key)
+
+        return repeated(attempt)
 
     def _locate(self, uri: str) -> tuple[S3Store, str]:
         name, key = bucket_and_key(uri)
         with self._lock:
-            if name not in self._buckets:
-                self._reach(name, key, uri)
-                self._buckets[name] = self._open(name, max_retries=s3_settings.MAX_RETRIES)
-            return self._buckets[name], key
+            bucket = self._buckets.get(name)
+        if bucket is None:
+            # Not under the lock: where nobody answers, threads would wait for each other one by one.
+            self._reach(name, key, uri)
+            bucket = self._open(name)
+            with self._lock:
+                bucket = self._buckets.setdefault(name, bucket)
+        return bucket, key
 
     def _reach(self, bucket: str, key: str, uri: str) -> None:
         """Find out at once when nobody answers; any answer, even a refusal, is good enough here."""
         try:
-            obstore.head(self._open(bucket, max_retries=1), key or "config.json")
+            obstore.head(self._open(bucket, first_contact=True), key or "config.json")
         except (BaseError, OSError, ValueError) as error:
             if _code(error) is None:
                 raise self._translate(error, uri, "read", probe=False) from error
 
-    def _open(self, bucket: str, *, max_retries: int) -> S3Store:
+    def _open(self, bucket: str, *, first_contact: bool = False) -> S3Store:
         settings = self._settings
         credentials = settings.credentials
+        limit_s = s3_settings.CONTACT_TIMEOUT_S if first_contact else s3_settings.REQUEST_TIMEOUT_S
         client: ClientConfig = {
             "allow_http": (settings.endpoint or "").startswith("http://"),
             "connect_timeout": timedelta(seconds=s3_settings.CONNECT_TIMEOUT_S),
             "read_timeout": timedelta(seconds=s3_settings.READ_TIMEOUT_S),
-            "timeout": timedelta(seconds=s3_settings.REQUEST_TIMEOUT_S),
+            "timeout": timedelta(seconds=limit_s),
         }
         retry: RetryConfig = {
-            "max_retries": max_retries,
+            "max_retries": 1 if first_contact else s3_settings.MAX_RETRIES,
             "retry_timeout": timedelta(seconds=s3_settings.RETRY_TIMEOUT_S),
             "backoff": {
-                "init_backoff": timedelta(seconds=1),
-                "max_backoff": timedelta(seconds=10),
+                "init_backoff": timedelta(seconds=s3_settings.FIRST_BACKOFF_S),
+                "max_backoff": timedelta(seconds=s3_settings.MAX_BACKOFF_S),
                 "base": 2,
             },
         }
@@ -163,6 +216,9 @@ class ObstoreStore:
             more["credential_provider"] = lambda: s3_settings.frozen_credentials(credentials)
         else:
             more["skip_signature"] = True
+        if settings.sends_checksums:
+            # Not every server compares the body with its signature; with a checksum they do.
+            more["checksum_algorithm"] = "SHA256"
         return S3Store(bucket, region=settings.region, client_options=client, retry_config=retry, **more)
 
     @contextmanager
@@ -199,7 +255,8 @@ class ObstoreStore:
                 cause=cause.group(1) if cause else "no answer",
             )
         first_line = str(error).partition("\n")[0]
-        return StorageError(f"{self._settings.place} would not {action} {uri}: {first_line}", uri=uri)
+        kind = TransientStorageError if _DAMAGED.search(first_line) else StorageError
+        return kind(f"{self._settings.place} would not {action} {uri}: {first_line}", uri=uri)
 
     def _reason(self, uri: str) -> str | None:
         """The code with which the server refuses a listing, which has a body; None when it does not."""
@@ -246,8 +303,13 @@ class ObstoreWriter:
             with suppress(BaseError, OSError):
                 self._writer.__exit__(*error)
             return
-        with self._store._translated(self._uri, "write"):
-            self._writer.close()
+        try:
+            # On an error obstore gives up the upload by itself.
+            with self._store._translated(self._uri, "write"):
+                self._writer.close()
+        except StorageError as failed:
+            check_upload_gone(failed, self._uri)
+            raise
         self.info = self._store.head(self._uri)
         if self.info.size_bytes != self._size_bytes:
             raise StorageError(

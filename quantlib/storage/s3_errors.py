@@ -3,7 +3,7 @@
 Messages carry the code and never the server's text, which may repeat credentials.
 """
 
-from quantlib.errors import ObjectNotFoundError, StorageError, TransientStorageError
+from quantlib.errors import NoSpaceError, ObjectNotFoundError, StorageError, TransientStorageError
 
 _ADVICE = {
     "NoSuchBucket": (
@@ -37,7 +37,19 @@ _WRONG_REGION = (
     "AuthorizationHeaderMalformed",
     "IllegalLocationConstraintException",
 )
+_FULL = (
+    "InsufficientStorage",
+    "QuotaExceeded",
+    "XMinioAdminBucketQuotaExceeded",
+    "XMinioStorageFull",
+)
+# BadDigest and the four after it: what was sent arrived damaged or cut off.
 _MAY_PASS = (
+    "BadDigest",
+    "IncompleteBody",
+    "InvalidDigest",
+    "MalformedXML",
+    "XAmzContentSHA256Mismatch",
     "ConditionalRequestConflict",
     "InternalError",
     "OperationAborted",
@@ -48,7 +60,7 @@ _MAY_PASS = (
     "ThrottlingException",
     "TooManyRequests",
 )
-_CODE_OF_STATUS = {403: "AccessDenied", 404: "NoSuchKey"}
+_CODE_OF_STATUS = {403: "AccessDenied", 404: "NoSuchKey", 507: "InsufficientStorage"}
 
 
 def s3_error(code: str, *, action: str, uri: str, place: str) -> StorageError:
@@ -74,8 +86,29 @@ def s3_error(code: str, *, action: str, uri: str, place: str) -> StorageError:
             uri=uri,
             code=code,
         )
+    if code in _FULL:
+        return NoSpaceError(
+            f"{place} has no room for {uri} ({code}); free space or raise the quota of the bucket {bucket!r},"
+            " then run the same command again",
+            uri=uri,
+            code=code,
+        )
     kind = TransientStorageError if code in _MAY_PASS else StorageError
     return kind(f"{place} would not {action} {uri} ({code})", uri=uri, code=code)
+
+
+def check_upload_gone(error: StorageError, uri: str) -> None:
+    """For the error that ended a streamed upload: one that the server no longer knows may be begun again.
+
+    Raises:
+        TransientStorageError: The upload is gone.
+    """
+    if error.facts.get("code") == "NoSuchUpload":
+        raise TransientStorageError(
+            f"the unfinished upload of {uri} is gone, given up by another run or finished with its answer"
+            " lost; write the object again",
+            uri=uri,
+        ) from error
 
 
 def unreachable(*, action: str, uri: str, place: str, cause: str) -> TransientStorageError:

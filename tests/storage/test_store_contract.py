@@ -187,3 +187,67 @@ def test_traffic_counts_content_both_ways(place):
     assert place.store.traffic.bytes_written == 1000
     assert place.store.traffic.bytes_read == 1300
     assert place.store.traffic.requests - before == 3
+
+
+def test_read_with_info_gives_content_and_the_etag_of_head(place):
+    uri = f"{place.root}/lease.json"
+    written = place.store.write(uri, b"content")
+    assert place.store.read_with_info(uri) == (b"content", written) == (b"content", place.store.head(uri))
+    with pytest.raises(ObjectNotFoundError, match=r"missing\.json"):
+        place.store.read_with_info(f"{place.root}/missing.json")
+
+
+def test_replace_if_match_stores_only_over_the_version_named(place):
+    uri = f"{place.root}/lease.json"
+    assert place.store.put_if_absent(uri, b"one")
+    _, first = place.store.read_with_info(uri)
+    second = place.store.replace_if_match(uri, b"two", first.etag)
+    assert second == place.store.head(uri)
+    assert place.store.replace_if_match(uri, b"three", first.etag) is None
+    assert place.store.read_with_info(uri) == (b"two", second)
+    third = place.store.replace_if_match(uri, b"three", second.etag)
+    assert place.store.read_with_info(uri) == (b"three", third)
+
+
+def test_replace_if_match_makes_nothing_where_the_object_is_gone(place):
+    uri = f"{place.root}/folder/gone"
+    info = place.store.write(uri, b"x")
+    place.store.delete(uri)
+    assert place.store.replace_if_match(uri, b"y", info.etag) is None
+    assert place.store.replace_if_match(f"{place.root}/never/was", b"y", info.etag) is None
+    assert list(place.store.list(place.root)) == []
+
+
+def test_replace_if_match_race_has_one_winner(place):
+    uri = f"{place.root}/race"
+    for attempt in range(3):
+        place.store.write(uri, b"start %d" % attempt)
+        etag = place.store.head(uri).etag
+        with ThreadPoolExecutor(8) as pool:
+            won = list(pool.map(lambda n, e=etag: place.store.replace_if_match(uri, b"%d" % n, e), range(8)))
+        (winner,) = [n for n, info in enumerate(won) if info is not None]
+        assert place.store.read_with_info(uri) == (b"%d" % winner, won[winner])
+
+
+def test_counter_kept_with_replace_if_match_loses_no_step(place):
+    uri = f"{place.root}/counter"
+    place.store.write(uri, b"0 of nobody")
+
+    def step(me: int) -> None:
+        done = False
+        while not done:
+            content, info = place.store.read_with_info(uri)
+            # Whose it is makes each content different: equal ones could not be told apart.
+            mine = b"%d of %d" % (int(content.split()[0]) + 1, me)
+            done = place.store.replace_if_match(uri, mine, info.etag) is not None
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(step, range(40)))
+    assert place.store.read(uri).split()[0] == b"40"
+
+
+def test_abort_uploads_leaves_objects_alone(place):
+    place.store.write(f"{place.root}/a/b", b"x")
+    assert place.store.abort_uploads(place.root) == 0
+    assert place.store.abort_uploads(f"{place.root}/nothing") == 0
+    assert place.store.read(f"{place.root}/a/b") == b"x"

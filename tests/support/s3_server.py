@@ -37,15 +37,44 @@ _PORTS: tuple[str, ...] = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass
 class S3Server:
-    """Where the running server is, and plain botocore ways to put things on it."""
+    """Where the running server is, and plain botocore ways to put things on it.
+
+    Attributes:
+        endpoint: The same after a restart.
+        command: What starts the server, in ``folder``.
+        process: The running server.
+    """
 
     endpoint: str
     access_key: str
     secret_key: str
     bucket: str
-    pid: int
+    folder: Path
+    command: list[str]
+    process: subprocess.Popen | None = None
+
+    @property
+    def pid(self) -> int:
+        """Of the running server."""
+        assert self.process is not None
+        return self.process.pid
+
+    def start(self) -> None:
+        """Start the server on its data and ports, and wait until it answers."""
+        log = self.folder / "weed.log"
+        with log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command, stdout=output, stderr=subprocess.STDOUT, cwd=self.folder
+            )
+        _wait_until_healthy(self, log)
+
+    def kill(self) -> None:
+        """End the server at once, as a crash would; `start` begins it again."""
+        assert self.process is not None
+        self.process.kill()
+        self.process.wait(timeout=20)
 
     @property
     def environment(self) -> dict[str, str]:
@@ -112,19 +141,20 @@ def running_s3_server(folder: Path) -> Iterator[S3Server]:
     data = Path(folder) / "data"
     data.mkdir(parents=True)
     ports: dict[str, int] = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
-    log = Path(folder) / "weed.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            _command(folder, data, ports), stdout=output, stderr=subprocess.STDOUT, cwd=folder
-        )
-    endpoint = f"http://127.0.0.1:{ports['-s3.port']}"
+    server = S3Server(
+        endpoint=f"http://127.0.0.1:{ports['-s3.port']}",
+        access_key=ACCESS_KEY,
+        secret_key=SECRET_KEY,
+        bucket=BUCKET,
+        folder=Path(folder),
+        command=_command(folder, data, ports),
+    )
     try:
-        _wait_until_healthy(endpoint, process, log)
-        yield S3Server(
-            endpoint=endpoint, access_key=ACCESS_KEY, secret_key=SECRET_KEY, bucket=BUCKET, pid=process.pid
-        )
+        server.start()
+        yield server
     finally:
-        _stop(process)
+        if server.process is not None:
+            _stop(server.process)
 
 
 def _command(folder: Path, data: Path, ports: dict[str, int]) -> list[str]:
@@ -169,12 +199,12 @@ def _free_ports(count: int) -> list[int]:
             found.close()
 
 
-def _wait_until_healthy(endpoint: str, process: subprocess.Popen, log: Path) -> None:
+def _wait_until_healthy(server: S3Server, log: Path) -> None:
     deadline = time.monotonic() + START_LIMIT_S
     while time.monotonic() < deadline:
-        if process.poll() is not None:
+        if server.process is None or server.process.poll() is not None:
             break
-        if _answers(f"{endpoint}/healthz") and _bucket_exists(endpoint):
+        if _answers(f"{server.endpoint}/healthz") and _bucket_exists(server):
             return
         time.sleep(0.1)
     raise RuntimeError(f"the S3 server did not start:\n{log.read_text(errors='replace')[-4000:]}")
@@ -188,10 +218,8 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _bucket_exists(endpoint: str) -> bool:
-    probe = S3Server(endpoint=endpoint, access_key=ACCESS_KEY, secret_key=SECRET_KEY, bucket=BUCKET, pid=0)
-    names = {bucket["Name"] for bucket in probe.client.list_buckets()["Buckets"]}
-    return BUCKET in names
+def _bucket_exists(server: S3Server) -> bool:
+    return BUCKET in {bucket["Name"] for bucket in server.client.list_buckets()["Buckets"]}
 
 
 def _stop(process: subprocess.Popen) -> None:
