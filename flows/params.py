@@ -9,12 +9,12 @@ text) is found by `options_from` when the run starts.
 import dataclasses
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
 from quantlib.job.option_table import REQUIRED, Option, fields_of, is_optional, kind_of
 from quantlib.job.options import JobOptions, options_from
+from quantlib.job.provenance import with_replayed_values
 from quantlib.job.rules import Rule
-from quantlib.schemes import WHOLE_ROW
 
 # Literal with choices known only at run time; a type checker sees no type in it.
 _LITERAL: Any = Literal
@@ -33,15 +33,15 @@ def _field(found: dataclasses.Field[Any], option: Option, position: int) -> tupl
     kind: Any = kind_of(found)
     if option.choices is not None:
         kind = _LITERAL[option.choices]
-    elif option.minimum is not None and option.also_allowed is None:
-        kind = Annotated[int, Field(ge=option.minimum)]
     elif option.minimum is not None:
-        # One number beside a range: the smaller is the minimum, what lies between is cut out. An anyOf would
-        # be exact too, but the form shows it as two tabs.
-        assert option.also_allowed == WHOLE_ROW
-        kind = Annotated[int, Field(ge=option.also_allowed)]
-        between = {"exclusiveMinimum": option.also_allowed, "exclusiveMaximum": option.minimum}
-        schema["not"] = {"type": "integer", **between}
+        lowest = option.minimum if option.also_allowed is None else option.also_allowed
+        assert lowest <= option.minimum
+        kind = Annotated[int, Field(ge=lowest)]
+        # One number below a range: what lies between is cut out. An anyOf would be exact too, but the form
+        # shows it as two tabs.
+        if lowest < option.minimum - 1:
+            between = {"exclusiveMinimum": lowest, "exclusiveMaximum": option.minimum}
+            schema["not"] = {"type": "integer", **between}
     elif kind is str:
         kind = Annotated[str, Field(pattern=r"\S")]
     elif kind is tuple:
@@ -83,6 +83,9 @@ class QuantizeParams(create_model("_JobFields", __base__=_Form, **_job_fields())
     """A conversion of one checkpoint."""
 
     model_config = ConfigDict(title="Conversion")
+    # Of a request that is complete already. A form cannot hold it: forms come back with every default filled
+    # in, so that what equals a default counts as not given there, and a replay would fill it in again.
+    _options: JobOptions | None = PrivateAttr(default=None)
 
     @property
     def title(self) -> str:
@@ -92,12 +95,18 @@ class QuantizeParams(create_model("_JobFields", __base__=_Form, **_job_fields())
         return f"{model} to {values['scheme']} g{values['group_size']} {values['format']}"
 
     def to_options(self) -> JobOptions:
-        """The validated request.
+        """The validated request; values left at their defaults are those of the run it replays, if any.
 
         Raises:
-            RecipeError: What the schema cannot say is wrong; see `options_from`.
+            RecipeError: What the schema cannot say is wrong; see `options_from` and `with_replayed_values`.
+            StorageError: The provenance to be replayed cannot be read.
         """
-        return options_from(self.model_dump(exclude_unset=True))
+        return self._options or options_from(with_replayed_values(self._values_given()))
+
+    def _values_given(self) -> dict[str, Any]:
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        values = self.model_dump(exclude_unset=True)
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def params_from(options: JobOptions) -> QuantizeParams:
@@ -112,4 +121,6 @@ def params_from(options: JobOptions) -> QuantizeParams:
     }
     if "rules" in values:
         values["rules"] = list(values["rules"])
-    return QuantizeParams.model_validate(values)
+    params = QuantizeParams.model_validate(values)
+    params._options = options  # pyright: ignore[reportPrivateUsage]
+    return params

@@ -14,23 +14,23 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 from prefect.utilities.annotations import quote
 
-from quantlib.errors import QuantError
 from quantlib.job.conversion import StageFuture
+from quantlib.job.failures import JITTER, POLICIES, policy_for
 
 T = TypeVar("T")
 
-_RETRIES = 4
-_FIRST_DELAY_S = 2.0  # doubled each time (2, 4, 8, 16 s), each stretched or shortened by the jitter
-_JITTER = 0.5
+_RETRYING = [policy for _, policy in POLICIES if policy.action == "retry"]
+_RETRIES = max(policy.attempts for policy in _RETRYING)
+_FIRST_DELAY_S = max(policy.first_delay_s for policy in _RETRYING)  # doubled each time: 2, 4, 8, 16 s
 
 
-def can_retry_help(_task: Task[..., Any], _task_run: TaskRun, state: State[Any]) -> bool:
-    """True when the same stage may succeed later; a wrong request never does.
+def can_retry_help(_task: Task[..., Any], task_run: TaskRun, state: State[Any]) -> bool:
+    """True when the table of policies lets the same stage be tried again.
 
     The parameters are those that Prefect gives to a ``retry_condition_fn``.
     """
-    error = state.data
-    return isinstance(error, QuantError) and error.retryable
+    policy = policy_for(state.data)
+    return policy.action == "retry" and task_run.run_count <= policy.attempts
 
 
 @task(
@@ -40,7 +40,7 @@ def can_retry_help(_task: Task[..., Any], _task_run: TaskRun, state: State[Any])
     persist_result=False,
     retries=_RETRIES,
     retry_delay_seconds=exponential_backoff(_FIRST_DELAY_S),
-    retry_jitter_factor=_JITTER,
+    retry_jitter_factor=JITTER,
     retry_condition_fn=can_retry_help,
 )
 def run_stage(name: str, call: Any) -> Any:  # noqa: ARG001  (the name is the run's name)

@@ -53,9 +53,9 @@ def _summary_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     yield "Fallbacks", *_fallback_words(report["fallbacks"])
     yield "Source", f"`{report['source']}`", report["model_type"]
     yield "Output", f"`{report['output']}`", f"{len(report['shards'])} shards"
-    resumed = len(report["resumed_units"])
-    if resumed:
-        yield "Resumed", f"{resumed} units", "were finished by an earlier run"
+    for sentence in figures.history_sentences(report):
+        what, _, detail = sentence.partition(":")
+        yield what, detail.strip(), ""
 
 
 def _fallback_words(fallbacks: Sequence[Mapping[str, Any]]) -> tuple[str, str]:

@@ -8,8 +8,10 @@ import json
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
+from quantlib.checkpoint.compare import compare_checkpoints
 from quantlib.checkpoint.inspect import format_inspection, inspect_checkpoint
 from quantlib.checkpoint.verify import verify_checkpoint
 from quantlib.errors import (
@@ -24,6 +26,7 @@ from quantlib.errors import (
 )
 from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize
+from quantlib.job.clean import clean_work, format_cleaned
 from quantlib.job.command_line import COMMANDS, build_parser, options_of, values_of
 from quantlib.job.estimate import describe_plan, format_plan
 from quantlib.job.planner import build_plan
@@ -89,28 +92,63 @@ def _verify(parsed: argparse.Namespace) -> int:
     uri = normalize_uri(parsed.output)
     engine = values_of(parsed)["storage_engine"]
     source = normalize_uri(parsed.source) if parsed.source else None
+    # First, because it looks at both addresses before it reads for long.
+    against = _compared(uri, normalize_uri(parsed.against), engine) if parsed.against else None
     result = verify_checkpoint(
         open_store(uri, engine),
         uri,
         source_uri=source,
         source_store=open_store(source, engine) if source else None,
     )
-    counts = {
+    values = {
+        "output": uri,
         "shards": result.num_shards,
         "tensors": result.num_tensors,
         "bytes": result.num_bytes,
         "findings": list(result.findings),
+        "against": against,
     }
-    if parsed.json:
-        print(json.dumps(counts, indent=1))
-    else:
-        print(
-            f"{uri}: {counts['shards']} shards, {counts['tensors']} tensors, {counts['bytes']:,} bytes read"
-        )
-        for finding in result.findings:
-            print(f"  wrong: {finding}")
-        print("verified" if result.ok else f"{len(result.findings)} finding(s)")
-    return 0 if result.ok else 1
+    print(json.dumps(values, indent=1) if parsed.json else _verification(values))
+    return 1 if result.findings or (against and against["findings"]) else 0
+
+
+def _compared(uri: str, other: str, engine: str) -> dict[str, Any]:
+    result = compare_checkpoints(open_store(uri, engine), uri, open_store(other, engine), other)
+    return {
+        "uri": other,
+        "tensors": result.num_tensors,
+        "bytes": result.num_bytes,
+        "findings": list(result.findings),
+    }
+
+
+def _verification(values: dict[str, Any]) -> str:
+    lines = [
+        f"{values['output']}: {values['shards']} shards, {values['tensors']} tensors,"
+        f" {values['bytes']:,} bytes read",
+        *(f"  wrong: {finding}" for finding in values["findings"]),
+        f"{len(values['findings'])} finding(s)" if values["findings"] else "verified",
+    ]
+    against = values["against"]
+    if against is not None:
+        lines += [
+            f"against {against['uri']}: {against['tensors']} tensors, {against['bytes']:,} bytes compared",
+            *(f"  differs: {finding}" for finding in against["findings"]),
+            f"{len(against['findings'])} difference(s)" if against["findings"] else "the same",
+        ]
+    return "\n".join(lines)
+
+
+def _clean(parsed: argparse.Namespace) -> int:
+    values = values_of(parsed)
+    cleaned = clean_work(
+        parsed.output,
+        work=values["work"],
+        storage_engine=values["storage_engine"],
+        discard=parsed.discard,
+    )
+    print(json.dumps(asdict(cleaned), indent=1) if parsed.json else format_cleaned(cleaned))
+    return 0
 
 
 def _evaluate(parsed: argparse.Namespace) -> int:
@@ -155,6 +193,7 @@ _RUN: dict[str, Callable[[Any], int]] = {
     "verify": _verify,
     "evaluate": _evaluate,
     "inspect": _inspect,
+    "clean": _clean,
     "report": _report,
 }
 

@@ -6,9 +6,9 @@ block being worked on; everything else comes in as arguments and goes out as sma
 """
 
 import resource
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -17,18 +17,24 @@ import torch
 from torch import nn
 
 from quantlib.calibration.hessian import add_partial_, add_total_, exponent_for, hessian_from
+from quantlib.cell_store import read_cell, write_cell
 from quantlib.cells import Cell, cut_into_cells
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.writer import write_shard
-from quantlib.job import planner
-from quantlib.job.manifest import DoneRecord, store_record, tokens_uri
+from quantlib.errors import WorkerError
+from quantlib.job import activations, planner
+from quantlib.job.activations import ActivationCheckpoint, cell_key
+from quantlib.job.finished import check_unit, read_unit
+from quantlib.job.lease import refuse_taken_over
+from quantlib.job.manifest import DoneRecord, remove_record, store_record, tokens_uri
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, Plan
 from quantlib.job.publish import publish
 from quantlib.machine import refuse_other_device
 from quantlib.model.skeleton import BlockInputs, Skeleton, load_skeleton, run_block
 from quantlib.packing import FORMATS
+from quantlib.stage_clock import StageClock
 from quantlib.steps import (
     dequantized_weights,
     observe_cell,
@@ -47,35 +53,49 @@ class BlockRunner:
     """A worker.
 
     Args:
-        number: Which worker this is, from 0.
         share: Makes a value available to other workers; in one process the value itself.
     """
 
-    def __init__(self, number: int = 0, share: Callable[[Any], Any] = lambda value: value) -> None:
-        self._number = number
+    def __init__(self, share: Callable[[Any], Any] = lambda value: value) -> None:
         self._share = share
-        self._stages: dict[str, dict[str, float]] = {}
+        self._stopped = threading.Event()
+        self._clock = StageClock()
+        self._prepared: planner.Prepared | None = None
         self._excluded: set[int] = set()
         self._inputs: dict[tuple[int, ...], list[BlockInputs]] = {}
         self._begun: tuple[int, Any] | None = None
         self._captured: tuple[int, dict[str, Any]] | None = None
         self._advanced: tuple[int, dict[int, dict[str, float]]] | None = None
         self._loaded: tuple[int, nn.Module, Tensors] | None = None
-        self._storage_cpu_seconds = 0.0
 
     def prepare(self, options: JobOptions, threads: int) -> dict[str, Any]:
         """Plan the job; see `quantlib.job.planner.prepare`."""
-        with self._timed("plan"):
-            return planner.prepare(options, threads)
+        with self._clock.computing("plan"):
+            self._prepared = planner.prepare(options, threads)
+            return {"plan": self._prepared.plan, "report": self._prepared.report}
 
-    def open(self, plan: Plan, num_workers: int) -> dict[str, Any]:
+    def begin(self, options: JobOptions, threads: int) -> dict[str, Any]:
+        """Make the work prefix ready, holding its lease; see `quantlib.job.planner.begin`."""
+        with self._clock.computing("plan"):
+            # Another worker than the one that planned: it plans for itself.
+            prepared = self._prepared or planner.prepare(options, threads)
+            self._prepared = None
+            return planner.begin(prepared, options)
+
+    def open(self, plan: Plan, number: int, num_workers: int, run_id: str | None = None) -> dict[str, Any]:
         """Take up a plan and this worker's share of its cells.
+
+        Args:
+            number: Which worker this is, from 0.
+            run_id: The run that holds the lease of the work prefix; it is checked before a unit is recorded.
 
         Raises:
             PlanMismatchError: This worker's device is of another kind than the plan's.
         """
         refuse_other_device(plan.device_kind)
         torch.set_num_threads(plan.threads)
+        self._number = number
+        self._run_id = run_id
         self._plan = plan
         self._units = {unit.name: unit for unit in plan.units}
         self._device = torch.device("cuda" if plan.device_kind.startswith("cuda") else "cpu")
@@ -89,6 +109,7 @@ class BlockRunner:
         self._skeleton: Skeleton = load_skeleton(self._checkpoint.config, list(self._checkpoint.tensors))
         self._calibration = self._cells(plan.calibration_digest, num_workers)
         self._evaluation = self._cells(plan.evaluation_digest, num_workers)
+        self._begun = self._captured = self._advanced = self._loaded = None
         return {"rows": sum(len(cell.ids_BT) for cell in self._calibration)}
 
     def read(self, names: Sequence[str], num_parts: int = 1) -> dict[str, torch.Tensor]:
@@ -97,7 +118,7 @@ class BlockRunner:
         Parts are runs of neighbours of about equal bytes: tensors between those asked for would be fetched
         along with them.
         """
-        with self._timed_storage("read"):
+        with self._clock.storage("read"):
             entries = sorted((self._checkpoint.tensors[n] for n in names), key=lambda e: (e.shard, e.start))
             sizes = [entry.end - entry.start for entry in entries]
             share = max(1, sum(sizes)) / num_parts
@@ -110,12 +131,29 @@ class BlockRunner:
 
     def read_packed(self, unit_name: str) -> dict[str, torch.Tensor]:
         """The tensors of a finished unit, from the output."""
-        with self._timed_storage("read"):
-            return planner.read_unit(self._output_store, self._plan, self._units[unit_name])
+        with self._clock.storage("read"):
+            return read_unit(self._output_store, self._plan, self._units[unit_name])
+
+    def check_finished(self, records: Sequence[DoneRecord]) -> tuple[dict[str, DoneRecord], dict[str, str]]:
+        """Of units an earlier start finished: the records that stand, and what is wrong with the others.
+
+        A record that does not stand is removed, so that its unit is done again.
+        """
+        intact, damaged = {}, {}
+        with self._clock.storage("check"):
+            for record in records:
+                unit = self._units[record.unit]
+                standing, problem = check_unit(self._output_store, self._plan, unit, record)
+                if standing is None:
+                    remove_record(self._work_store, self._plan.work, record.unit)
+                    damaged[record.unit] = problem
+                else:
+                    intact[record.unit] = standing
+        return intact, damaged
 
     def embed(self, parts: Sequence[Tensors]) -> None:
         """Turn this worker's token cells into the inputs of block 0."""
-        with self._timed("embed"), torch.inference_mode():
+        with self._clock.computing("embed"), torch.inference_mode():
             outer = self._skeleton.build_outer(_merged(parts), dtype=self._dtype, device=self._device)
             for cells, compares in ((self._calibration, False), (self._evaluation, True)):
                 for cell in cells:
@@ -123,22 +161,59 @@ class BlockRunner:
                     cell.start(hidden_BTD, compares=compares)
                     self._inputs.setdefault(tuple(cell.ids_BT.shape), inputs)
 
+    def activation_bytes(self) -> int:
+        """Bytes of all streams of this worker's cells."""
+        streams = [stream for _, cell in self._keyed_cells() for _, stream in cell.named_streams]
+        return sum(stream.hidden_BTD.nbytes for stream in streams)
+
+    def save_activations(self, block: int) -> dict[str, tuple[str, int]]:
+        """Store the streams of this worker's cells, which stand before a block; cell key -> sha256, size."""
+        with self._clock.computing("checkpoint"):
+            saved = {}
+            for key, cell in self._keyed_cells():
+                assert all(stream.position == block for _, stream in cell.named_streams)
+                streams = {name: stream.hidden_BTD for name, stream in cell.named_streams}
+                saved[key] = write_cell(self._work_store, self._plan.work, block, key, streams)
+            return saved
+
+    def complete_checkpoint(self, checkpoint: ActivationCheckpoint) -> None:
+        """Declare a checkpoint whole, once every worker has saved its cells."""
+        with self._clock.computing("checkpoint"):
+            activations.complete_checkpoint(self._work_store, self._plan.work, checkpoint)
+
+    def restore_activations(self, checkpoint: ActivationCheckpoint) -> None:
+        """Put the streams of this worker's cells where a checkpoint left them; `embed` has come before.
+
+        Raises:
+            ChecksumError: What is stored is not what was recorded; the streams are as they were.
+        """
+        with self._clock.computing("checkpoint"):
+            work = self._plan.work
+            for key, cell in self._keyed_cells():
+                stored = read_cell(self._work_store, work, checkpoint, key)
+                for name, stream in cell.named_streams:
+                    stream.place(stored[name].to(self._device), checkpoint.block)
+
     def load(self, block: int, parts: Sequence[Tensors]) -> None:
         """Make a block live on the device, in place of the one before."""
-        with self._timed("load"):
+        with self._clock.computing("load"):
             self._loaded = None
             tensors = _merged(parts)
             module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
             self._loaded = (block, module, tensors)
 
-    def begin_capture(self, block: int) -> dict[str, Any]:
+    def begin_capture(self, block: int, excluded_rows: Sequence[int]) -> dict[str, Any]:
         """Observe this worker's first cell; the worker of cell 0 learns the exponents of all sums from it.
 
         The exponents come from one fixed cell so that they do not depend on how many workers there are.
+
+        Args:
+            excluded_rows: Calibration rows left out in blocks before.
         """
         if not self._calibration:
             return {"exponents": None}
-        with self._timed("capture"), torch.inference_mode():
+        with self._clock.computing("capture"), torch.inference_mode():
+            self._excluded = set(excluded_rows)
             observed = self._observe(block, self._calibration[0])
             self._begun = (block, observed)
             if self._calibration[0].number != 0:
@@ -154,7 +229,7 @@ class BlockRunner:
         """
         if self._captured is not None and self._captured[0] == block:
             return self._captured[1]
-        with self._timed("capture"), torch.inference_mode():
+        with self._clock.computing("capture"), torch.inference_mode():
             columns = self._group_columns(block)
             totals = [torch.zeros(c, c, dtype=torch.int64, device=self._device) for c in columns]
             tokens = 0
@@ -175,7 +250,7 @@ class BlockRunner:
 
     def forward(self, block: int) -> None:
         """Move the original streams through a block without statistics."""
-        with self._timed("forward"), torch.inference_mode():
+        with self._clock.computing("forward"), torch.inference_mode():
             follow = self._calibration if self._plan.options["propagation"] == "original" else []
             self._move(self._block(block)[1], block, [*follow, *self._evaluation])
 
@@ -188,12 +263,13 @@ class BlockRunner:
             statistics: For each group its int64 partial sums (none without data) and their exponent.
             tokens: Calibration tokens behind the sums.
         """
-        with self._timed("solve"), torch.inference_mode():
+        with self._clock.computing("solve"), torch.inference_mode():
             plan = self._plan.blocks[block]
             tensors = self._block(block)[2]
             packed: dict[str, torch.Tensor] = {}
             rows: list[dict[str, Any]] = []
             for group, (totals, exponent) in zip(groups, statistics, strict=True):
+                self._refuse_if_stopped()
                 hessian_CC = None
                 if totals:
                     hessian_CC = self._hessian(totals, exponent)
@@ -203,10 +279,19 @@ class BlockRunner:
             return {"packed": self._share(packed), "linears": rows}
 
     def write(
-        self, unit_name: str, parts: Sequence[Tensors], linears: Sequence[Mapping[str, Any]]
+        self,
+        unit_name: str,
+        parts: Sequence[Tensors],
+        linears: Sequence[Mapping[str, Any]] = (),
+        excluded_rows: Sequence[int] = (),
+        seconds: Mapping[str, float] | None = None,
     ) -> DoneRecord:
-        """Stream a unit's shard to its final place and record it."""
-        with self._timed_storage("write"):
+        """Stream a unit's shard to its final place and record it.
+
+        Raises:
+            LeaseError: Another run has taken over; the shard is written, with the bytes that run would write.
+        """
+        with self._clock.storage("write"):
             unit = self._units[unit_name]
             given, promised = _merged(parts), {spec.name for spec in unit.tensors}
             tensors = {name: tensor for name, tensor in given.items() if name in promised}
@@ -219,7 +304,11 @@ class BlockRunner:
                 size_bytes=receipt.size_bytes,
                 etag=receipt.etag,
                 linears=tuple(linears),
+                excluded_rows=tuple(excluded_rows),
+                seconds=dict(seconds or {}),
             )
+            if self._run_id is not None:
+                refuse_taken_over(self._work_store, self._plan.work, self._run_id)
             return store_record(self._work_store, self._plan.work, record)
 
     def advance(self, block: int, parts: Sequence[Tensors]) -> dict[int, dict[str, float]]:
@@ -229,7 +318,7 @@ class BlockRunner:
         """
         if self._advanced is not None and self._advanced[0] == block:
             return self._advanced[1]
-        with self._timed("evaluate"), torch.inference_mode():
+        with self._clock.computing("evaluate"), torch.inference_mode():
             tensors = dict(self._block(block)[2])
             tensors |= dequantized_weights(self._plan.blocks[block], _merged(parts), self._packer)
             module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
@@ -238,6 +327,7 @@ class BlockRunner:
                 self._move(module, block, self._calibration)
             sums = {}
             for cell in self._evaluation:
+                self._refuse_if_stopped()
                 original, quantized = cell.streams
                 quantized.move(block, partial(run_block, module, block_inputs=self._inputs_of(cell, block)))
                 sums[cell.number] = stream_error(original.hidden_BTD, quantized.hidden_BTD)
@@ -246,12 +336,13 @@ class BlockRunner:
 
     def head(self, parts: Sequence[Tensors]) -> dict[int, dict[str, float]]:
         """Score this worker's evaluation cells in both streams."""
-        with self._timed("head"), torch.inference_mode():
+        with self._clock.computing("head"), torch.inference_mode():
             self._loaded = None
             # fp32: the losses of two close models are compared, and bf16 logits carry a noise of 2^-9.
             outer = self._skeleton.build_outer(_merged(parts), dtype=torch.float32, device=self._device)
             sums = {}
             for cell in self._evaluation:
+                self._refuse_if_stopped()
                 hidden = [stream.hidden_BTD.float() for stream in cell.streams]
                 sums[cell.number] = score_streams(outer, cell.ids_BT, *hidden)
             return sums
@@ -263,11 +354,11 @@ class BlockRunner:
         rows: list[dict[str, Any]] = []
         if unit.block is not None:
             names = list(self._plan.blocks[unit.block].tensors)
-        with self._timed_storage("read"):
+        with self._clock.storage("read"):
             tensors = read_tensors(self._source_store, self._checkpoint, names)
         if unit.block is not None:
             block = self._plan.blocks[unit.block]
-            with self._timed("solve"), torch.inference_mode():
+            with self._clock.computing("solve"), torch.inference_mode():
                 for group in block.input_groups:
                     packed, reports = self._solve(block, group, tensors, None, 0)
                     tensors |= packed
@@ -276,14 +367,21 @@ class BlockRunner:
 
     def publish(self, report: Mapping[str, Any]) -> None:
         """Finish the output; see `quantlib.job.publish.publish`."""
-        with self._timed("publish"):
+        with self._clock.computing("publish"):
+            if self._run_id is not None:
+                refuse_taken_over(self._work_store, self._plan.work, self._run_id)
             publish(self._source_store, self._output_store, self._plan, self._checkpoint, report)
+            activations.remove_checkpoints(self._work_store, self._plan.work)
+
+    def stop(self) -> None:
+        """Leave off at the next cell or input group; what was begun raises WorkerError."""
+        self._stopped.set()
 
     def telemetry(self) -> dict[str, Any]:
         """What this worker spent so far."""
         stores = {id(s): s for s in (self._source_store, self._output_store, self._work_store)}.values()
         return {
-            "stages": self._stages,
+            "stages": self._clock.stages,
             "bytes_read": sum(store.traffic.bytes_read for store in stores),
             "bytes_written": sum(store.traffic.bytes_written for store in stores),
             "cpu_seconds": time.process_time(),
@@ -296,7 +394,17 @@ class BlockRunner:
         rows_BT = read_rows(self._work_store, tokens_uri(self._plan.work, digest))
         return cut_into_cells(rows_BT, self._plan.sequences_per_cell)[self._number :: num_workers]
 
+    def _keyed_cells(self) -> Iterator[tuple[str, Cell]]:
+        for corpus, cells in (("calibration", self._calibration), ("evaluation", self._evaluation)):
+            for cell in cells:
+                yield cell_key(corpus, cell.number), cell
+
+    def _refuse_if_stopped(self) -> None:
+        if self._stopped.is_set():
+            raise WorkerError("the job was stopped; the same command continues it")
+
     def _observe(self, block: int, cell: Cell) -> Any:
+        self._refuse_if_stopped()
         assert cell.main is not None and cell.main.position == block
         excluded = {row - cell.first_row for row in self._excluded} & set(range(len(cell.ids_BT)))
         inputs = self._inputs_of(cell, block)
@@ -311,6 +419,7 @@ class BlockRunner:
 
     def _move(self, module: nn.Module, block: int, cells: Sequence[Cell]) -> None:
         for cell in cells:
+            self._refuse_if_stopped()
             assert cell.main is not None
             cell.main.move(block, partial(run_block, module, block_inputs=self._inputs_of(cell, block)))
 
@@ -356,33 +465,6 @@ class BlockRunner:
         plan = self._plan.blocks[block]
         columns = {linear.name: linear.columns for linear in plan.linears}
         return [columns[group[0]] for group in plan.input_groups]
-
-    @contextmanager
-    def _timed(self, stage: str) -> Iterator[None]:
-        """Time of the computing lane: CPU of the whole process, less that of the storage thread."""
-        wall, cpu, storage = time.monotonic(), time.process_time(), self._storage_cpu_seconds
-        try:
-            yield
-        finally:
-            used = time.process_time() - cpu - (self._storage_cpu_seconds - storage)
-            self._spend(stage, time.monotonic() - wall, max(0.0, used))
-
-    @contextmanager
-    def _timed_storage(self, stage: str) -> Iterator[None]:
-        """Time of the storage lane: CPU of its own thread."""
-        wall, cpu = time.monotonic(), time.thread_time()
-        try:
-            yield
-        finally:
-            used = time.thread_time() - cpu
-            self._storage_cpu_seconds += used
-            self._spend(stage, time.monotonic() - wall, used)
-
-    def _spend(self, stage: str, seconds: float, cpu_seconds: float) -> None:
-        spent = self._stages.setdefault(stage, {"seconds": 0.0, "cpu_seconds": 0.0, "calls": 0})
-        spent["seconds"] += seconds
-        spent["cpu_seconds"] += cpu_seconds
-        spent["calls"] += 1
 
 
 def _merged(parts: Sequence[Tensors]) -> dict[str, torch.Tensor]:

@@ -29,6 +29,11 @@ class Stream:
             self.position = block + 1
         assert self.position == block + 1, f"stream stands before block {self.position}, not {block}"
 
+    def place(self, hidden_BTD: torch.Tensor, position: int) -> None:
+        """Stand before a block without having run through those before it."""
+        self.hidden_BTD = hidden_BTD
+        self.position = position
+
 
 @dataclass(slots=True)
 class Cell:
@@ -57,6 +62,12 @@ class Cell:
         """
         self.main = Stream(hidden_BTD)
         self.quantized = Stream(hidden_BTD) if compares else None
+
+    @property
+    def named_streams(self) -> list[tuple[str, Stream]]:
+        """All its streams: ``main``, and ``quantized`` where there is one."""
+        named = (("main", self.main), ("quantized", self.quantized))
+        return [(name, stream) for name, stream in named if stream is not None]
 
     @property
     def streams(self) -> tuple[Stream, Stream]:

@@ -1,8 +1,8 @@
 """Every error Quantmill raises on purpose, as one small tree.
 
 A message says what was wanted, what was found and what to do. The facts it is about travel as fields
-(``error.facts``), survive pickling (Ray and Prefect move errors between processes), and ``retryable`` says
-whether the same call may succeed later. ``before_work`` is set by the conversion when the error ended a run
+(``error.facts``) and survive pickling (Ray and Prefect move errors between processes); what is done about
+each kind is `quantlib.job.failures`. ``before_work`` is set by the conversion when the error ended a run
 before anything was written: the command then exits with 2 instead of 1.
 """
 
@@ -14,8 +14,6 @@ class QuantError(Exception):
         message: What was wanted, what was found, what to do.
         **facts: Ids the message is about (tensor, shard, uri, block, option, ...), JSON values.
     """
-
-    retryable = False
 
     def __init__(self, message: str, **facts: object) -> None:
         super().__init__(message)
@@ -63,8 +61,6 @@ class ObjectNotFoundError(StorageError):
 class TransientStorageError(StorageError):
     """The object store failed in a way that may pass."""
 
-    retryable = True
-
 
 class NoSpaceError(StorageError):
     """The store is full, or its quota is used up; with space the same command goes on."""
@@ -72,8 +68,6 @@ class NoSpaceError(StorageError):
 
 class ChecksumError(StorageError):
     """Stored bytes are not those whose digest was recorded."""
-
-    retryable = True
 
 
 class NumericsError(QuantError):
@@ -84,12 +78,20 @@ class PlanMismatchError(QuantError):
     """The output or work prefix belongs to another plan."""
 
 
+class LeaseError(QuantError):
+    """Another run holds the output, or has taken it over."""
+
+
 class PackingError(QuantError):
     """A quantized weight does not fit the requested file format."""
 
 
 class WorkerError(QuantError):
-    """A worker was lost, or could not be placed.
+    """Workers could not be had: no cluster, no place, no start."""
 
-    Not retryable: its activations are gone with it. A new start rebuilds them.
+
+class WorkerLostError(WorkerError):
+    """A worker that was at work is gone, or does not answer, or a value it kept is gone.
+
+    Not retryable by calling the stage again: activations are gone with the worker. The job rebuilds them.
     """

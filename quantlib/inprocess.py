@@ -6,26 +6,31 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from quantlib.block_runner import BlockRunner
+from quantlib.errors import WorkerError
 from quantlib.job.conversion import Progress, convert
 from quantlib.job.crew import Crew
+from quantlib.job.failures import retrying
 from quantlib.job.options import JobOptions
 from quantlib.machine import default_threads
 
 T = TypeVar("T")
 
 # Storage work that may run beside the computation.
-_IO_METHODS = ("read", "read_packed", "write")
+_IO_METHODS = ("read", "read_packed", "write", "check_finished")
 
 
 class LocalTransport:
     """One worker in this process: a thread for computation, one for storage."""
 
-    num_workers = 1
-
     def __init__(self) -> None:
         self._runner = BlockRunner()
         self._compute = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self._io = ThreadPoolExecutor(1, thread_name_prefix="storage")
+
+    @property
+    def num_workers(self) -> int:
+        """This process."""
+        return 1
 
     def submit(self, worker: int, method: str, *arguments: Any) -> Future[Any]:
         """Start a method; futures among the arguments become their values."""
@@ -37,6 +42,14 @@ class LocalTransport:
         """Wait for a method."""
         return handle.result()
 
+    def renew(self) -> None:
+        """There is one worker and it is this process: nothing can be started in its place."""
+        raise WorkerError("the only worker is this process; start the same command again")
+
+    def stop(self) -> None:
+        """Have the worker leave off at the next cell or input group."""
+        self._runner.stop()
+
     def _call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         return getattr(self._runner, method)(*(_resolved(argument) for argument in arguments))
 
@@ -47,7 +60,10 @@ class LocalTransport:
 
 
 class DirectStages:
-    """Runs every stage where it is submitted, except writes, which may overlap with what follows."""
+    """Runs every stage where it is submitted, except writes, which may overlap with what follows.
+
+    Stages are tried again as `quantlib.job.failures` says.
+    """
 
     def __init__(self) -> None:
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="stage")
@@ -55,9 +71,9 @@ class DirectStages:
     def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> Future[T]:
         """Run a stage; the future carries its result or its error."""
         if name.endswith(": write"):
-            return self._writes.submit(function, *arguments)
+            return self._writes.submit(retrying, function, *arguments)
         future: Future[T] = Future()
-        future.set_result(function(*arguments))
+        future.set_result(retrying(function, *arguments))
         return future
 
     def close(self) -> None:
@@ -83,6 +99,9 @@ def quantize(options: JobOptions, on_progress: Callable[[Progress], None] = lamb
     transport, stages = LocalTransport(), DirectStages()
     try:
         return convert(here, Crew(transport, default_threads(1)), stages, on_progress)
+    except BaseException:
+        transport.stop()
+        raise
     finally:
         stages.close()
         transport.close()

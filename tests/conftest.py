@@ -2,10 +2,16 @@
 
 import os
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support.s3_server import S3Server, running_s3_server
+
+if TYPE_CHECKING:
+    from tests.support.ray_nodes import RayNodes
+
+RAY_NODES = 3
 
 
 @pytest.fixture(scope="session")
@@ -23,3 +29,20 @@ def s3_environment(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Se
     for name, value in s3_server.environment.items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(scope="session")
+def running_nodes() -> "Iterator[RayNodes]":
+    """One Ray cluster of three nodes for the whole run; this process is a driver of it."""
+    # Ray takes a second to load, which the fast tests need not wait for.
+    from tests.support.ray_nodes import ray_nodes
+
+    with ray_nodes(RAY_NODES) as nodes:
+        yield nodes
+
+
+@pytest.fixture
+def ray_cluster(running_nodes: "RayNodes") -> "RayNodes":
+    """The cluster with all its nodes, whatever the test before did to them."""
+    running_nodes.refill(RAY_NODES)
+    return running_nodes

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 
 from quantlib.job.crew import Crew
 from quantlib.job.options import JobOptions
-from workers.resources import block_workers, cluster
+from workers.pool import WorkerPool
+from workers.resources import cluster
 from workers.transport import RayTransport
 
 
@@ -17,5 +18,5 @@ def open_crew(options: JobOptions) -> Iterator[Crew]:
         RecipeError: More workers than the machine can hold.
         WorkerError: No cluster, or workers that could not be placed.
     """
-    with cluster(options.ray_address), block_workers(options) as (actors, threads):
-        yield Crew(RayTransport(actors), threads)
+    with cluster(options.ray_address), WorkerPool(options) as pool:
+        yield Crew(RayTransport(pool), pool.threads)

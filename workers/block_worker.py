@@ -4,34 +4,39 @@ Large results are put in Ray's object store, where the workers of a node map one
 holds references to them.
 """
 
+import os
 from typing import Any
 
 import ray
 
-_STORAGE_LANE = "storage"
+_STORAGE_LANE, _PULSE_LANE = "storage", "pulse"
 
 
 class BlockWorker:
-    """A worker of a job.
+    """A worker of a job."""
 
-    Args:
-        number: Which worker this is, from 0.
-    """
+    def __init__(self) -> None:
+        self._runner: Any = None
 
-    def __init__(self, number: int) -> None:
-        # Imported here so that the driver, which ships this class, needs neither torch nor transformers.
+    def ready(self) -> dict[str, Any]:
+        """Answers once the actor has its place; tells its process id and its node's id."""
+        return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
+
+    def load(self) -> None:
+        """Load the libraries, which takes seconds; asked for as soon as the actor has its place."""
+        # Not at the top: the driver, which ships this class, needs neither torch nor transformers.
         from quantlib.block_runner import BlockRunner
 
-        self._runner = BlockRunner(number, share=ray.put)
+        self._runner = BlockRunner(share=ray.put)
 
-    def ready(self) -> int:
-        """Answers once the actor runs; gives its process id."""
-        import os
-
-        return os.getpid()
+    @ray.method(concurrency_group=_PULSE_LANE)
+    def pulse(self) -> None:
+        """Answers at once, whatever the other lanes do, as long as the process is well."""
 
     def compute(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """Call a method of the runner; object references among the arguments become values."""
+        if self._runner is None:
+            self.load()  # it failed before, and its error was nobody's to see
         return getattr(self._runner, method)(*(_resolved(argument) for argument in arguments))
 
     @ray.method(concurrency_group=_STORAGE_LANE)
@@ -48,10 +53,11 @@ def _resolved(argument: Any) -> Any:
     return argument
 
 
-def start_worker(number: int, *, threads: int, num_gpus: int) -> Any:
+def start_worker(*, threads: int, num_gpus: int) -> Any:
     """Ask Ray for an actor with these resources; gives its handle at once, placed or not.
 
-    It is not restarted when it dies: its activations would be gone, and only the job can rebuild them.
+    Ray does not restart it when it dies: its activations would be gone, and only the job can rebuild them.
     """
-    actor: Any = ray.remote(concurrency_groups={_STORAGE_LANE: 1})(BlockWorker)  # pyright: ignore[reportCallIssue]
-    return actor.options(num_cpus=threads, num_gpus=num_gpus, max_restarts=0).remote(number)
+    lanes = {_STORAGE_LANE: 1, _PULSE_LANE: 1}
+    actor: Any = ray.remote(concurrency_groups=lanes)(BlockWorker)  # pyright: ignore[reportCallIssue]
+    return actor.options(num_cpus=threads, num_gpus=num_gpus, max_restarts=0).remote()

@@ -1,27 +1,52 @@
-"""How the crew reaches workers that are Ray actors, and what their failures become."""
+"""How the crew reaches workers that are Ray actors, and what their failures become.
 
-from collections.abc import Sequence
+No wait is endless: Ray tells of processes and nodes that died, and a worker that hangs is found by its pulse,
+a small question in a lane of its own, which every worker must answer within `SILENCE_LIMIT_S`.
+"""
+
+import threading
+import time
 from typing import Any
 
 import ray
 from ray import exceptions
 
-from quantlib.errors import QuantError, WorkerError
+from quantlib.errors import QuantError, WorkerLostError
+from workers.pool import WorkerPool
 
 # Methods that may run beside computation, in the actor's storage lane.
-_STORAGE_METHODS = ("read", "read_packed", "write")
+_STORAGE_METHODS = ("read", "read_packed", "write", "check_finished")
+
+PULSE_S = 20.0
+SILENCE_LIMIT_S = 300.0
+
+# What Ray raises when a worker, its node or a value it kept is gone or out of reach.
+_LOST = (
+    exceptions.RayActorError,
+    exceptions.ObjectLostError,
+    exceptions.NodeDiedError,
+    exceptions.OutOfMemoryError,
+    exceptions.WorkerCrashedError,
+    exceptions.LocalRayletDiedError,
+)
 
 
 class RayTransport:
     """Workers behind actor handles.
 
     Args:
-        actors: `BlockWorker` handles, by worker number.
+        pool: The actors.
     """
 
-    def __init__(self, actors: Sequence[Any]) -> None:
-        self._actors = actors
-        self.num_workers = len(actors)
+    def __init__(self, pool: WorkerPool) -> None:
+        self._pool = pool
+        self._lock = threading.Lock()
+        self._asked: dict[Any, tuple[ray.ObjectRef, float]] = {}
+
+    @property
+    def num_workers(self) -> int:
+        """How many workers there are now."""
+        return len(self._pool.actors)
 
     def submit(self, worker: int, method: str, *arguments: Any) -> ray.ObjectRef:
         """Start a method of a worker.
@@ -29,7 +54,7 @@ class RayTransport:
         The arguments travel inside a tuple: Ray then passes references on as references, and the worker
         fetches each where it is used.
         """
-        actor = self._actors[worker]
+        actor = self._pool.actors[worker]
         lane = actor.store if method in _STORAGE_METHODS else actor.compute
         return lane.remote(method, arguments)
 
@@ -37,17 +62,42 @@ class RayTransport:
         """Wait for a method.
 
         Raises:
-            QuantError: Of the worker's own raising, or WorkerError when the worker was lost.
+            QuantError: Of the worker's own raising, or WorkerLostError when a worker is gone or silent.
         """
+        while not ray.wait([handle], timeout=PULSE_S)[0]:
+            self._feel_pulses()
         try:
             return ray.get(handle)
         except exceptions.RayTaskError as error:
             cause = error.cause
             if isinstance(cause, QuantError):
                 raise cause from None
+            # A worker that waited for another one's value tells of that one's death.
+            if isinstance(cause, _LOST):
+                raise _lost(cause) from error
             raise
-        except (exceptions.RayActorError, exceptions.ObjectLostError) as error:
-            raise WorkerError(
-                f"a worker was lost ({type(error).__name__}): {str(error).splitlines()[0]};"
-                " start the same command again to go on from the last finished unit"
-            ) from error
+        except _LOST as error:
+            raise _lost(error) from error
+
+    def renew(self) -> None:
+        """Start all workers anew; see `WorkerPool.renew`."""
+        with self._lock:
+            self._asked.clear()
+        self._pool.renew()
+
+    def _feel_pulses(self) -> None:
+        now = time.monotonic()
+        with self._lock:
+            for number, actor in enumerate(self._pool.actors):
+                reference, since = self._asked.get(actor, (None, now))
+                if reference is None or ray.wait([reference], timeout=0)[0]:
+                    self._asked[actor] = (actor.pulse.remote(), now)
+                elif now - since > SILENCE_LIMIT_S:
+                    raise WorkerLostError(
+                        f"worker {number} has not answered for {now - since:.0f} s", worker=number
+                    )
+
+
+def _lost(error: Exception) -> WorkerLostError:
+    words = next((line for line in str(error).splitlines() if line.strip()), "")
+    return WorkerLostError(f"a worker was lost ({type(error).__name__}): {words}")

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 from quantlib.errors import RecipeError
 from quantlib.job.option_table import check_value, kind_of
 from quantlib.job.options import JobOptions, option_fields, options_from
+from quantlib.job.provenance import with_replayed_values
 from quantlib.recipe import NOT_IN_RECIPES, read_recipe
 
 _JOB_OPTIONS = tuple(
@@ -64,6 +65,22 @@ COMMANDS: dict[str, Command] = {
         options=("storage_engine",),
         others=(
             ("--source", {"metavar": "URI", "help": "Account for every tensor of this source too."}),
+            ("--against", {"metavar": "URI", "help": "Compare with this output too, tensor by tensor."}),
+            _JSON,
+        ),
+    ),
+    "clean": Command(
+        help="Abort what killed runs left unfinished, and remove the work prefix of a finished output.",
+        addresses={"output": "The output of a job: s3://, file:// or a path."},
+        options=("work", "storage_engine"),
+        others=(
+            (
+                "--discard",
+                {
+                    "action": "store_true",
+                    "help": "Remove the shards and records of an unfinished job too; it then starts over.",
+                },
+            ),
             _JSON,
         ),
     ),
@@ -103,9 +120,28 @@ COMMANDS: dict[str, Command] = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line and exit with 2."""
+    """An argument parser whose errors are one line and exit with 2.
+
+    Attributes:
+        program: Name in error lines.
+        may_lack: Positional arguments that may be absent, in order.
+    """
 
     program = "quantmill"
+    may_lack: tuple[str, ...] = ()
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As argparse, but what may be absent need not stand together.
+
+        argparse takes such arguments for absent once it has met one of them and then an option.
+        """
+        parsed, rest = super().parse_known_args(*args, **kwargs)
+        if self.may_lack and not any(word.startswith("-") for word in rest):
+            missing = [name for name in self.may_lack if not hasattr(parsed, name)]
+            for name, word in zip(missing, rest, strict=False):
+                setattr(parsed, name, word)
+            rest = rest[len(missing) :]
+        return parsed, rest
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.program}: error: {message} (see {self.prog} --help)\n")
@@ -136,9 +172,14 @@ def build_parser(program: str, commands: Mapping[str, Command] = COMMANDS) -> ar
     return parser
 
 
-def _fill(parser: argparse.ArgumentParser, command: Command) -> None:
+def _fill(parser: _Parser, command: Command) -> None:
+    # A replay knows its addresses; whether there is one, a recipe may say.
+    presence: dict[str, Any] = {}
+    if "replay" in command.options:
+        parser.may_lack = tuple(command.addresses)
+        presence = {"nargs": "?", "default": argparse.SUPPRESS}
     for name, help_text in command.addresses.items():
-        parser.add_argument(name, metavar=name.upper(), help=help_text)
+        parser.add_argument(name, metavar=name.upper(), help=help_text, **presence)
     for flag, settings in command.others:
         parser.add_argument(flag, **settings)
     parser.add_argument("--verbose", action="store_true", help="Show logs, and tracebacks of errors.")
@@ -168,15 +209,16 @@ def _settings(name: str) -> dict[str, Any]:
 
 
 def options_of(arguments: argparse.Namespace) -> JobOptions:
-    """The request behind ``plan`` or ``quantize``: recipe file first, command line over it.
+    """The request behind ``plan`` or ``quantize``: recorded run, recipe file over it, command line over both.
 
     Raises:
-        RecipeError: With ``before_work`` set; see `read_recipe` and `options_from`.
+        RecipeError: With ``before_work`` set; see `read_recipe`, `with_replayed_values` and `options_from`.
+        StorageError: The provenance to be replayed cannot be read; likewise.
     """
     try:
         values = {} if arguments.recipe is None else read_recipe(arguments.recipe)
         given = {name: getattr(arguments, name) for name in option_fields() if hasattr(arguments, name)}
-        return options_from({**values, **given})
+        return options_from(with_replayed_values({**values, **given}))
     except RecipeError as error:
         error.before_work = True
         raise

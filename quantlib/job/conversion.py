@@ -8,29 +8,37 @@ stage is `quantlib.job.crew`, what happens on a worker `quantlib.block_runner`.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
-from quantlib.errors import QuantError
+from quantlib.errors import ChecksumError, ObjectNotFoundError, QuantError, WorkerLostError
+from quantlib.job.activations import ActivationCheckpoint
+from quantlib.job.cadence import Cadence
 from quantlib.job.crew import Crew
+from quantlib.job.failures import delay_s, policy_for
+from quantlib.job.history import History
+from quantlib.job.lease import Lease, LeaseRecord
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
 from quantlib.job.report import build_report
+from quantlib.storage import open_store
 
 T = TypeVar("T")
 T_co = TypeVar("T_co", covariant=True)
 
 # Share of a block's time; they only shape the progress bar.
 _WEIGHTS = {"capture": 0.5, "forward": 0.4, "solve": 0.25, "evaluate": 0.25}
+# A run that is stopped from outside waits this long for a write that is under way.
+_LAST_WRITE_S = 5.0
 
 
 class StageFuture(Protocol[T_co]):
     """A stage that was started."""
 
-    def result(self) -> T_co:
-        """Wait for the stage; raises what it raised."""
+    def result(self, timeout: float | None = None) -> T_co:
+        """Wait for the stage, at most ``timeout`` seconds; raises what it raised, or TimeoutError."""
         ...
 
 
@@ -59,7 +67,10 @@ class _Run:
     crew: Crew
     stages: StageRunner
     on_progress: Callable[[Progress], None]
-    records: dict[str, DoneRecord]
+    lease: Lease
+    history: History
+    checkpoint: ActivationCheckpoint | None = None
+    records: dict[str, DoneRecord] = field(default_factory=dict)
     total: float = 1.0
     done: float = 0.0
     excluded_rows: list[int] = field(default_factory=list)
@@ -67,26 +78,50 @@ class _Run:
     errors: dict[int, dict[str, Any]] = field(default_factory=dict)
     writing: StageFuture[DoneRecord] | None = None
 
-    def stage(self, block: int, kind: str, function: Callable[..., T], *arguments: Any) -> T:
-        name = f"block {block + 1}/{len(self.plan.blocks)}: {kind}"
+    def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> StageFuture[T]:
+        """Start a stage, as long as this run holds the lease."""
+        self.lease.check()
+        return self.stages.submit(name, _counted(self.history, name, function), *arguments)
+
+    def call(self, name: str, function: Callable[..., T], *arguments: Any) -> T:
         self.on_progress(Progress(done=self.done, total=self.total, label=name))
+        return self.submit(name, function, *arguments).result()
+
+    def stage(self, block: int, kind: str, function: Callable[..., T], *arguments: Any) -> T:
         started = time.monotonic()
-        outcome = self.stages.submit(name, function, *arguments).result()
+        outcome = self.call(self.name_of(block, kind), function, *arguments)
         self.seconds.setdefault(block, {})[kind] = time.monotonic() - started
         self.done += _WEIGHTS[kind]
         return outcome
 
-    def finish_writing(self) -> None:
+    def name_of(self, block: int, kind: str) -> str:
+        return f"block {block + 1}/{len(self.plan.blocks)}: {kind}"
+
+    def finish_writing(self, timeout: float | None = None) -> None:
         if self.writing is not None:
-            record = self.writing.result()
+            record = self.writing.result(timeout)
             self.records[record.unit] = record
             self.writing = None
 
-    def settle(self) -> None:
+    def settle(self, timeout: float | None = None) -> None:
         """Let a write that was begun come to its end: what was solved is not to be solved again."""
-        if self.writing is not None:
-            with suppress(QuantError):
-                self.writing.result()
+        with suppress(QuantError, TimeoutError):
+            self.finish_writing(timeout)
+        self.writing = None
+
+
+def _counted(history: History, name: str, function: Callable[..., T]) -> Callable[..., T]:
+    """The same function; calls after the first are noted as retries of the stage."""
+    calls = 0
+
+    def counted(*arguments: Any) -> T:
+        nonlocal calls
+        calls += 1
+        if calls > 1:
+            history.retries[name] = calls - 1
+        return function(*arguments)
+
+    return counted
 
 
 def convert(
@@ -97,37 +132,25 @@ def convert(
     Raises:
         QuantError: With ``before_work`` set when the request was refused before anything was written.
     """
-    started, clock = datetime.now(UTC), time.monotonic()
+    history = History()
     on_progress(Progress(done=0.0, total=1.0, label="plan"))
     with _before_work():
-        prepared = stages.submit("plan", crew.prepare, options).result()
+        prepared = stages.submit("plan", _counted(history, "plan", crew.prepare), options).result()
     if prepared["report"] is not None:
-        on_progress(Progress(done=1.0, total=1.0, label="finished before, nothing to do"))
-        return prepared["report"]
+        return _finished_before(prepared["report"], on_progress)
     plan: Plan = prepared["plan"]
-    run = _Run(plan, crew, stages, on_progress, dict(prepared["finished"]))
-    resumed = sorted(run.records)
-    stages.submit("open workers", crew.open, plan).result()
-    try:
-        figures = _with_streams(run) if plan.has_streams else _without_streams(run)
-    except BaseException:
-        run.settle()
-        raise
-    report = build_report(
-        plan=plan,
-        records=run.records,
-        resumed=resumed,
-        figures=figures,
-        block_errors=run.errors,
-        block_seconds=run.seconds,
-        excluded_rows=run.excluded_rows,
-        telemetry=crew.telemetry(),
-        started=started,
-        seconds=time.monotonic() - clock,
-    )
-    stages.submit("publish", crew.publish, report).result()
-    on_progress(Progress(done=run.total, total=run.total, label="done"))
-    return report
+
+    def tell(holder: LeaseRecord) -> None:
+        label = f"waiting to see whether {holder.holder} is alive"
+        on_progress(Progress(done=0.0, total=1.0, label=label))
+
+    with Lease.acquire(open_store(plan.work, options.storage_engine), plan.work, tell) as lease:
+        run = _Run(plan, crew, stages, on_progress, lease, history)
+        with _before_work():
+            began = run.submit("begin", crew.begin).result()
+        if began["report"] is not None:
+            return _finished_before(began["report"], on_progress)
+        return _carry_out(run, began)
 
 
 @contextmanager
@@ -135,26 +158,130 @@ def _before_work() -> Iterator[None]:
     try:
         yield
     except QuantError as error:
-        error.before_work = not error.retryable
+        error.before_work = policy_for(error).action == "stop"
         raise
+
+
+def _finished_before(report: dict[str, Any], on_progress: Callable[[Progress], None]) -> dict[str, Any]:
+    on_progress(Progress(done=1.0, total=1.0, label="finished before, nothing to do"))
+    return report
+
+
+def _carry_out(run: _Run, began: dict[str, Any]) -> dict[str, Any]:
+    """Everything that is done while the lease is held."""
+    started, clock = datetime.now(UTC), time.monotonic()
+    run.history.aborted_uploads = began["aborted_uploads"]
+    run.checkpoint = began["checkpoint"]
+    run.submit("open workers", run.crew.open, run.plan, run.lease.run_id).result()
+    try:
+        _take_up(run, list(began["records"].values()))
+        figures = _with_renewals(run)
+    except QuantError:
+        run.settle()
+        raise
+    except BaseException:
+        run.settle(_LAST_WRITE_S)
+        raise
+    report = build_report(
+        plan=run.plan,
+        records=run.records,
+        history=asdict(run.history),
+        figures=figures,
+        block_errors=run.errors,
+        block_seconds=run.seconds,
+        excluded_rows=run.excluded_rows,
+        telemetry=run.crew.telemetry(),
+        started=started,
+        seconds=time.monotonic() - clock,
+    )
+    run.call("publish", run.crew.publish, report)
+    run.on_progress(Progress(done=run.total, total=run.total, label="done"))
+    return report
+
+
+def _take_up(run: _Run, records: Sequence[DoneRecord]) -> None:
+    """Check what an earlier start finished; what does not stand is done again."""
+    if not records:
+        return
+    run.records, run.history.redone_units = run.call("check finished units", run.crew.check_finished, records)
+    run.history.reused_units = sorted(run.records)
+
+
+def _with_renewals(run: _Run) -> list[dict[str, float]] | None:
+    """The conversion, begun again with new workers as often as the table of policies allows."""
+    attempts, finished = 0, len(run.records)
+    while True:
+        try:
+            return _with_streams(run) if run.plan.has_streams else _without_streams(run)
+        except WorkerLostError as error:
+            run.settle()
+            attempts = 1 if len(run.records) > finished else attempts + 1
+            finished = len(run.records)
+            policy = policy_for(error)
+            if attempts > policy.attempts:
+                raise
+            time.sleep(delay_s(policy, attempts))
+            run.call("start workers anew", run.crew.renew)
+            run.history.renewals.append({"because": error.message, "workers": run.crew.num_workers})
 
 
 def _with_streams(run: _Run) -> list[dict[str, float]] | None:
     """Blocks in order, activations flowing; gives the held-out figures of every cell."""
     plan, crew = run.plan, run.crew
-    run.total = sum(_block_weight(run, block) for block in _blocks_to_run(run)) + 1.0
-    crew.prefetch(0)
-    records = run.stages.submit("embed", crew.prelude, _pending(run, "prelude")).result()
-    run.records.update({record.unit: record for record in records})
-    for block in _blocks_to_run(run):
+    first = _place_streams(run)
+    blocks = [block for block in _blocks_to_run(run) if block.index >= first]
+    run.done, run.total = 0.0, sum(_block_weight(run, block) for block in blocks) + 1.0
+    cadence = Cadence(plan.options["checkpoint_every"], crew.activation_bytes())
+    for block in blocks:
         _convert_block(run, block)
+        if block.index + 1 < len(plan.blocks) and cadence.is_due(block.index + 1):
+            cadence.kept(_keep_activations(run, block.index + 1))
     run.finish_writing()
-    if plan.blocks:
-        crew.release(len(plan.blocks) - 1)
-    run.on_progress(Progress(done=run.done, total=run.total, label="head"))
-    head = run.stages.submit("head", crew.head, _pending(run, "tail")).result()
+    if blocks:
+        crew.release(blocks[-1].index)
+    head = run.call("head", crew.head, _pending(run, "tail"))
     run.records.update({record.unit: record for record in head["records"]})
     return head["figures"]
+
+
+def _place_streams(run: _Run) -> int:
+    """Embed every cell, or take the streams up where the last checkpoint left them; gives the next block."""
+    checkpoint = run.checkpoint if _can_start_from(run, run.checkpoint) else None
+    run.crew.prefetch(checkpoint.block if checkpoint else 0)
+    records = run.call("embed", run.crew.prelude, _pending(run, "prelude"))
+    run.records.update({record.unit: record for record in records})
+    run.excluded_rows = []
+    if checkpoint is None:
+        return 0
+    try:
+        run.call("restore activations", run.crew.restore_activations, checkpoint)
+    except (ChecksumError, ObjectNotFoundError) as error:
+        run.history.unusable_checkpoints.append(error.message)
+        run.checkpoint = None
+        return _place_streams(run)
+    run.history.from_checkpoint = checkpoint.block
+    run.excluded_rows = list(checkpoint.excluded_rows)
+    run.errors.update({block: dict(errors) for block, errors in checkpoint.block_errors.items()})
+    return checkpoint.block
+
+
+def _can_start_from(run: _Run, checkpoint: ActivationCheckpoint | None) -> bool:
+    """A checkpoint serves when nothing before it is left to do."""
+    if checkpoint is None:
+        return False
+    passed = run.plan.blocks[: checkpoint.block]
+    return all(run.plan.block_units[block.index].name in run.records for block in passed)
+
+
+def _keep_activations(run: _Run, block: int) -> float:
+    """Checkpoint the streams that stand before a block; gives the seconds it took."""
+    started = time.monotonic()
+    run.finish_writing()
+    notes = {"block_errors": dict(run.errors), "excluded_rows": tuple(run.excluded_rows)}
+    name = run.name_of(block - 1, "keep activations")
+    run.checkpoint = run.call(name, run.crew.save_activations, block, notes)
+    run.history.checkpoints.append(block)
+    return time.monotonic() - started
 
 
 def _convert_block(run: _Run, block: BlockPlan) -> None:
@@ -164,17 +291,20 @@ def _convert_block(run: _Run, block: BlockPlan) -> None:
     crew.prefetch(index)
     crew.prefetch(index + 1)
     if unit.name not in run.records and _needs_statistics(block):
-        captured = run.stage(index, "capture", crew.capture, index)
+        captured = run.stage(index, "capture", crew.capture, index, run.excluded_rows)
         run.excluded_rows, tokens = captured["excluded_rows"], captured["tokens"]
     else:
         run.stage(index, "forward", crew.forward, index)
     run.finish_writing()
     if index > 0:
         crew.release(index - 1)
-    if unit.name not in run.records:
+    if unit.name in run.records:
+        run.history.replayed_blocks.append(index)
+        run.excluded_rows = sorted({*run.excluded_rows, *run.records[unit.name].excluded_rows})
+    else:
         linears = run.stage(index, "solve", crew.solve, index, tokens)
-        name = f"block {index + 1}/{len(plan.blocks)}: write"
-        run.writing = run.stages.submit(name, crew.write, unit, linears)
+        notes = (list(run.excluded_rows), dict(run.seconds[index]))
+        run.writing = run.submit(run.name_of(index, "write"), crew.write, unit, linears, *notes)
     if _runs_quantized(plan):
         run.errors[index] = run.stage(index, "evaluate", crew.advance, index)
 
@@ -188,7 +318,7 @@ def _without_streams(run: _Run) -> None:
         if len(waiting) >= run.crew.num_workers:
             _note_unit(run, waiting.pop(0).result())
         worker = number % run.crew.num_workers
-        waiting.append(run.stages.submit(f"unit {unit.name}", run.crew.convert_unit, unit, worker))
+        waiting.append(run.submit(f"unit {unit.name}", run.crew.convert_unit, unit, worker))
     for future in waiting:
         _note_unit(run, future.result())
 

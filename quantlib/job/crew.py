@@ -8,10 +8,11 @@ stage of the conversion.
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 from quantlib.errors import NumericsError, QuantError
+from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
@@ -29,7 +30,10 @@ MAX_EXCLUDED_SHARE = 0.1
 class Transport(Protocol):
     """Starts methods of numbered workers and waits for them."""
 
-    num_workers: int
+    @property
+    def num_workers(self) -> int:
+        """How many workers there are now."""
+        ...
 
     def submit(self, worker: int, method: str, *arguments: Any) -> Handle:
         """Start ``method`` on a worker; handles among the arguments (also inside lists) become values."""
@@ -37,6 +41,14 @@ class Transport(Protocol):
 
     def result(self, handle: Handle) -> Any:
         """Wait for a handle's value; raises our own errors."""
+        ...
+
+    def renew(self) -> None:
+        """Start all workers anew, elsewhere or fewer of them where that must be.
+
+        Raises:
+            WorkerError: Not one could be had.
+        """
         ...
 
 
@@ -55,9 +67,10 @@ class Crew:
         self._packed: dict[int, list[Handle]] = {}
         self._totals: dict[int, dict[int, list[Handle]]] = {}
         self._exponents: dict[int, list[int]] = {}
-        self._excluded: set[int] = set()
         self._num_rows = 0
         self._plan: Plan | None = None
+        self._options: JobOptions | None = None
+        self._run_id: str | None = None
 
     @property
     def num_workers(self) -> int:
@@ -71,13 +84,47 @@ class Crew:
         """
         given = {name: getattr(options, name) for name in _ADDRESSES}
         absolute = {name: normalize_uri(uri) for name, uri in given.items() if uri is not None}
-        return self._one("prepare", dataclasses.replace(options, **absolute), self._threads)
+        self._options = dataclasses.replace(options, **absolute)
+        return self._one("prepare", self._options, self._threads)
 
-    def open(self, plan: Plan) -> None:
-        """Give every worker the plan and its share of the cells."""
-        self._plan = plan
-        opened = self._all("open", plan, self.num_workers)
-        self._num_rows = sum(summary["rows"] for summary in opened)
+    def begin(self) -> dict[str, Any]:
+        """Make the work prefix ready, holding its lease; see `quantlib.job.planner.begin`."""
+        assert self._options is not None, "prepare(options) comes first"
+        return self._one("begin", self._options, self._threads)
+
+    def open(self, plan: Plan, run_id: str | None = None) -> None:
+        """Give every worker the plan and its share of the cells.
+
+        Args:
+            run_id: The run that holds the lease; units are recorded only while it does.
+        """
+        self._plan, self._run_id = plan, run_id
+        workers = range(self.num_workers)
+        handles = [self._transport.submit(w, "open", plan, w, self.num_workers, run_id) for w in workers]
+        self._num_rows = sum(self._transport.result(handle)["rows"] for handle in handles)
+
+    def renew(self) -> None:
+        """Start the workers anew after one was lost; what they held is gone, the plan is given again."""
+        for kept in (self._sources, self._packed, self._totals, self._exponents):
+            kept.clear()
+        self._transport.renew()
+        self.open(self._opened(), self._run_id)
+
+    def check_finished(self, records: Sequence[DoneRecord]) -> tuple[dict[str, DoneRecord], dict[str, str]]:
+        """Compare finished shards with their records, the workers sharing them; see `BlockRunner`."""
+        shares = share_by_cost([record.size_bytes for record in records], self.num_workers)
+        handles = [
+            self._transport.submit(worker, "check_finished", [records[index] for index in share])
+            for worker, share in enumerate(shares)
+            if share
+        ]
+        intact: dict[str, DoneRecord] = {}
+        damaged: dict[str, str] = {}
+        for handle in handles:
+            standing, wrong = self._transport.result(handle)
+            intact |= standing
+            damaged |= wrong
+        return intact, damaged
 
     def prefetch(self, block: int) -> None:
         """Start reading a block's weights, each worker its part; does nothing past the last block."""
@@ -92,20 +139,51 @@ class Crew:
         parts = self._read(names)
         if plan.has_streams:
             self._all("embed", parts)
-        return [self._one("write", unit.name, parts, []) for unit in units]
+        return [self._one("write", unit.name, parts) for unit in units]
 
-    def capture(self, block: int) -> dict[str, Any]:
-        """One forward of every calibration cell through a block: statistics and the next inputs."""
+    def activation_bytes(self) -> int:
+        """What a checkpoint of the worker with most activations would hold."""
+        return max(self._all("activation_bytes"))
+
+    def save_activations(self, block: int, notes: Mapping[str, Any]) -> ActivationCheckpoint:
+        """Keep all streams, which stand before a block.
+
+        Args:
+            notes: ``block_errors`` and ``excluded_rows`` of the blocks before.
+        """
+        plan = self._opened()
+        cells = {key: cell for saved in self._all("save_activations", block) for key, cell in saved.items()}
+        checkpoint = ActivationCheckpoint(
+            identity=plan.identity(),
+            evaluation_digest=plan.evaluation_digest,
+            block=block,
+            cells=cells,
+            **notes,
+        )
+        self._one("complete_checkpoint", checkpoint)
+        return checkpoint
+
+    def restore_activations(self, checkpoint: ActivationCheckpoint) -> None:
+        """Put all streams where a checkpoint left them; `prelude` has come before."""
+        self._all("restore_activations", checkpoint)
+
+    def capture(self, block: int, excluded_rows: Sequence[int]) -> dict[str, Any]:
+        """One forward of every calibration cell through a block: statistics and the next inputs.
+
+        Args:
+            excluded_rows: Calibration rows left out in blocks before.
+        """
         self._load(block)
-        begun = self._all("begin_capture", block)
+        begun = self._all("begin_capture", block, list(excluded_rows))
         exponents = next(b["exponents"] for b in begun if b["exponents"] is not None)
         captured = self._all("capture", block, exponents)
         self._exponents[block] = exponents
         self._totals[block] = {
             group: [summary["totals"][group] for summary in captured] for group in range(len(exponents))
         }
-        self._exclude(row for summary in captured for row in summary["excluded"])
-        return {"excluded_rows": sorted(self._excluded), "tokens": sum(s["tokens"] for s in captured)}
+        excluded = sorted({row for summary in captured for row in summary["excluded"]}.union(excluded_rows))
+        self._refuse_many(excluded)
+        return {"excluded_rows": excluded, "tokens": sum(s["tokens"] for s in captured)}
 
     def forward(self, block: int) -> None:
         """Run the original streams through a block without statistics."""
@@ -130,8 +208,14 @@ class Crew:
         rows = {row["name"]: row for s in solved for row in s["linears"]}
         return [rows[linear.name] for linear in plan.linears if linear.name in rows]
 
-    def write(self, unit: UnitPlan, linears: Sequence[dict[str, Any]]) -> DoneRecord:
-        """Write a block's shard and its record."""
+    def write(
+        self,
+        unit: UnitPlan,
+        linears: Sequence[dict[str, Any]],
+        excluded_rows: Sequence[int],
+        seconds: Mapping[str, float],
+    ) -> DoneRecord:
+        """Write a block's shard and its record; the arguments after the unit are the record's."""
         assert unit.block is not None
         worker = unit.block % self.num_workers
         handle = self._transport.submit(
@@ -140,6 +224,8 @@ class Crew:
             unit.name,
             [*self._sources[unit.block], *self._packed[unit.block]],
             list(linears),
+            list(excluded_rows),
+            dict(seconds),
         )
         return self._transport.result(handle)
 
@@ -171,7 +257,7 @@ class Crew:
             sums = self._all("head", parts)
             cells = {cell: values for summary in sums for cell, values in summary.items()}
             figures = [cells[cell] for cell in sorted(cells)]
-        records = [self._one("write", unit.name, parts, []) for unit in units]
+        records = [self._one("write", unit.name, parts) for unit in units]
         return {"figures": figures, "records": records}
 
     def convert_unit(self, unit: UnitPlan, worker: int) -> DoneRecord:
@@ -210,13 +296,12 @@ class Crew:
         handles = [self._transport.submit(w, method, *arguments) for w in range(self.num_workers)]
         return [self._transport.result(handle) for handle in handles]
 
-    def _exclude(self, rows: Iterable[int]) -> None:
-        self._excluded |= set(rows)
-        if len(self._excluded) > MAX_EXCLUDED_SHARE * self._num_rows:
+    def _refuse_many(self, excluded_rows: Sequence[int]) -> None:
+        if len(excluded_rows) > MAX_EXCLUDED_SHARE * self._num_rows:
             raise NumericsError(
-                f"{len(self._excluded)} of {self._num_rows} calibration rows give non-finite activations,"
+                f"{len(excluded_rows)} of {self._num_rows} calibration rows give non-finite activations,"
                 f" more than {MAX_EXCLUDED_SHARE:.0%}; check the checkpoint, or calibrate on other text",
-                rows=sorted(self._excluded),
+                rows=list(excluded_rows),
             )
 
 

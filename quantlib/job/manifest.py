@@ -1,18 +1,22 @@
 """The work prefix: what a running job leaves in storage so that any machine can finish it.
 
-``plan.json`` (the plan as first started), ``tokens/<digest>.npy`` (calibration and evaluation rows) and
-``done/<unit>.json`` (one receipt a finished unit). Every key is written once, put-if-absent, and never
-changed; a record that another plan wrote is refused by name.
+``plan.json`` (the plan as first started), ``tokens/<digest>.npy`` (calibration and evaluation rows),
+``done/<unit>.json`` (one receipt a finished unit), ``activations/`` (`quantlib.job.activations`) and
+``lease.json`` (`quantlib.job.lease`). Plan, rows and receipts are written once, put-if-absent. A record that
+another plan, another schema or nobody we know wrote is refused by name; one whose shard is not what it says
+is removed, and its unit is done again.
 """
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantlib.errors import ObjectNotFoundError, PlanMismatchError
-from quantlib.job.plan import Plan, UnitPlan, plan_from_json, plan_to_json
-from quantlib.storage import Store, join_uri
+from quantlib.job.plan import Plan, plan_from_json, plan_to_json
+from quantlib.storage import Store, join_uri, uri_name
+
+RECORD_SCHEMA = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -26,14 +30,19 @@ class DoneRecord:
         size_bytes: Of the shard object.
         etag: The store's, at the time of writing.
         linears: Report rows of its linears (`LinearReport` as JSON values).
+        excluded_rows: Calibration rows left out when it was solved, in this block or before.
+        seconds: Wall seconds of the stages that led to it.
     """
 
+    schema: int = RECORD_SCHEMA
     unit: str
     identity: str
     sha256: str
     size_bytes: int
     etag: str
     linears: tuple[Mapping[str, Any], ...]
+    excluded_rows: tuple[int, ...] = ()
+    seconds: Mapping[str, float] = field(default_factory=dict)
 
 
 def read_plan(store: Store, work: str) -> Plan | None:
@@ -97,39 +106,53 @@ def store_record(store: Store, work: str, record: DoneRecord) -> DoneRecord:
     return record
 
 
-def finished_units(store: Store, output_store: Store, plan: Plan) -> dict[str, DoneRecord]:
-    """Unit name -> record, for every unit whose shard is still what its record says.
+def read_records(store: Store, plan: Plan) -> dict[str, DoneRecord]:
+    """Unit name -> record of every unit that an earlier start finished, in the plan's order.
 
     Raises:
-        PlanMismatchError: A record belongs to another plan.
+        PlanMismatchError: A record belongs to another plan, another schema, or to no unit of this plan.
     """
     present = {info.uri for info in store.list(join_uri(plan.work, "done"))}
-    identity = plan.identity()
-    records = {}
-    for unit in plan.units:
-        uri = _record_uri(plan.work, unit.name)
-        if uri not in present:
-            continue
-        record = _record_from_json(json.loads(store.read(uri)))
-        if record.identity != identity:
-            raise PlanMismatchError(
-                f"{uri} was written by another plan ({record.identity[:12]}, this one is {identity[:12]});"
-                " choose another output, or remove the work prefix to start over",
-                uri=uri,
-            )
-        if _shard_is_intact(output_store, plan, unit, record):
-            records[unit.name] = record
-        else:
-            store.delete(uri)
-    return records
+    known = {_record_uri(plan.work, unit.name): unit.name for unit in plan.units}
+    strange = sorted(present - known.keys())
+    if strange:
+        raise PlanMismatchError(
+            f"{strange[0]} is no record of this job; choose another output, or remove {plan.work} to"
+            " start over",
+            uri=strange[0],
+        )
+    return {name: _read_record(store, uri, plan) for uri, name in known.items() if uri in present}
 
 
-def _shard_is_intact(store: Store, plan: Plan, unit: UnitPlan, record: DoneRecord) -> bool:
+def remove_record(store: Store, work: str, unit: str) -> None:
+    """Forget that a unit was finished, because its shard is not what the record says."""
+    store.delete(_record_uri(work, unit))
+
+
+def _read_record(store: Store, uri: str, plan: Plan) -> DoneRecord:
     try:
-        info = store.head(join_uri(plan.output, unit.shard))
-    except ObjectNotFoundError:
-        return False
-    return (info.size_bytes, info.etag) == (record.size_bytes, record.etag)
+        values = json.loads(store.read(uri))
+        schema, identity = values["schema"], values["identity"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise PlanMismatchError(
+            f"{uri} is no record of a finished unit; remove it to have the unit done again", uri=uri
+        ) from error
+    if schema != RECORD_SCHEMA:
+        raise PlanMismatchError(
+            f"{uri} has schema {schema!r}, this version reads {RECORD_SCHEMA}; finish the job with the"
+            " version that began it, or choose another output",
+            uri=uri,
+        )
+    if identity != plan.identity():
+        raise PlanMismatchError(
+            f"{uri} was written by another plan ({identity[:12]}, this one is {plan.identity()[:12]});"
+            " choose another output, or remove the work prefix to start over",
+            uri=uri,
+        )
+    record = _record_from_json(values)
+    if record.unit != uri_name(uri).removesuffix(".json"):
+        raise PlanMismatchError(f"{uri} is the record of another unit, {record.unit}; remove it", uri=uri)
+    return record
 
 
 def _record_uri(work: str, unit: str) -> str:
@@ -141,4 +164,5 @@ def _record_to_json(record: DoneRecord) -> dict[str, Any]:
 
 
 def _record_from_json(values: Mapping[str, Any]) -> DoneRecord:
-    return DoneRecord(**{**values, "linears": tuple(values["linears"])})
+    lists = {name: tuple(values[name]) for name in ("linears", "excluded_rows")}
+    return DoneRecord(**{**values, **lists})

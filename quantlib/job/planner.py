@@ -1,7 +1,8 @@
 """From a request and headers to a plan: no weight byte is read, nothing impossible is begun.
 
-`prepare` is the first stage of every run: it plans, compares with what an earlier start left behind, refuses
-what cannot be done, and only then stores plan and tokens.
+`prepare` is the first stage of every run: it plans, compares with what an earlier start left behind, and
+refuses what cannot be done. `begin` is the second, under the lease of the work prefix: it stores plan and
+tokens and tells what is there already.
 """
 
 import dataclasses
@@ -9,6 +10,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +18,14 @@ import torch
 from quantlib.calibration.corpus import load_tokenizer, rows_digest, token_rows
 from quantlib.calibration.documents import read_documents
 from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
-from quantlib.checkpoint.header import read_header
 from quantlib.checkpoint.index import Checkpoint, open_checkpoint
 from quantlib.checkpoint.layout import shard_names
-from quantlib.checkpoint.reader import tensor_of
 from quantlib.errors import CheckpointError, PlanMismatchError, RecipeError
-from quantlib.job.manifest import finished_units, read_plan, store_plan, tokens_uri
+from quantlib.job.activations import newest_checkpoint
+from quantlib.job.manifest import read_plan, read_records, store_plan, tokens_uri
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
+from quantlib.job.provenance import check_replay, read_provenance, recorded_settings
 from quantlib.job.report import REPORT_NAME
 from quantlib.machine import cell_tokens, compute_dtype, device_kind
 from quantlib.model.skeleton import BlockSpec, Skeleton, load_skeleton
@@ -37,18 +39,30 @@ from quantlib.tokens import store_rows
 _VERSIONED = ("quantmill", "torch", "transformers")
 
 
-def prepare(options: JobOptions, threads: int) -> dict[str, Any]:
-    """Plan a job and make its work prefix ready.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prepared:
+    """A request that can be done.
+
+    Attributes:
+        plan: What will be done.
+        rows: Token rows by digest.
+        report: Of a finished output, which leaves nothing to do; else None.
+    """
+
+    plan: Plan
+    rows: Mapping[str, torch.Tensor]
+    report: Mapping[str, Any] | None
+
+
+def prepare(options: JobOptions, threads: int) -> Prepared:
+    """Plan a job and compare it with what an earlier start left; only reads.
 
     Args:
         options: The request.
         threads: CPU threads a worker has, unless the options or an earlier start say otherwise.
 
-    Returns:
-        ``plan``; ``finished``, the records of an earlier start; ``report``, of a finished output or None.
-
     Raises:
-        QuantError: The request cannot be done; nothing was written.
+        QuantError: The request cannot be done.
     """
     work_store = open_store(work_uri(options), options.storage_engine)
     output_store = open_store(normalize_uri(options.output), options.storage_engine)
@@ -63,13 +77,34 @@ def prepare(options: JobOptions, threads: int) -> dict[str, Any]:
             work=plan.work,
         )
     report = _finished_report(output_store, plan) if stored else None
-    if report is not None:
-        return {"plan": plan, "finished": {}, "report": report}
-    finished = finished_units(work_store, output_store, plan) if stored else {}
+    return Prepared(plan=plan, rows=rows, report=report)
+
+
+def begin(prepared: Prepared, options: JobOptions) -> dict[str, Any]:
+    """Make the work prefix ready for a run that holds its lease.
+
+    Returns:
+        ``report``, of an output that another run finished meanwhile, or None; ``records`` of finished units,
+        not yet checked; ``checkpoint`` of the activations, or None; ``aborted_uploads``, how many uploads of
+        runs that died were given up.
+
+    Raises:
+        PlanMismatchError: What is stored belongs to another job.
+    """
+    plan = prepared.plan
+    work_store = open_store(plan.work, options.storage_engine)
+    output_store = open_store(plan.output, options.storage_engine)
     store_plan(work_store, plan)
-    for digest, rows_BT in rows.items():
+    report = _finished_report(output_store, plan)
+    aborted = output_store.abort_uploads(plan.output) + work_store.abort_uploads(plan.work)
+    for digest, rows_BT in prepared.rows.items():
         store_rows(work_store, tokens_uri(plan.work, digest), rows_BT)
-    return {"plan": plan, "finished": finished, "report": None}
+    return {
+        "report": report,
+        "records": read_records(work_store, plan),
+        "checkpoint": newest_checkpoint(work_store, plan),
+        "aborted_uploads": aborted,
+    }
 
 
 def build_plan(
@@ -79,8 +114,13 @@ def build_plan(
 
     Args:
         threads: CPU threads a worker has, unless the options or an earlier start say otherwise.
-        stored: The plan of an earlier start: what depends on the machine is taken from it.
+        stored: The plan of an earlier start: what depends on the machine is taken from it, or else from the
+            run that the options repeat.
+
+    Raises:
+        PlanMismatchError: The options repeat a run, and this would be another one.
     """
+    replayed = read_provenance(options.replay, options.storage_engine) if options.replay else None
     source = normalize_uri(options.source)
     checkpoint = open_checkpoint(open_store(source, options.storage_engine), source)
     if "quantization_config" in checkpoint.config:
@@ -97,7 +137,8 @@ def build_plan(
     packer.quantization_config(schemes_of(blocks), skeleton.outside_linears)
     rows = _token_rows(options, checkpoint, blocks)
     kind = device_kind(options.device)
-    machine = _machine_settings(options, threads, checkpoint, kind, stored)
+    settings = recorded_settings(replayed) if replayed else None
+    machine = _machine_settings(options, threads, checkpoint, kind, _settings_of(stored) or settings)
     plan = Plan(
         source=source,
         source_objects={
@@ -123,6 +164,8 @@ def build_plan(
         device_kind=kind,
         **machine,
     )
+    if replayed is not None:
+        check_replay(replayed, plan)
     return plan, {rows_digest(rows_BT): rows_BT for rows_BT in rows.values()}
 
 
@@ -154,15 +197,6 @@ def open_planned_source(store: Store, plan: Plan) -> Checkpoint:
 def _config_digest(checkpoint: Checkpoint) -> str:
     canonical = json.dumps(checkpoint.config, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def read_unit(store: Store, plan: Plan, unit: UnitPlan) -> dict[str, torch.Tensor]:
-    """The packed tensors of a unit that is finished, from its shard in the output."""
-    info = store.head(join_uri(plan.output, unit.shard))
-    header = read_header(store, info)
-    entries = [header.tensors[spec.name] for spec in unit.tensors if spec.name not in unit.copied]
-    views = store.read_ranges(info, [(entry.start, entry.end) for entry in entries])
-    return {entry.name: tensor_of(view, entry) for entry, view in zip(entries, views, strict=True)}
 
 
 def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> BlockPlan:
@@ -289,15 +323,21 @@ def _token_rows(
     }
 
 
+def _settings_of(stored: Plan | None) -> dict[str, Any] | None:
+    if stored is None:
+        return None
+    return {name: getattr(stored, name) for name in ("threads", "sequences_per_cell", "compute_dtype")}
+
+
 def _machine_settings(
-    options: JobOptions, threads: int, checkpoint: Checkpoint, kind: str, stored: Plan | None
+    options: JobOptions,
+    threads: int,
+    checkpoint: Checkpoint,
+    kind: str,
+    fixed: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    if stored is not None:
-        return {
-            "threads": options.threads_per_worker or stored.threads,
-            "sequences_per_cell": stored.sequences_per_cell,
-            "compute_dtype": stored.compute_dtype,
-        }
+    if fixed is not None:
+        return {**fixed, "threads": options.threads_per_worker or fixed["threads"]}
     return {
         "threads": options.threads_per_worker or threads,
         "sequences_per_cell": max(1, cell_tokens(kind) // options.sequence_length),

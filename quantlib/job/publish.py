@@ -1,4 +1,4 @@
-"""The last writes of a job: side files and report, the index, and config.json as the very last object.
+"""The last writes of a job: side files, report, provenance, the index, and config.json as the very last.
 
 Whoever finds a config.json finds a whole model.
 """
@@ -7,9 +7,10 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from quantlib.checkpoint.index import Checkpoint
+from quantlib.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from quantlib.checkpoint.layout import index_bytes
 from quantlib.job.plan import Plan, schemes_of
+from quantlib.job.provenance import PROVENANCE_NAME, build_provenance
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_html import render_html
 from quantlib.packing import FORMATS
@@ -24,16 +25,33 @@ def publish(
     report: Mapping[str, Any],
 ) -> None:
     """Make the output a checkpoint that readers recognise."""
-    packer = FORMATS[plan.options["format"]]
-    quantization = packer.quantization_config(schemes_of(plan.blocks), plan.kept_linears)
+    quantization = _quantization(plan)
     config = {**checkpoint.config, "quantization_config": quantization}
     for name, info in checkpoint.side_files.items():
         output_store.write(join_uri(plan.output, name), source_store.read(info.uri))
-    for name, content in packer.side_files(quantization).items():
+    for name, content in _format_files(plan).items():
         output_store.write(join_uri(plan.output, name), content)
-    output_store.write(
-        join_uri(plan.output, REPORT_NAME), json.dumps(report, indent=1, allow_nan=False).encode()
-    )
-    output_store.write(join_uri(plan.output, HTML_NAME), render_html(dict(report)).encode())
-    output_store.write(join_uri(plan.output, "model.safetensors.index.json"), index_bytes(plan.units))
-    output_store.write(join_uri(plan.output, "config.json"), json.dumps(config, indent=2).encode())
+    provenance = build_provenance(plan, checkpoint, shards=report["shards"])
+    for name, content in (
+        (REPORT_NAME, json.dumps(report, indent=1, allow_nan=False).encode()),
+        (HTML_NAME, render_html(dict(report)).encode()),
+        (PROVENANCE_NAME, json.dumps(provenance, indent=1, allow_nan=False).encode()),
+        (INDEX_NAME, index_bytes(plan.units)),
+        (CONFIG_NAME, json.dumps(config, indent=2).encode()),
+    ):
+        output_store.write(join_uri(plan.output, name), content)
+
+
+def published_names(plan: Plan) -> tuple[str, ...]:
+    """Every file name that `publish` writes for a plan, in order; shards are not among them."""
+    names = (REPORT_NAME, HTML_NAME, PROVENANCE_NAME, INDEX_NAME, CONFIG_NAME)
+    return (*plan.side_files, *_format_files(plan), *names)
+
+
+def _quantization(plan: Plan) -> dict[str, Any]:
+    packer = FORMATS[plan.options["format"]]
+    return packer.quantization_config(schemes_of(plan.blocks), plan.kept_linears)
+
+
+def _format_files(plan: Plan) -> dict[str, bytes]:
+    return FORMATS[plan.options["format"]].side_files(_quantization(plan))

@@ -22,7 +22,7 @@ def build_report(
     *,
     plan: Plan,
     records: Mapping[str, DoneRecord],
-    resumed: Sequence[str],
+    history: Mapping[str, Any],
     figures: Sequence[Mapping[str, float]] | None,
     block_errors: Mapping[int, Mapping[str, Any]],
     block_seconds: Mapping[int, Mapping[str, float]],
@@ -34,7 +34,8 @@ def build_report(
     """Put a finished run into JSON values.
 
     Units: seconds are wall seconds, ``cpu_seconds`` user + system of the worker processes, bytes are bytes,
-    ``kl_divergence`` is nats a token (original against quantized).
+    ``kl_divergence`` is nats a token (original against quantized); ``history`` is a
+    `quantlib.job.history.History`.
     """
     linears = {unit: record.linears for unit, record in records.items()}
     read = sum(worker["bytes_read"] for worker in telemetry)
@@ -50,7 +51,7 @@ def build_report(
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
         "seconds": seconds,
-        "resumed_units": list(resumed),
+        "history": dict(history),
         "workers": len(telemetry),
         "threads_per_worker": plan.threads,
         "device_kind": plan.device_kind,
@@ -58,7 +59,7 @@ def build_report(
         "runner": plan.options["runner"],
         "evaluation": _evaluation(plan, figures),
         "calibration": _calibration(plan, excluded_rows),
-        "blocks": _blocks(plan, linears, block_errors, block_seconds),
+        "blocks": _blocks(plan, records, block_errors, block_seconds),
         "shards": [
             {"name": u.shard, "sha256": records[u.name].sha256, "size_bytes": records[u.name].size_bytes}
             for u in plan.units
@@ -87,7 +88,7 @@ def build_report(
 
 def _blocks(
     plan: Plan,
-    linears: Mapping[str, Sequence[Mapping[str, Any]]],
+    records: Mapping[str, DoneRecord],
     errors: Mapping[int, Mapping[str, Any]],
     seconds: Mapping[int, Mapping[str, float]],
 ) -> list[dict[str, Any]]:
@@ -96,10 +97,11 @@ def _blocks(
             "index": block.index,
             "relative_error": errors.get(block.index, {}).get("relative_error"),
             "cosine": errors.get(block.index, {}).get("cosine"),
-            "linears": [dict(row) for row in linears[plan.block_units[block.index].name]],
-            "seconds": dict(seconds.get(block.index, {})),
+            "linears": [dict(row) for row in records[unit.name].linears],
+            "seconds": {**records[unit.name].seconds, **seconds.get(block.index, {})},
         }
         for block in plan.blocks
+        for unit in (plan.block_units[block.index],)
     ]
 
 

@@ -197,3 +197,29 @@ def duration(seconds: Any) -> str:
 def largest(values: Sequence[float | None]) -> float | None:
     """The largest value that is one, None where there is none."""
     return max((value for value in values if value is not None), default=None)
+
+
+def history_sentences(report: Mapping[str, Any]) -> list[str]:
+    """What an earlier start left and what went wrong on the way, a sentence each; empty for a calm run."""
+    history = report.get("history") or {}
+    found = []
+    if reused := history.get("reused_units"):
+        found.append(f"Found finished from an earlier start and intact: {len(reused)} units")
+    for unit, reason in (history.get("redone_units") or {}).items():
+        found.append(f"Done again: {unit}, because {reason}")
+    if history.get("from_checkpoint"):
+        found.append(
+            f"Taken up from a checkpoint of the activations before block {history['from_checkpoint']}"
+        )
+    if replayed := history.get("replayed_blocks"):
+        found.append(f"Activations run again through finished blocks: {len(replayed)}")
+    found += [
+        f"A checkpoint could not be used: {reason}" for reason in history.get("unusable_checkpoints", ())
+    ]
+    for stage, times in (history.get("retries") or {}).items():
+        found.append(f"Tried again: {stage}, {times} times")
+    for renewal in history.get("renewals", ()):
+        found.append(f"Workers started anew ({renewal['workers']} of them): {renewal['because']}")
+    if aborted := history.get("aborted_uploads"):
+        found.append(f"Unfinished uploads of runs that died, given up: {aborted}")
+    return found

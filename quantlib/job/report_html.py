@@ -116,8 +116,7 @@ def _warnings(report: Mapping[str, Any]) -> str:
     if excluded := figures.part(report.get("calibration"), "excluded_rows"):
         rows = ", ".join(str(row) for row in excluded)
         found.append(f"Calibration rows excluded for non-finite activations: {len(excluded)} ({rows})")
-    if resumed := report.get("resumed_units"):
-        found.append(f"Units found finished from an earlier run: {len(resumed)}")
+    found += figures.history_sentences(report)
     sentences = "<br>".join(escape(sentence) for sentence in found)
     return f'<section class="warn">{sentences}</section>' if found else ""
 

@@ -97,8 +97,7 @@ def _exceptions(report: Mapping[str, Any]) -> str:
         lines.append(f"calibration rows excluded: {', '.join(str(row) for row in excluded)}")
     for name, reason in (report.get("dropped") or {}).items():
         lines.append(f"dropped: {name}: {reason}")
-    if resumed := report.get("resumed_units"):
-        lines.append(f"found finished from an earlier run: {len(resumed)} units")
+    lines += [sentence[0].lower() + sentence[1:] for sentence in figures.history_sentences(report)]
     return "\n".join(lines)
 
 

@@ -27,7 +27,7 @@ def sample_report(**changes: Any) -> dict[str, Any]:
         "options": {"scheme": "W4A16", "group_size": 64, "method": "gptq", "format": "gptq"},
         "seconds": 75.2,
         "workers": 2,
-        "resumed_units": ["block-00000"],
+        "history": {"reused_units": ["block-00000"]},
         "evaluation": {
             "perplexity_original": 14.37,
             "perplexity_quantized": 15.807,

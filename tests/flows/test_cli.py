@@ -12,7 +12,7 @@ from flows.cli import main
 from tests.flows.conftest import clean_environment, stop, wait_until
 
 QUANTMILL = Path(sys.executable).parent / "quantmill"
-COMMANDS = ("plan", "quantize", "verify", "evaluate", "inspect", "report", "serve")
+COMMANDS = ("plan", "quantize", "verify", "clean", "evaluate", "inspect", "report", "serve")
 
 
 def test_help_lists_every_command(capsys):
@@ -35,6 +35,9 @@ def test_console_script_is_installed():
         ("quantize a b --method rtn --group-size 5", "group_size must be at least 8 or -1, found 5"),
         ("plan a b --method rtn --scheme W3", "scheme must be one of"),
         ("quantize a b --recipe none.toml", "recipe none.toml cannot be read"),
+        ("quantize a --replay none.json", "takes both source and output, or neither"),
+        ("quantize --replay none.json", "there is no file://"),
+        ("clean out --storage-engine ftp", "storage_engine must be one of"),
         ("evaluate m --text t --sequence-length 2", "sequence_length must be at least 8"),
         ("inspect m --storage-engine ftp", "storage_engine must be one of"),
         ("serve --limit 0", "limit must be at least 1"),
@@ -74,6 +77,8 @@ def test_flows_load_neither_torch_nor_ray():
         "inspect {folder}/none",
         "plan {folder}/none {folder}/out --method rtn",
         "quantize {folder}/none {folder}/out --method rtn --runner inprocess",
+        "verify {folder}/none --against {folder}/other",
+        "clean {folder}/none --work {folder}/work --discard",
     ],
 )
 def test_child_process_answers_for_the_command(line, tmp_path):

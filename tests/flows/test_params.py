@@ -4,11 +4,15 @@ import json
 
 import jsonschema
 import pytest
+from prefect.utilities.collections import visit_collection
 from pydantic import ValidationError
 
 from flows.params import QuantizeParams, params_from
+from flows.quantize_model import quantize_model
 from quantlib.errors import RecipeError
 from quantlib.job.options import option_fields, options_from
+from quantlib.job.provenance import with_replayed_values
+from tests.support.provenance_example import write_provenance
 
 REQUEST = {"source": "s3://models/tiny", "output": "s3://models/out", "method": "rtn"}
 FULL = {
@@ -56,6 +60,61 @@ def test_form_to_options_equals_plain_values(values):
 def test_params_from_options_and_back_changes_nothing(values):
     options = options_from(values)
     assert params_from(options).to_options() == options
+
+
+def test_checkpoint_interval_schema_is_one_range():
+    found = schema()["properties"]["checkpoint_every"]
+    assert {"minimum": 0, "type": "integer"} in found["anyOf"] and "not" not in found
+    assert (
+        QuantizeParams.model_validate({**REQUEST, "checkpoint_every": 0}).to_options().checkpoint_every == 0
+    )
+
+
+def _as_the_page_sends_it(values: dict) -> dict:
+    """Prefect's page fills in the default of every field that was left alone."""
+    defaults = {
+        name: field["default"] for name, field in schema()["properties"].items() if "default" in field
+    }
+    return {**defaults, **values}
+
+
+def test_form_with_every_default_filled_in_is_the_same_request():
+    sent = _as_the_page_sends_it(FULL)
+    assert QuantizeParams.model_validate(sent).to_options() == options_from(FULL)
+
+
+def test_replay_in_a_form_goes_below_what_differs_from_the_defaults(tmp_path):
+    wanted = {
+        "source": "s3://models/tiny",
+        "output": "b",
+        "seed": 4,
+        "replay": str(write_provenance(tmp_path)),
+    }
+    for sent in (wanted, _as_the_page_sends_it(wanted)):
+        options = QuantizeParams.model_validate(sent).to_options()
+        assert (options.scheme, options.group_size, options.method) == ("W8A16", 64, "rtn")
+        assert (options.source, options.output, options.work) == ("s3://models/tiny", "b", None)
+        assert (options.seed, options.threads_per_worker, options.runner) == (4, 3, "ray")
+
+
+def test_params_from_a_replay_keep_a_default_that_was_given(tmp_path):
+    values = {"replay": str(write_provenance(tmp_path)), "evaluation_sequences": 32}
+    options = options_from(with_replayed_values(values))
+    assert options.evaluation_sequences == 32
+    params = params_from(options)
+    assert params.to_options() == options
+    # What Prefect does with the parameters of a flow that is called.
+    seen = quantize_model.validate_parameters({"params": params})["params"]
+    assert seen.to_options() == options
+    copied = visit_collection({"params": seen}, lambda value: value, return_data=True)["params"]
+    assert copied.to_options() == options
+
+
+def test_missing_provenance_is_refused_before_work(tmp_path):
+    params = QuantizeParams.model_validate({**REQUEST, "replay": str(tmp_path / "none.json")})
+    with pytest.raises(RecipeError, match="there is no file://") as raised:
+        params.to_options()
+    assert raised.value.before_work
 
 
 def test_params_from_options_survives_json():

@@ -35,16 +35,16 @@ def test_summary_gives_verdict_fallbacks_addresses_and_the_report():
     assert "4.00 times smaller" in text
     assert "1 min 15 s" in text
     assert "| Fallbacks | 1 | 1 x rtn |" in text
-    assert "| Resumed | 1 units |" in text
+    assert "| Found finished from an earlier start and intact | 1 units |" in text
     assert "`s3://models/tiny-w4a16/quantmill_report.html`" in text
 
 
 def test_summary_without_figures_says_why_and_hides_empty_rows():
-    text = summary_markdown(sample_report(evaluation=None, fallbacks=[], resumed_units=[]))
+    text = summary_markdown(sample_report(evaluation=None, fallbacks=[], history={"reused_units": []}))
     assert "not measured" in text
     assert "no evaluation text was given" in text
     assert "| Fallbacks | none |" in text
-    assert "Resumed" not in text
+    assert "earlier start" not in text
 
 
 def test_report_uri_bears_a_trailing_slash():

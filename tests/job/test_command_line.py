@@ -5,6 +5,7 @@ import pytest
 from quantlib.errors import RecipeError
 from quantlib.job.command_line import COMMANDS, build_parser, options_of, values_of
 from quantlib.job.options import option_fields, options_from
+from tests.support.provenance_example import write_provenance
 
 
 def parsed(line: str):
@@ -34,6 +35,37 @@ def test_options_of_command_line_equals_plain_values():
 def test_addresses_and_options_may_alternate():
     options = options_of(parsed("plan a --json --method rtn b"))
     assert (options.source, options.output) == ("a", "b")
+    options = options_of(parsed("quantize --json a --method rtn b --seed 3"))
+    assert (options.source, options.output, options.seed) == ("a", "b", 3)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("quantize --method rtn", "source is required: give the address of the source"),
+        ("plan a --method rtn", "output is required: give the address of the output"),
+        ("quantize a --replay {file}", "takes both source and output, or neither .*; output is missing"),
+        ("quantize --replay {file}.json", "there is no file://"),
+        ("quantize --replay {file} --storage-engine ftp", "storage_engine must be one of"),
+    ],
+)
+def test_missing_addresses_are_refused_before_work(line, said, tmp_path):
+    file = write_provenance(tmp_path)
+    with pytest.raises(RecipeError, match=said) as raised:
+        options_of(parsed(line.format(file=file)))
+    assert raised.value.before_work
+
+
+def test_replay_needs_no_address_and_the_command_line_wins_over_recipe_and_recorded_run(tmp_path):
+    file = write_provenance(tmp_path)
+    recipe = tmp_path / "r.toml"
+    recipe.write_text(f'replay = "{file}"\nevaluation_sequences = 6\nseed = 4\n')
+    recorded = options_of(parsed(f"quantize --replay {file}"))
+    assert (recorded.source, recorded.output) == ("s3://models/tiny", "s3://models/tiny-w8")
+    assert (recorded.scheme, recorded.evaluation_sequences, recorded.seed) == ("W8A16", 5, 0)
+    both = options_of(parsed(f"quantize --recipe {recipe} a b --seed 0"))
+    assert (both.source, both.output, both.work) == ("a", "b", None)
+    assert (both.scheme, both.evaluation_sequences, both.seed) == ("W8A16", 6, 0)
 
 
 def test_recipe_is_read_and_the_command_line_wins(tmp_path):
@@ -70,10 +102,11 @@ def test_options_of_wrong_request_is_refused_before_work(line):
     [
         ("", "required: COMMAND"),
         ("convert a b", "invalid choice: 'convert'"),
-        ("quantize a", "required: OUTPUT"),
+        ("clean", "required: OUTPUT"),
         ("quantize a b c", "unrecognized arguments: c"),
         ("quantize a b --group_size 64", "unrecognized arguments: --group_size 64"),
         ("quantize a b --seq 64", "unrecognized arguments: --seq 64"),
+        ("quantize --group_size 64", "unrecognized arguments: --group_size"),
         ("quantize a b --sequences many", "argument --sequences: invalid int value: 'many'"),
         ("quantize a b --rules x", "unrecognized arguments: --rules x"),
         ("evaluate m", "required: --text"),

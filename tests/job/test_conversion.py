@@ -109,7 +109,7 @@ def test_conversion_interrupted_anywhere_is_finished_to_the_same_bytes(tmp_path,
         assert not (_output(stopped) / "model.safetensors.index.json").exists()
     report = quantize(stopped)
     assert shard_digests(_output(stopped)) == shard_digests(_output(undisturbed))
-    assert "block-00000" in report["resumed_units"]
+    assert "block-00000" in report["history"]["reused_units"]
     assert report["evaluation"] == expected["evaluation"]
     assert [b["linears"] for b in report["blocks"]] == [b["linears"] for b in expected["blocks"]]
 
@@ -206,7 +206,7 @@ def test_conversion_resumes_with_the_threads_it_found_itself(tmp_path):
     options = tiny_options(tmp_path, threads_per_worker=None)
     _interrupt(options, "block 2/3: capture")
     threads = json.loads((tmp_path / "output.quantmill" / "plan.json").read_text())["threads"]
-    assert quantize(tiny_options(tmp_path, threads_per_worker=threads))["resumed_units"]
+    assert quantize(tiny_options(tmp_path, threads_per_worker=threads))["history"]["reused_units"]
 
 
 def test_conversion_finished_without_evaluation_points_to_the_command_that_measures(tmp_path):

@@ -36,6 +36,8 @@ def test_options_from_minimal_request_takes_every_default():
         "device": None,
         "ray_address": None,
         "storage_engine": "obstore",
+        "checkpoint_every": None,
+        "replay": None,
     }
 
 
@@ -56,6 +58,8 @@ def test_options_from_minimal_request_takes_every_default():
         ({"device": "tpu"}, "device must be one of cpu, cuda, found 'tpu'"),
         ({"evaluation": " "}, "evaluation must not be empty"),
         ({"workers": 0}, "workers must be at least 1, found 0"),
+        ({"checkpoint_every": -1}, "checkpoint_every must be at least 1 or 0, found -1"),
+        ({"replay": ""}, "replay must not be empty"),
         ({"source": None}, "source is required"),
         ({"output": ""}, "output must not be empty"),
         ({"rules": "*.down_proj"}, "rules must be a list of tables"),
@@ -68,7 +72,6 @@ def test_options_from_wrong_value_names_it_and_what_is_allowed(wrong, said):
     with pytest.raises(RecipeError, match=said) as raised:
         options_from({**REQUEST, **wrong})
     assert raised.value.facts["option"] in {*wrong, "calibration"}
-    assert not raised.value.retryable
 
 
 def test_options_from_missing_output_is_refused():
@@ -81,7 +84,13 @@ def test_group_size_range_and_whole_row_are_allowed(value):
     assert options_from({**REQUEST, "group_size": value}).group_size == value
 
 
-@pytest.mark.parametrize("name", ["work", "calibration", "workers", "device", "ray_address"])
+def test_no_checkpoints_can_be_asked_for():
+    assert options_from({**REQUEST, "checkpoint_every": 0}).checkpoint_every == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["work", "calibration", "workers", "device", "ray_address", "checkpoint_every", "replay"]
+)
 def test_none_means_decided_by_the_plan(name):
     assert getattr(options_from({**REQUEST, name: None}), name) is None
 

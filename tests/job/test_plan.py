@@ -1,6 +1,7 @@
 """The plan as data: what it names, what its identity depends on, and records that belong to it."""
 
 import dataclasses
+import hashlib
 import json
 
 import pytest
@@ -9,7 +10,8 @@ from quantlib.checkpoint.header import read_header
 from quantlib.errors import PackingError, PlanMismatchError
 from quantlib.inprocess import quantize
 from quantlib.job.estimate import describe_plan, format_plan
-from quantlib.job.manifest import DoneRecord, finished_units, read_plan, store_plan, store_record
+from quantlib.job.finished import check_unit
+from quantlib.job.manifest import DoneRecord, read_plan, read_records, store_plan, store_record
 from quantlib.job.plan import plan_from_json, plan_to_json
 from quantlib.job.planner import build_plan
 from quantlib.storage import join_uri, open_store
@@ -136,18 +138,25 @@ def test_manifest_record_of_another_plan_is_refused_by_name(tmp_path, plan):
     here = dataclasses.replace(plan, work=f"file://{tmp_path}/work", output=f"file://{tmp_path}/out")
     store_record(store, here.work, _record(here, here.units[0], identity="f" * 64))
     with pytest.raises(PlanMismatchError, match=here.units[0].name):
-        finished_units(store, store, here)
+        read_records(store, here)
 
 
 def test_manifest_unit_counts_as_finished_only_while_its_shard_is_what_was_recorded(tmp_path, plan):
     store = open_store(f"file://{tmp_path}")
     here = dataclasses.replace(plan, work=f"file://{tmp_path}/work", output=f"file://{tmp_path}/out")
     unit = here.units[0]
-    info = store.write(join_uri(here.output, unit.shard), b"abc")
-    store_record(store, here.work, _record(here, unit, etag=info.etag))
-    assert set(finished_units(store, store, here)) == {unit.name}
-    store.write(join_uri(here.output, unit.shard), b"abd")
-    assert finished_units(store, store, here) == {}
+    uri = join_uri(here.output, unit.shard)
+    record = _record(here, unit, sha256=hashlib.sha256(b"abc").hexdigest())
+    store_record(store, here.work, record)
+    assert read_records(store, here) == {unit.name: record}
+    assert check_unit(store, here, unit, record)[0] is None, "it is missing"
+    info = store.write(uri, b"abc")
+    standing, problem = check_unit(store, here, unit, record)
+    assert (standing and standing.etag, problem) == (info.etag, "")
+    for content, words in ((b"abd", "sha256"), (b"ab", "2 bytes instead of 3")):
+        store.write(uri, content)
+        assert check_unit(store, here, unit, record)[0] is None
+        assert words in check_unit(store, here, unit, record)[1]
 
 
 def test_estimate_counts_bytes_as_they_are_written(root, plan):
@@ -178,6 +187,6 @@ def test_manifest_record_written_again_keeps_the_newer_etag_and_refuses_other_by
     store_record(store, here.work, _record(here, unit, etag="old"))
     info = store.write(join_uri(here.output, unit.shard), b"abc")
     store_record(store, here.work, _record(here, unit, etag=info.etag))
-    assert finished_units(store, store, here)[unit.name].etag == info.etag
+    assert read_records(store, here)[unit.name].etag == info.etag
     with pytest.raises(PlanMismatchError, match="other content"):
         store_record(store, here.work, _record(here, unit, sha256="1" * 64))

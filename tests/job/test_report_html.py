@@ -146,13 +146,32 @@ def test_what_went_wrong_stands_above_the_plots():
     report = example_report()
     report["fallbacks"] = [{"linear": "model.layers.0.mlp.up_proj", "kind": "rtn", "detail": "0 tokens"}]
     report["calibration"]["excluded_rows"] = [3, 17]
-    report["resumed_units"] = ["block-00000"]
+    report["history"] = {
+        "reused_units": ["block-00000"],
+        "redone_units": {"block-00001": "the shard is missing"},
+        "from_checkpoint": 2,
+        "replayed_blocks": [2, 3, 4],
+        "unusable_checkpoints": ["wrong sha256"],
+        "retries": {"block 3/5: write": 2},
+        "renewals": [{"because": "a worker was lost", "workers": 3}],
+        "aborted_uploads": 4,
+    }
     report["dropped"] = {"lm_head.weight": "equal to the embedding"}
     text = Page(render_html(report)).text
     warnings = text.split("Relative output error of each block")[0]
     assert "Fallbacks: 1" in warnings
     assert "2 (3, 17)" in warnings
-    assert "earlier run: 1" in warnings
+    for words in (
+        "earlier start and intact: 1 units",
+        "block-00001, because the shard is missing",
+        "before block 2",
+        "finished blocks: 3",
+        "could not be used: wrong sha256",
+        "block 3/5: write, 2 times",
+        "anew (3 of them): a worker was lost",
+        "given up: 4",
+    ):
+        assert words in warnings
     assert "equal to the embedding" in text
 
 

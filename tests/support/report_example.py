@@ -26,7 +26,7 @@ def example_report(num_blocks: int = 3) -> dict[str, Any]:
         "started": "2026-03-01T00:10:00+00:00",
         "finished": "2026-03-01T00:14:12+00:00",
         "seconds": 252.3,
-        "resumed_units": [],
+        "history": {"reused_units": []},
         "workers": 2,
         "threads_per_worker": 1,
         "device_kind": "cpu-avx512",

@@ -18,23 +18,6 @@ def _convert(options):
         return convert(options, crew, DirectStages(), lambda _: None)
 
 
-@pytest.mark.parametrize("propagation", ["original", "quantized"])
-def test_crew_writes_the_same_bytes_with_any_number_of_workers(tmp_path, propagation, ray_cluster):
-    alone = tiny_options(tmp_path, output=str(tmp_path / "alone"), propagation=propagation)
-    quantize(alone)
-    for workers in (1, 2):
-        options = tiny_options(
-            tmp_path,
-            output=str(tmp_path / f"ray{workers}"),
-            workers=workers,
-            propagation=propagation,
-            runner="ray",
-        )
-        report = _convert(options)
-        assert report["workers"] == workers
-        assert shard_digests(Path(options.output)) == shard_digests(Path(alone.output)), workers
-
-
 def test_crew_without_data_writes_the_same_bytes(tmp_path, ray_cluster):
     given = {"method": "rtn", "calibration": None, "evaluation": None}
     alone = tiny_options(tmp_path, output=str(tmp_path / "alone"), **given)

@@ -1,0 +1,106 @@
+"""Checkpoints of the activations: where streams stood, so that a resumed job need not run from the start.
+
+Below the work prefix: ``activations/block-00012/calibration-00003.safetensors`` holds what cell 3 of the
+calibration rows feeds into block 12 (``main``, and ``quantized`` where two streams run), and
+``activations/block-00012.json`` is written last, once all cells are there, with their digests. Cells do not
+depend on the number of workers, so any crew can take them up. The newest complete checkpoint is kept.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from quantlib.errors import PlanMismatchError
+from quantlib.job.plan import Plan
+from quantlib.storage import Store, join_uri, uri_name
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationCheckpoint:
+    """A complete set of streams.
+
+    Attributes:
+        identity: Of the plan whose streams these are.
+        evaluation_digest: Of the evaluation rows that ran beside; it is not part of the identity.
+        block: The block the streams stand before.
+        cells: Cell key -> [sha256, size in bytes] of its object.
+        block_errors: Block -> errors of the quantized stream, for the blocks before.
+        excluded_rows: Calibration rows left out so far.
+    """
+
+    schema: int = SCHEMA
+    identity: str
+    evaluation_digest: str | None
+    block: int
+    cells: Mapping[str, tuple[str, int]]
+    block_errors: Mapping[int, Mapping[str, Any]]
+    excluded_rows: tuple[int, ...]
+
+
+def cell_key(corpus: str, number: int) -> str:
+    """``calibration-00003``: the name of a cell within a checkpoint."""
+    return f"{corpus}-{number:05d}"
+
+
+def cell_uri(work: str, block: int, key: str) -> str:
+    """Where the streams of one cell are kept."""
+    return join_uri(_folder_uri(work, block), f"{key}.safetensors")
+
+
+def complete_checkpoint(store: Store, work: str, checkpoint: ActivationCheckpoint) -> None:
+    """Declare a checkpoint whole and remove the older ones."""
+    store.write(_manifest_uri(work, checkpoint.block), json.dumps(asdict(checkpoint)).encode())
+    remove_checkpoints(store, work, keep=checkpoint.block)
+
+
+def newest_checkpoint(store: Store, plan: Plan) -> ActivationCheckpoint | None:
+    """The last complete checkpoint of this plan and these evaluation rows, or None.
+
+    Raises:
+        PlanMismatchError: A checkpoint of another plan, or written under another schema, lies there.
+    """
+    blocks = [
+        int(uri_name(info.uri).removeprefix("block-").removesuffix(".json"))
+        for info in store.list(join_uri(plan.work, "activations"), recursive=False)
+        if info.uri.endswith(".json")
+    ]
+    if not blocks:
+        return None
+    uri = _manifest_uri(plan.work, max(blocks))
+    values = json.loads(store.read(uri))
+    if values.get("schema") != SCHEMA or values.get("identity") != plan.identity():
+        raise PlanMismatchError(
+            f"{uri} was written by another plan or version (schema {values.get('schema')!r}, plan"
+            f" {str(values.get('identity'))[:12]}); remove {plan.work} to start over",
+            uri=uri,
+        )
+    if values["evaluation_digest"] != plan.evaluation_digest:
+        return None
+    return ActivationCheckpoint(
+        **{
+            **values,
+            "cells": {key: (cell[0], cell[1]) for key, cell in values["cells"].items()},
+            "block_errors": {int(block): errors for block, errors in values["block_errors"].items()},
+            "excluded_rows": tuple(values["excluded_rows"]),
+        }
+    )
+
+
+def remove_checkpoints(store: Store, work: str, keep: int | None = None) -> None:
+    """Remove every checkpoint but one; manifests first, so that none is left that misses a cell."""
+    kept = () if keep is None else (_manifest_uri(work, keep), _folder_uri(work, keep) + "/")
+    listed = [info.uri for info in store.list(join_uri(work, "activations"))]
+    for uri in sorted(listed, key=lambda uri: not uri.endswith(".json")):
+        if not uri.startswith(kept):
+            store.delete(uri)
+
+
+def _folder_uri(work: str, block: int) -> str:
+    return join_uri(work, "activations", f"block-{block:05d}")
+
+
+def _manifest_uri(work: str, block: int) -> str:
+    return _folder_uri(work, block) + ".json"

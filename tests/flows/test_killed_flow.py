@@ -1,0 +1,129 @@
+"""The process of the flow, killed and stopped: the same command finishes the job, to the same bytes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quantlib.inprocess import quantize
+from tests.flows.conftest import PrefectServer, clean_environment, stop, wait_until
+from tests.support.ray_nodes import RayNodes
+from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source
+
+pytestmark = pytest.mark.slow
+
+QUANTMILL = Path(sys.executable).parent / "quantmill"
+SEED = 20261122
+KILLS = 5
+_STEPS_S = 300
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("killed")
+    tiny_source(folder / "deep", num_hidden_layers=32)
+    tiny_options(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def expected(root) -> dict[str, str]:
+    options = tiny_options(root, source=str(root / "deep"), output=str(root / "alone"))
+    quantize(options)
+    return shard_digests(root / "alone")
+
+
+def _command(root: Path, output: Path, **more: Any) -> list[str]:
+    given = {
+        "calibration": root / "calibration.jsonl",
+        "evaluation": root / "evaluation.jsonl",
+        "group_size": 32,
+        "sequences": 10,
+        "sequence_length": 32,
+        "evaluation_sequences": 5,
+        "threads_per_worker": 1,
+        "device": "cpu",
+        **more,
+    }
+    flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
+    return [str(QUANTMILL), "quantize", str(root / "deep"), str(output), *flags]
+
+
+def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+
+
+def _records(output: Path) -> int:
+    return len(list(Path(f"{output}.quantmill").glob("done/*.json")))
+
+
+def test_flow_killed_five_times_is_finished_elsewhere_to_the_same_bytes(
+    root, expected, prefect_server: PrefectServer, running_nodes: RayNodes, tmp_path
+):
+    chosen, output = random.Random(SEED), root / "killed"
+    for number in range(KILLS):
+        given = {"ray_address": running_nodes.address, "workers": 1 + number % 2, "checkpoint_every": 3}
+        process = _start(_command(root, output, **given), prefect_server.environment)
+        # Each start finishes a few units, so that five do not come to the end of 34.
+        goal = _records(output) + chosen.randint(1, 2)
+        try:
+            wait_until(
+                lambda goal=goal, process=process: _records(output) >= goal or process.poll() is not None,
+                _STEPS_S,
+                "a unit",
+            )
+            assert process.poll() is None, process.communicate()[1].decode()[-3000:]
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+        assert not (output / "config.json").exists()
+    # Another machine: its own Ray, Prefect, home and temporary folder.
+    environment = clean_environment(tmp_path / "prefect") | {"HOME": str(tmp_path), "TMPDIR": "/dev/shm"}
+    ended = subprocess.run(
+        _command(root, output, workers=2), env=environment, capture_output=True, text=True, timeout=_STEPS_S
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    assert shard_digests(output) == expected
+
+
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_flow_that_is_cancelled_frees_its_workers_and_can_be_resumed(
+    root, expected, prefect_server: PrefectServer, running_nodes: RayNodes, sent
+):
+    output = root / f"cancelled-{sent.name}"
+    given = {"ray_address": running_nodes.address, "workers": 2}
+    process = _start(_command(root, output, **given), prefect_server.environment)
+    try:
+        wait_until(lambda: _records(output) >= 2 or process.poll() is not None, _STEPS_S, "two units")
+        workers = _worker_pids()
+        assert len(workers) >= 2
+        os.kill(process.pid, sent)
+        wait_until(lambda: not (_worker_pids() & workers), 10, "freeing the workers")
+        assert process.wait(60) != 0
+    finally:
+        stop(process)
+    options = tiny_options(root, source=str(root / "deep"), output=str(output))
+    report = quantize(options)
+    assert shard_digests(output) == expected
+    assert len(report["history"]["reused_units"]) >= 2
+
+
+def _worker_pids() -> set[int]:
+    """Processes of Ray actors that are ours, by the title that Ray gives them."""
+    found = set()
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                title = (entry / "cmdline").read_bytes()
+            except OSError:
+                continue
+            if title.startswith(b"ray::BlockWorker"):
+                found.add(int(entry.name))
+    return found

@@ -1,0 +1,176 @@
+"""Workers and nodes that vanish in the middle of a job on three nodes: it goes on, to the same bytes."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+
+from quantlib.errors import WorkerError, WorkerLostError
+from quantlib.inprocess import DirectStages, quantize
+from quantlib.job import conversion
+from quantlib.job.conversion import Progress, convert
+from quantlib.job.crew import Crew
+from quantlib.job.options import JobOptions
+from tests.support.ray_nodes import RayNodes
+from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source
+from workers import pool as pool_module
+from workers import transport as transport_module
+from workers.pool import WorkerPool
+from workers.transport import RayTransport
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("lost")
+    tiny_source(folder / "deep", num_hidden_layers=5)
+    tiny_options(folder)
+    return folder
+
+
+def _options(root: Path, name: str, **changes: Any) -> JobOptions:
+    return tiny_options(root, source=str(root / "deep"), output=str(root / name), **changes)
+
+
+@pytest.fixture(scope="module")
+def expected(root) -> dict[str, dict[str, str]]:
+    """Propagation -> digests of an undisturbed run in one process."""
+    found = {}
+    for propagation in ("original", "quantized"):
+        options = _options(root, f"alone-{propagation}", propagation=propagation)
+        quantize(options)
+        found[propagation] = shard_digests(Path(options.output))
+    return found
+
+
+def _convert(
+    options: JobOptions, pool: WorkerPool, disturb: Callable[[WorkerPool, str], None] = lambda *_: None
+) -> dict:
+    def on_progress(progress: Progress) -> None:
+        disturb(pool, progress.label)
+
+    return convert(options, Crew(RayTransport(pool), pool.threads), DirectStages(), on_progress)
+
+
+def _where(pool: WorkerPool, number: int) -> dict[str, Any]:
+    return ray.get(pool.actors[number].ready.remote())
+
+
+def _at(actions: dict[str, Callable[[WorkerPool], None]]) -> Callable[[WorkerPool, str], None]:
+    """Does each action the first time its stage begins."""
+    left = dict(actions)
+
+    def disturb(pool: WorkerPool, label: str) -> None:
+        if label in left:
+            left.pop(label)(pool)
+
+    return disturb
+
+
+def _kill(number: int) -> Callable[[WorkerPool], None]:
+    return lambda pool: os.kill(_where(pool, number)["pid"], signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def two_workers(root, running_nodes) -> Iterator[WorkerPool]:
+    """Two workers that serve several tests: starting one takes seconds of imports."""
+    with WorkerPool(_options(root, "unused", workers=2)) as pool:
+        yield pool
+
+
+@pytest.mark.parametrize("workers", [1, 3, 5])
+def test_workers_on_three_nodes_write_the_bytes_of_one_process(root, expected, ray_cluster, workers):
+    with WorkerPool(_options(root, "unused", workers=workers)) as pool:
+        for propagation, digests in expected.items():
+            options = _options(root, f"ray{workers}-{propagation}", propagation=propagation)
+            report = _convert(options, pool)
+            assert report["workers"] == workers
+            assert shard_digests(Path(options.output)) == digests, propagation
+
+
+@pytest.mark.parametrize(
+    ("propagation", "labels"),
+    [("original", ["block 3/5: solve", "head"]), ("quantized", ["block 4/5: evaluate"])],
+)
+def test_worker_killed_is_replaced_and_the_bytes_are_the_same(
+    root, expected, ray_cluster, two_workers, propagation, labels
+):
+    options = _options(root, f"killed-{propagation}", propagation=propagation, checkpoint_every=2)
+    report = _convert(options, two_workers, _at({label: _kill(n % 2) for n, label in enumerate(labels)}))
+    assert shard_digests(Path(options.output)) == expected[propagation]
+    history = report["history"]
+    assert [renewal["workers"] for renewal in history["renewals"]] == [2] * len(labels)
+    assert history["from_checkpoint"] is not None
+
+
+def test_node_removed_without_grace_costs_only_its_workers(
+    root, expected, ray_cluster: RayNodes, monkeypatch
+):
+    monkeypatch.setattr(pool_module, "RENEWAL_TIMEOUT_S", 20.0)
+    # Two CPUs each, so that every node holds one worker.
+    options = _options(root, "node", workers=3, threads_per_worker=2, checkpoint_every=2)
+    alone = _options(root, "node-alone", threads_per_worker=2)
+    quantize(alone)
+
+    def remove_a_node(pool: WorkerPool) -> None:
+        homes = [_where(pool, number)["node"] for number in range(3)]
+        ray_cluster.remove(next(node for home in homes if (node := ray_cluster.node_of(home))))
+
+    with WorkerPool(options) as pool:
+        report = _convert(options, pool, _at({"block 3/5: capture": remove_a_node}))
+    assert shard_digests(Path(options.output)) == shard_digests(Path(alone.output))
+    assert report["workers"] == 2
+    assert report["history"]["renewals"][0]["workers"] == 2
+
+
+def test_worker_that_is_lost_again_and_again_ends_the_run_resumably(root, expected, ray_cluster, monkeypatch):
+    monkeypatch.setattr(conversion, "delay_s", lambda *_: 0.0)
+    options = _options(root, "unlucky", workers=1)
+
+    def disturb(pool: WorkerPool, label: str) -> None:
+        if label == "block 2/5: capture":
+            _kill(0)(pool)
+
+    with WorkerPool(options) as pool:
+        with pytest.raises(WorkerLostError, match="a worker was lost") as caught:
+            _convert(options, pool, disturb)
+        assert not caught.value.before_work
+        pool.renew()
+        report = _convert(options, pool)
+    assert shard_digests(Path(options.output)) == expected["original"]
+    assert "block-00000" in report["history"]["reused_units"]
+
+
+def test_worker_that_hangs_is_found_by_its_pulse(root, expected, ray_cluster, two_workers, monkeypatch):
+    monkeypatch.setattr(transport_module, "PULSE_S", 0.3)
+    monkeypatch.setattr(transport_module, "SILENCE_LIMIT_S", 4.0)
+    options = _options(root, "hanging")
+    frozen = []
+
+    def freeze(pool: WorkerPool) -> None:
+        frozen.append(_where(pool, 1)["pid"])
+        os.kill(frozen[0], signal.SIGSTOP)
+
+    report = _convert(options, two_workers, _at({"block 2/5: capture": freeze}))
+    assert shard_digests(Path(options.output)) == expected["original"]
+    assert "has not answered" in report["history"]["renewals"][0]["because"]
+    # A killed child stays in the table of processes until its parent looks.
+    state = Path(f"/proc/{frozen[0]}/stat")
+    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+
+
+def test_workers_that_can_never_be_placed_fail_in_time_and_say_what_is_missing(
+    root, ray_cluster, monkeypatch
+):
+    monkeypatch.setattr(pool_module, "PLACEMENT_TIMEOUT_S", 2.0)
+    given = {"workers": 1, "ray_address": ray_cluster.address, "threads_per_worker": 4}
+    with (
+        pytest.raises(WorkerError, match=r"1 of 1 workers could not be placed within 2 s: each needs 4 CPU"),
+        WorkerPool(_options(root, "never", **given)),
+    ):
+        pass
