@@ -1,5 +1,6 @@
 """The workers of one job: how many, with what, placed on the cluster, and begun anew when one is lost."""
 
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,8 +14,9 @@ from workers.block_worker import start_worker
 # After this long a worker that could not be placed is given up; an autoscaler may need minutes for a node.
 PLACEMENT_TIMEOUT_S = 900.0
 LOCAL_PLACEMENT_TIMEOUT_S = 180.0
-# A job that lost workers goes on with those that can be had within this time.
+# A job that lost workers waits this long for nodes to come in place of those that went.
 RENEWAL_TIMEOUT_S = 60.0
+_LOOK_AGAIN_S = 2.0
 
 # Without GPUs: few threads a worker waste little time waiting for each other (two workers of one thread took
 # four fifths of the time of one worker of two threads, wall and CPU), but each worker holds a block.
@@ -53,9 +55,9 @@ class WorkerPool:
         timeout_s = LOCAL_PLACEMENT_TIMEOUT_S if self._is_local else PLACEMENT_TIMEOUT_S
         try:
             self._start()
-            placed = self._placed(timeout_s)
-            if len(placed) < self._count:
-                raise self._not_placed(len(placed), timeout_s)
+            self.actors = self._placed(timeout_s, timeout_s)
+            if len(self.actors) < self._count:
+                raise self._not_placed(len(self.actors), timeout_s)
         except BaseException:
             self.kill()
             raise
@@ -65,20 +67,21 @@ class WorkerPool:
         self.kill()
 
     def renew(self) -> None:
-        """Kill what is left and start again, with as many workers as can be had within `RENEWAL_TIMEOUT_S`.
+        """Kill what is left and start again; without the lost nodes after `RENEWAL_TIMEOUT_S`.
 
         Raises:
             WorkerError: Not one could be placed.
         """
         self.kill()
         self._start()
-        placed = self._placed(RENEWAL_TIMEOUT_S)
+        longest_s = LOCAL_PLACEMENT_TIMEOUT_S if self._is_local else PLACEMENT_TIMEOUT_S
+        placed = self._placed(RENEWAL_TIMEOUT_S, longest_s)
         for actor in self.actors:
             if actor not in placed:
                 ray.kill(actor)
         self.actors = placed
         if not placed:
-            raise self._not_placed(0, RENEWAL_TIMEOUT_S)
+            raise self._not_placed(0, longest_s)
 
     def kill(self) -> None:
         """End all actors at once, whatever they are doing."""
@@ -90,10 +93,20 @@ class WorkerPool:
         num_gpus = 1 if self._uses_gpus else 0
         self.actors = [start_worker(threads=self.threads, num_gpus=num_gpus) for _ in range(self._count)]
 
-    def _placed(self, timeout_s: float) -> list[Any]:
-        """The actors that answer within the time."""
+    def _placed(self, shortest_s: float, longest_s: float) -> list[Any]:
+        """The actors that answer.
+
+        Waits for all of them, or after ``shortest_s`` for as many as the living nodes can hold: a process may
+        take long to start on a busy node. After ``longest_s`` those that answer by then are all.
+        """
         waiting = {actor.ready.remote(): actor for actor in self.actors}
-        ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=timeout_s)
+        began, ready = time.monotonic(), []
+        while len(ready) < self._count:
+            ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_LOOK_AGAIN_S)
+            waited_s = time.monotonic() - began
+            is_enough = len(ready) >= min(self._count, max(1, self._fitting()))
+            if waited_s >= longest_s or (waited_s >= shortest_s and is_enough):
+                break
         try:
             ray.get(ready)
         except exceptions.RayActorError as error:
@@ -106,6 +119,13 @@ class WorkerPool:
         for actor in placed:
             actor.load.remote()
         return placed
+
+    def _fitting(self) -> int:
+        """How many workers the nodes that live can hold, were they empty."""
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        by_cores = [int(node.get("CPU", 0) // self.threads) for node in nodes]
+        by_gpus = [int(node.get("GPU", 0)) if self._uses_gpus else self._count for node in nodes]
+        return sum(min(cores, gpus) for cores, gpus in zip(by_cores, by_gpus, strict=True))
 
     def _not_placed(self, placed: int, timeout_s: float) -> WorkerError:
         missing = self._count - placed

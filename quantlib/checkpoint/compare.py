@@ -15,7 +15,7 @@ import numpy as np
 
 from quantlib.checkpoint.header import TensorEntry
 from quantlib.checkpoint.index import Checkpoint, open_checkpoint
-from quantlib.checkpoint.verify import _limited
+from quantlib.checkpoint.verify import limited
 from quantlib.errors import CheckpointError
 from quantlib.storage import Store
 
@@ -82,16 +82,16 @@ def compare_checkpoints(store: Store, uri: str, other_store: Store, other_uri: s
     if left is None or right is None:
         return CompareResult(num_tensors=0, num_bytes=0, findings=tuple(findings))
     findings += _name_findings(left, right)
-    findings += _limited(_kind_findings(left, right))
+    findings += limited(_kind_findings(left, right))
     pairs = [(entry, right.tensors[name]) for name, entry in left.tensors.items() if name in right.tensors]
     same = [(entry, other) for entry, other in pairs if _kind(entry) == _kind(other)]
     differing = _differing_bytes(store, left, other_store, right, same)
-    findings += _limited(
+    findings += limited(
         f"Tensor {entry.name} differs in {differing[entry.name]:,} of its {entry.size_bytes:,} bytes."
         for entry, _ in same
         if entry.name in differing
     )
-    findings += _limited(_quantization_findings(left, right))
+    findings += limited(_quantization_findings(left, right))
     return CompareResult(
         num_tensors=len(same),
         num_bytes=sum(entry.size_bytes for entry, _ in same),
@@ -109,7 +109,7 @@ def _opened(store: Store, uri: str, findings: list[str]) -> Checkpoint | None:
 
 def _name_findings(left: Checkpoint, right: Checkpoint) -> Iterator[str]:
     for one, other in ((left, right), (right, left)):
-        yield from _limited(
+        yield from limited(
             f"Tensor {name} is in {one.uri} only." for name in one.tensors if name not in other.tensors
         )
 

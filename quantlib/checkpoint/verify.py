@@ -198,12 +198,12 @@ def _index_findings(
         yield f"{INDEX_NAME} names the shard {shard}, which is missing."
     for shard in sorted(headers.keys() - named.keys()):
         yield f"{shard} is there, but {INDEX_NAME} does not name it."
-    yield from _limited(
+    yield from limited(
         f"{INDEX_NAME} places tensor {name} in {shard}, which lacks it."
         for name, shard in sorted(weight_map.items())
         if shard in named and name not in named[shard].tensors
     )
-    yield from _limited(
+    yield from limited(
         f"Tensor {name} of {shard} is not in {INDEX_NAME}, or placed elsewhere by it."
         for shard, header in named.items()
         for name in header.tensors
@@ -242,12 +242,12 @@ def _source_findings(
         kept.update(header.tensors)
     reasons = report.get("dropped")
     dropped = reasons if isinstance(reasons, dict) else {}
-    yield from _limited(
+    yield from limited(
         f"Tensor {name} of the source is neither kept, nor quantized, nor dropped with a reason."
         for name in sorted(source.tensors)
         if name not in kept and name not in dropped and not _is_quantized(name, kept)
     )
-    yield from _limited(
+    yield from limited(
         f"Tensor {name} was {before.dtype} {list(before.shape)} in the source and is"
         f" {kept[name].dtype} {list(kept[name].shape)}."
         for name, before in sorted(source.tensors.items())
@@ -260,7 +260,7 @@ def _is_quantized(name: str, kept: Mapping[str, TensorEntry]) -> bool:
     return module != name and any(module + packed in kept for packed in _PACKED_ENDINGS)
 
 
-def _limited(sentences: Iterable[str]) -> Iterator[str]:
+def limited(sentences: Iterable[str]) -> Iterator[str]:
     """At most `_MAX_NAMED` of a kind, then how many more there are."""
     more = 0
     for count, sentence in enumerate(sentences):

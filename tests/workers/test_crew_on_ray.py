@@ -7,7 +7,7 @@ import pytest
 from quantlib.errors import ObjectNotFoundError, RecipeError
 from quantlib.inprocess import DirectStages, quantize
 from quantlib.job.conversion import convert
-from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source
+from tests.support.tiny_jobs import shard_digests, tiny_options
 from workers.api import open_crew
 
 pytestmark = pytest.mark.slow
@@ -25,19 +25,6 @@ def test_crew_without_data_writes_the_same_bytes(tmp_path, ray_cluster):
     quantize(alone)
     _convert(shared)
     assert shard_digests(Path(shared.output)) == shard_digests(Path(alone.output))
-
-
-def test_crew_reads_each_source_tensor_once_whatever_the_number_of_workers(tmp_path, ray_cluster):
-    wide = {"hidden_size": 256, "intermediate_size": 512, "max_shard_size": "100MB"}
-    source = tiny_source(tmp_path / "wide", **wide)
-    for workers in (1, 2):
-        output = str(tmp_path / f"read{workers}")
-        given = {"source": str(source), "output": output, "workers": workers, "evaluation": None}
-        report = _convert(tiny_options(tmp_path, **given))
-        size, read = report["bytes"]["source"], report["bytes"]["read"]
-        # The header is read once by the plan and once by each worker, in one request of 100 kB; side files
-        # and token rows are small. A tensor read twice would show: a block has 1.3 MB.
-        assert size < read < size + (1 + workers) * 110_000, workers
 
 
 def test_crew_error_of_a_worker_arrives_as_it_was_raised(tmp_path, ray_cluster):
