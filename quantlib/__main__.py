@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 the request is wrong (nothing was written), 1 failed.
 
 import argparse
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -36,6 +37,7 @@ from quantlib.job.report_text import format_report, format_summary
 from quantlib.machine import default_threads, measured_flops_per_second
 from quantlib.storage import join_uri, normalize_uri, open_store
 
+_INTERRUPTED = 130
 # What a command other than quantize raises when it was asked for something that cannot be.
 _REQUEST_ERRORS = (
     CheckpointError,
@@ -64,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         print("quantmill: interrupted; the same command continues the job", file=sys.stderr)
-        return 130
+        return _INTERRUPTED
 
 
 def _plan(parsed: argparse.Namespace) -> int:
@@ -198,4 +200,9 @@ _RUN: dict[str, Callable[[Any], int]] = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    if code == _INTERRUPTED:
+        # The interpreter would wait for threads, which may be in the middle of a long request.
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -179,6 +179,7 @@ class BlockRunner:
     def complete_checkpoint(self, checkpoint: ActivationCheckpoint) -> None:
         """Declare a checkpoint whole, once every worker has saved its cells."""
         with self._clock.computing("checkpoint"):
+            self._refuse_taken_over()
             activations.complete_checkpoint(self._work_store, self._plan.work, checkpoint)
 
     def restore_activations(self, checkpoint: ActivationCheckpoint) -> None:
@@ -198,6 +199,9 @@ class BlockRunner:
         """Make a block live on the device, in place of the one before."""
         with self._clock.computing("load"):
             self._loaded = None
+            if self._captured is not None and self._captured[0] != block:
+                # Its statistics are the largest thing a worker holds.
+                self._captured = None
             tensors = _merged(parts)
             module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
             self._loaded = (block, module, tensors)
@@ -307,8 +311,7 @@ class BlockRunner:
                 excluded_rows=tuple(excluded_rows),
                 seconds=dict(seconds or {}),
             )
-            if self._run_id is not None:
-                refuse_taken_over(self._work_store, self._plan.work, self._run_id)
+            self._refuse_taken_over()
             return store_record(self._work_store, self._plan.work, record)
 
     def advance(self, block: int, parts: Sequence[Tensors]) -> dict[int, dict[str, float]]:
@@ -368,8 +371,7 @@ class BlockRunner:
     def publish(self, report: Mapping[str, Any]) -> None:
         """Finish the output; see `quantlib.job.publish.publish`."""
         with self._clock.computing("publish"):
-            if self._run_id is not None:
-                refuse_taken_over(self._work_store, self._plan.work, self._run_id)
+            self._refuse_taken_over()
             publish(self._source_store, self._output_store, self._plan, self._checkpoint, report)
             activations.remove_checkpoints(self._work_store, self._plan.work)
 
@@ -398,6 +400,10 @@ class BlockRunner:
         for corpus, cells in (("calibration", self._calibration), ("evaluation", self._evaluation)):
             for cell in cells:
                 yield cell_key(corpus, cell.number), cell
+
+    def _refuse_taken_over(self) -> None:
+        if self._run_id is not None:
+            refuse_taken_over(self._work_store, self._plan.work, self._run_id)
 
     def _refuse_if_stopped(self) -> None:
         if self._stopped.is_set():

@@ -1,6 +1,7 @@
 """The whole job in this process: the same loop and steps as on a cluster, with one worker and no server."""
 
 import dataclasses
+import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -53,10 +54,10 @@ class LocalTransport:
     def _call(self, method: str, arguments: tuple[Any, ...]) -> Any:
         return getattr(self._runner, method)(*(_resolved(argument) for argument in arguments))
 
-    def close(self) -> None:
-        """Drop what was not begun and wait for what was."""
+    def close(self, *, waits: bool = True) -> None:
+        """Drop what was not begun, and wait for what was."""
         for executor in (self._compute, self._io):
-            executor.shutdown(cancel_futures=True)
+            executor.shutdown(wait=waits, cancel_futures=True)
 
 
 class DirectStages:
@@ -67,18 +68,20 @@ class DirectStages:
 
     def __init__(self) -> None:
         self._writes = ThreadPoolExecutor(1, thread_name_prefix="stage")
+        self._stopped = threading.Event()
 
     def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> Future[T]:
         """Run a stage; the future carries its result or its error."""
         if name.endswith(": write"):
-            return self._writes.submit(retrying, function, *arguments)
+            return self._writes.submit(retrying, self._stopped.wait, function, *arguments)
         future: Future[T] = Future()
-        future.set_result(retrying(function, *arguments))
+        future.set_result(retrying(self._stopped.wait, function, *arguments))
         return future
 
-    def close(self) -> None:
-        """Wait for stages still running."""
-        self._writes.shutdown(cancel_futures=True)
+    def close(self, *, waits: bool = True) -> None:
+        """Try nothing again, and wait for stages still running."""
+        self._stopped.set()
+        self._writes.shutdown(wait=waits, cancel_futures=True)
 
 
 def _resolved(argument: Any) -> Any:
@@ -96,12 +99,14 @@ def quantize(options: JobOptions, on_progress: Callable[[Progress], None] = lamb
         QuantError: With ``before_work`` set when the request was refused before anything was written.
     """
     here = dataclasses.replace(options, runner="inprocess")
-    transport, stages = LocalTransport(), DirectStages()
+    transport, stages, waits = LocalTransport(), DirectStages(), True
     try:
         return convert(here, Crew(transport, default_threads(1)), stages, on_progress)
-    except BaseException:
+    except BaseException as error:
         transport.stop()
+        # Whoever interrupts does not wait: what is stored can be resumed as it is.
+        waits = not isinstance(error, KeyboardInterrupt)
         raise
     finally:
-        stages.close()
-        transport.close()
+        stages.close(waits=waits)
+        transport.close(waits=waits)

@@ -48,6 +48,7 @@ class WorkerPool:
         self._is_local = options.ray_address is None
         self.threads = options.threads_per_worker or max(1, cores // self._count)
         self.actors: list[Any] = []
+        self._is_renewed = False
         if self._is_local:
             self._refuse_too_many(offered)
 
@@ -73,6 +74,7 @@ class WorkerPool:
             WorkerError: Not one could be placed.
         """
         self.kill()
+        self._is_renewed = True
         self._start()
         longest_s = LOCAL_PLACEMENT_TIMEOUT_S if self._is_local else PLACEMENT_TIMEOUT_S
         placed = self._placed(RENEWAL_TIMEOUT_S, longest_s)
@@ -107,18 +109,25 @@ class WorkerPool:
             is_enough = len(ready) >= min(self._count, max(1, self._fitting()))
             if waited_s >= longest_s or (waited_s >= shortest_s and is_enough):
                 break
+        placed = [waiting[reference] for reference in ready if self._has_started(reference)]
+        for actor in placed:
+            actor.load.remote()
+        return placed
+
+    def _has_started(self, reference: Any) -> bool:
+        """False for an actor that died on a node that went in the meantime."""
         try:
-            ray.get(ready)
+            ray.get(reference)
+        except exceptions.ActorUnavailableError:
+            return False
         except exceptions.RayActorError as error:
+            if self._is_renewed:
+                return False
             raise WorkerError(
                 f"a worker did not start: {str(error).splitlines()[-1]}; is Quantmill installed on every"
                 " node?"
             ) from error
-        answering = {waiting[reference] for reference in ready}
-        placed = [actor for actor in self.actors if actor in answering]
-        for actor in placed:
-            actor.load.remote()
-        return placed
+        return True
 
     def _fitting(self) -> int:
         """How many workers the nodes that live can hold, were they empty."""

@@ -7,6 +7,7 @@ depend on the number of workers, so any crew can take them up. The newest comple
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from quantlib.job.plan import Plan
 from quantlib.storage import Store, join_uri, uri_name
 
 SCHEMA = 1
+_MANIFEST = re.compile(r"block-(\d{5,})\.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +55,7 @@ def cell_uri(work: str, block: int, key: str) -> str:
 def complete_checkpoint(store: Store, work: str, checkpoint: ActivationCheckpoint) -> None:
     """Declare a checkpoint whole and remove the older ones."""
     store.write(_manifest_uri(work, checkpoint.block), json.dumps(asdict(checkpoint)).encode())
-    remove_checkpoints(store, work, keep=checkpoint.block)
+    remove_checkpoints(store, work, before=checkpoint.block)
 
 
 def newest_checkpoint(store: Store, plan: Plan) -> ActivationCheckpoint | None:
@@ -62,22 +64,33 @@ def newest_checkpoint(store: Store, plan: Plan) -> ActivationCheckpoint | None:
     Raises:
         PlanMismatchError: A checkpoint of another plan, or written under another schema, lies there.
     """
-    blocks = [
-        int(uri_name(info.uri).removeprefix("block-").removesuffix(".json"))
-        for info in store.list(join_uri(plan.work, "activations"), recursive=False)
-        if info.uri.endswith(".json")
-    ]
-    if not blocks:
+    found = {}
+    for info in store.list(join_uri(plan.work, "activations"), recursive=False):
+        named = _MANIFEST.fullmatch(uri_name(info.uri))
+        if named is None:
+            raise PlanMismatchError(
+                f"{info.uri} is no checkpoint of this job; remove it, or {plan.work} to start over",
+                uri=info.uri,
+            )
+        found[int(named[1])] = info.uri
+    if not found:
         return None
-    uri = _manifest_uri(plan.work, max(blocks))
-    values = json.loads(store.read(uri))
-    if values.get("schema") != SCHEMA or values.get("identity") != plan.identity():
+    uri = found[max(found)]
+    try:
+        values = json.loads(store.read(uri))
+        written_by = (values["schema"], values["identity"])
+        evaluation_digest = values["evaluation_digest"]
+    except (ValueError, TypeError, KeyError) as error:
         raise PlanMismatchError(
-            f"{uri} was written by another plan or version (schema {values.get('schema')!r}, plan"
-            f" {str(values.get('identity'))[:12]}); remove {plan.work} to start over",
+            f"{uri} is no checkpoint of activations; remove it, and the job goes on without", uri=uri
+        ) from error
+    if written_by != (SCHEMA, plan.identity()):
+        raise PlanMismatchError(
+            f"{uri} was written by another plan or version (schema {written_by[0]!r}, plan"
+            f" {str(written_by[1])[:12]}); remove {plan.work} to start over",
             uri=uri,
         )
-    if values["evaluation_digest"] != plan.evaluation_digest:
+    if evaluation_digest != plan.evaluation_digest:
         return None
     return ActivationCheckpoint(
         **{
@@ -89,13 +102,14 @@ def newest_checkpoint(store: Store, plan: Plan) -> ActivationCheckpoint | None:
     )
 
 
-def remove_checkpoints(store: Store, work: str, keep: int | None = None) -> None:
-    """Remove every checkpoint but one; manifests first, so that none is left that misses a cell."""
-    kept = () if keep is None else (_manifest_uri(work, keep), _folder_uri(work, keep) + "/")
+def remove_checkpoints(store: Store, work: str, before: int | None = None) -> None:
+    """Remove every checkpoint, or those before a block; manifests first, so that none misses a cell."""
     listed = [info.uri for info in store.list(join_uri(work, "activations"))]
+    if before is not None:
+        # Zeros in front make their order that of the blocks.
+        listed = [uri for uri in listed if uri < _folder_uri(work, before)]
     for uri in sorted(listed, key=lambda uri: not uri.endswith(".json")):
-        if not uri.startswith(kept):
-            store.delete(uri)
+        store.delete(uri)
 
 
 def _folder_uri(work: str, block: int) -> str:

@@ -10,9 +10,17 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
+from functools import partial
+from itertools import zip_longest
 from typing import Any, Protocol, TypeVar
 
-from quantlib.errors import ChecksumError, ObjectNotFoundError, QuantError, WorkerLostError
+from quantlib.errors import (
+    ChecksumError,
+    ObjectNotFoundError,
+    PlanMismatchError,
+    QuantError,
+    WorkerLostError,
+)
 from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.cadence import Cadence
 from quantlib.job.crew import Crew
@@ -77,6 +85,10 @@ class _Run:
     seconds: dict[int, dict[str, float]] = field(default_factory=dict)
     errors: dict[int, dict[str, Any]] = field(default_factory=dict)
     writing: StageFuture[DoneRecord] | None = None
+    units: list[StageFuture[DoneRecord]] = field(default_factory=list)
+    is_taken_up: bool = False
+    is_converted: bool = False
+    figures: list[dict[str, float]] | None = None
 
     def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> StageFuture[T]:
         """Start a stage, as long as this run holds the lease."""
@@ -97,17 +109,23 @@ class _Run:
     def name_of(self, block: int, kind: str) -> str:
         return f"block {block + 1}/{len(self.plan.blocks)}: {kind}"
 
-    def finish_writing(self, timeout: float | None = None) -> None:
+    def finish_writing(self) -> None:
         if self.writing is not None:
-            record = self.writing.result(timeout)
-            self.records[record.unit] = record
+            self.note(self.writing.result())
             self.writing = None
 
+    def note(self, record: DoneRecord) -> None:
+        self.records[record.unit] = record
+
     def settle(self, timeout: float | None = None) -> None:
-        """Let a write that was begun come to its end: what was solved is not to be solved again."""
-        with suppress(QuantError, TimeoutError):
-            self.finish_writing(timeout)
-        self.writing = None
+        """Let what was begun come to its end: what was solved is not to be solved again."""
+        begun = [*self.units, *([self.writing] if self.writing is not None else [])]
+        self.units, self.writing = [], None
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for future in begun:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            with suppress(QuantError, TimeoutError):
+                self.note(future.result(left))
 
 
 def _counted(history: History, name: str, function: Callable[..., T]) -> Callable[..., T]:
@@ -118,7 +136,7 @@ def _counted(history: History, name: str, function: Callable[..., T]) -> Callabl
         nonlocal calls
         calls += 1
         if calls > 1:
-            history.retries[name] = calls - 1
+            history.retries[name] = history.retries.get(name, 0) + 1
         return function(*arguments)
 
     return counted
@@ -134,7 +152,7 @@ def convert(
     """
     history = History()
     on_progress(Progress(done=0.0, total=1.0, label="plan"))
-    with _before_work():
+    with _before_work(QuantError):
         prepared = stages.submit("plan", _counted(history, "plan", crew.prepare), options).result()
     if prepared["report"] is not None:
         return _finished_before(prepared["report"], on_progress)
@@ -144,9 +162,15 @@ def convert(
         label = f"waiting to see whether {holder.holder} is alive"
         on_progress(Progress(done=0.0, total=1.0, label=label))
 
-    with Lease.acquire(open_store(plan.work, options.storage_engine), plan.work, tell) as lease:
+    with _before_work(QuantError):
+        store = open_store(plan.work, options.storage_engine)
+        lease = stages.submit(
+            "lease", _counted(history, "lease", Lease.acquire), store, plan.work, tell
+        ).result()
+    with lease:
         run = _Run(plan, crew, stages, on_progress, lease, history)
-        with _before_work():
+        # What an earlier start left is another job's: this one has not begun.
+        with _before_work(PlanMismatchError):
             began = run.submit("begin", crew.begin).result()
         if began["report"] is not None:
             return _finished_before(began["report"], on_progress)
@@ -154,10 +178,10 @@ def convert(
 
 
 @contextmanager
-def _before_work() -> Iterator[None]:
+def _before_work(refusal: type[QuantError]) -> Iterator[None]:
     try:
         yield
-    except QuantError as error:
+    except refusal as error:
         error.before_work = policy_for(error).action == "stop"
         raise
 
@@ -168,34 +192,45 @@ def _finished_before(report: dict[str, Any], on_progress: Callable[[Progress], N
 
 
 def _carry_out(run: _Run, began: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is done while the lease is held."""
+    """Everything that is done while the lease is held; gives the report."""
     started, clock = datetime.now(UTC), time.monotonic()
     run.history.aborted_uploads = began["aborted_uploads"]
     run.checkpoint = began["checkpoint"]
-    run.submit("open workers", run.crew.open, run.plan, run.lease.run_id).result()
     try:
-        _take_up(run, list(began["records"].values()))
-        figures = _with_renewals(run)
+        records = list(began["records"].values())
+        report = _with_renewals(run, partial(_attempt, run, records, started, clock))
     except QuantError:
         run.settle()
         raise
     except BaseException:
         run.settle(_LAST_WRITE_S)
         raise
+    run.on_progress(Progress(done=run.total, total=run.total, label="done"))
+    return report
+
+
+def _attempt(run: _Run, records: Sequence[DoneRecord], started: datetime, clock: float) -> dict[str, Any]:
+    """From finished units to the published output; what an earlier attempt came to is not done again."""
+    if not run.is_taken_up:
+        _take_up(run, records)
+        run.is_taken_up = True
+    if not run.is_converted:
+        run.figures = _with_streams(run) if run.plan.has_streams else _without_streams(run)
+        run.is_converted = True
+    excluded = {row for record in run.records.values() for row in record.excluded_rows}
     report = build_report(
         plan=run.plan,
         records=run.records,
         history=asdict(run.history),
-        figures=figures,
+        figures=run.figures,
         block_errors=run.errors,
         block_seconds=run.seconds,
-        excluded_rows=run.excluded_rows,
+        excluded_rows=sorted(excluded.union(run.excluded_rows)),
         telemetry=run.crew.telemetry(),
         started=started,
         seconds=time.monotonic() - clock,
     )
     run.call("publish", run.crew.publish, report)
-    run.on_progress(Progress(done=run.total, total=run.total, label="done"))
     return report
 
 
@@ -207,22 +242,26 @@ def _take_up(run: _Run, records: Sequence[DoneRecord]) -> None:
     run.history.reused_units = sorted(run.records)
 
 
-def _with_renewals(run: _Run) -> list[dict[str, float]] | None:
-    """The conversion, begun again with new workers as often as the table of policies allows."""
-    attempts, finished = 0, len(run.records)
+def _with_renewals(run: _Run, work: Callable[[], T]) -> T:
+    """Do the work, and go on with new workers as often as the table of policies allows."""
+    attempts, finished = 0, 0
+    lost: WorkerLostError | None = None
     while True:
         try:
-            return _with_streams(run) if run.plan.has_streams else _without_streams(run)
+            if lost is None:
+                run.submit("open workers", run.crew.open, run.plan, run.lease.run_id).result()
+            else:
+                run.call("start workers anew", run.crew.renew)
+                run.history.renewals.append({"because": lost.message, "workers": run.crew.num_workers})
+            return work()
         except WorkerLostError as error:
             run.settle()
             attempts = 1 if len(run.records) > finished else attempts + 1
-            finished = len(run.records)
+            finished, lost = len(run.records), error
             policy = policy_for(error)
             if attempts > policy.attempts:
                 raise
             time.sleep(delay_s(policy, attempts))
-            run.call("start workers anew", run.crew.renew)
-            run.history.renewals.append({"because": error.message, "workers": run.crew.num_workers})
 
 
 def _with_streams(run: _Run) -> list[dict[str, float]] | None:
@@ -232,7 +271,10 @@ def _with_streams(run: _Run) -> list[dict[str, float]] | None:
     blocks = [block for block in _blocks_to_run(run) if block.index >= first]
     run.done, run.total = 0.0, sum(_block_weight(run, block) for block in blocks) + 1.0
     cadence = Cadence(plan.options["checkpoint_every"], crew.activation_bytes())
-    for block in blocks:
+    for block, following in zip_longest(blocks, blocks[1:]):
+        crew.prefetch(block.index)
+        if following is not None:
+            crew.prefetch(following.index)
         _convert_block(run, block)
         if block.index + 1 < len(plan.blocks) and cadence.is_due(block.index + 1):
             cadence.kept(_keep_activations(run, block.index + 1))
@@ -247,7 +289,9 @@ def _with_streams(run: _Run) -> list[dict[str, float]] | None:
 def _place_streams(run: _Run) -> int:
     """Embed every cell, or take the streams up where the last checkpoint left them; gives the next block."""
     checkpoint = run.checkpoint if _can_start_from(run, run.checkpoint) else None
-    run.crew.prefetch(checkpoint.block if checkpoint else 0)
+    first = checkpoint.block if checkpoint else 0
+    if any(block.index == first for block in _blocks_to_run(run)):
+        run.crew.prefetch(first)
     records = run.call("embed", run.crew.prelude, _pending(run, "prelude"))
     run.records.update({record.unit: record for record in records})
     run.excluded_rows = []
@@ -288,8 +332,6 @@ def _convert_block(run: _Run, block: BlockPlan) -> None:
     plan, crew, index = run.plan, run.crew, block.index
     unit = plan.block_units[index]
     tokens = 0
-    crew.prefetch(index)
-    crew.prefetch(index + 1)
     if unit.name not in run.records and _needs_statistics(block):
         captured = run.stage(index, "capture", crew.capture, index, run.excluded_rows)
         run.excluded_rows, tokens = captured["excluded_rows"], captured["tokens"]
@@ -313,18 +355,19 @@ def _without_streams(run: _Run) -> None:
     """Every unit on its own, as many at a time as there are workers."""
     pending = [unit for unit in run.plan.units if unit.name not in run.records]
     run.total = float(max(1, len(pending)))
-    waiting: list[StageFuture[DoneRecord]] = []
     for number, unit in enumerate(pending):
-        if len(waiting) >= run.crew.num_workers:
-            _note_unit(run, waiting.pop(0).result())
+        while len(run.units) >= run.crew.num_workers:
+            _note_unit(run)
         worker = number % run.crew.num_workers
-        waiting.append(run.submit(f"unit {unit.name}", run.crew.convert_unit, unit, worker))
-    for future in waiting:
-        _note_unit(run, future.result())
+        run.units.append(run.submit(f"unit {unit.name}", run.crew.convert_unit, unit, worker))
+    while run.units:
+        _note_unit(run)
 
 
-def _note_unit(run: _Run, record: DoneRecord) -> None:
-    run.records[record.unit] = record
+def _note_unit(run: _Run) -> None:
+    record = run.units[0].result()
+    run.units.pop(0)
+    run.note(record)
     run.done += 1.0
     run.on_progress(Progress(done=run.done, total=run.total, label=f"unit {record.unit}"))
 

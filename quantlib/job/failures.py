@@ -7,7 +7,6 @@ always stops.
 """
 
 import random
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeVar
@@ -60,8 +59,11 @@ def delay_s(policy: Policy, attempt: int) -> float:
     return whole * random.uniform(1.0 - JITTER, 1.0 + JITTER)
 
 
-def retrying(function: Callable[..., T], *arguments: object) -> T:
+def retrying(wait: Callable[[float], object], function: Callable[..., T], *arguments: object) -> T:
     """Call, and call again as long as the table says so; for runners without retries of their own.
+
+    Args:
+        wait: Waits for so many seconds; true when no further attempt is wanted.
 
     Raises:
         QuantError: The last attempt's.
@@ -73,6 +75,5 @@ def retrying(function: Callable[..., T], *arguments: object) -> T:
         except QuantError as error:
             policy = policy_for(error)
             attempt += 1
-            if policy.action != "retry" or attempt > policy.attempts:
+            if policy.action != "retry" or attempt > policy.attempts or wait(delay_s(policy, attempt)):
                 raise
-            time.sleep(delay_s(policy, attempt))

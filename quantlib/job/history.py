@@ -12,7 +12,7 @@ class History:
         reused_units: Finished by an earlier start and found intact.
         redone_units: Recorded by an earlier start -> what was wrong with the shard.
         replayed_blocks: Blocks through which streams were run again though their unit was finished.
-        from_checkpoint: Block before which a checkpoint let this start begin.
+        from_checkpoint: Block before which a checkpoint let this start, or its last renewal, begin.
         checkpoints: Blocks before which this start kept the activations.
         unusable_checkpoints: What was wrong with checkpoints that were passed over.
         retries: Stage -> how often it was tried again.

@@ -28,6 +28,8 @@ SCHEMA = 1
 HEARTBEAT_S = 10.0
 SILENCE_S = 60.0
 _LOOK_AGAIN_S = 1.0
+_RELEASE_LIMIT_S = 3.0
+_ATTEMPTS = 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,20 +112,19 @@ class Lease:
             LeaseError: Another run holds it and is alive; says who and since when.
         """
         uri, mine = _uri(work), _new_record()
-        if not store.put_if_absent(uri, _bytes_of(mine)):
-            content, info = store.read_with_info(uri)
-            found = _record_from(content, work)
-            if found.run_id != mine.run_id:
-                if not (found.released or _is_dead_here(found)):
-                    on_wait(found)
-                    _watch(store, work, info)
-                if store.replace_if_match(uri, _bytes_of(mine), info.etag) is None:
-                    raise _held(work, read_lease(store, work) or found)
-        content, info = store.read_with_info(uri)
-        found = _record_from(content, work)
-        if found.run_id != mine.run_id:
-            raise _held(work, found)
-        return cls(store, work, mine, info)
+        # A lease may vanish while it is looked at, when somebody cleans up: then it is free.
+        for _ in range(_ATTEMPTS):
+            with suppress(ObjectNotFoundError):
+                if not store.put_if_absent(uri, _bytes_of(mine)):
+                    _take_over(store, work, mine, on_wait)
+                content, info = store.read_with_info(uri)
+                found = _record_from(content, work)
+                if found.run_id != mine.run_id:
+                    raise _held(work, found)
+                return cls(store, work, mine, info)
+        raise LeaseError(
+            f"{uri} comes and goes; see who else works on this output, then start again", uri=uri
+        )
 
     @property
     def run_id(self) -> str:
@@ -138,10 +139,8 @@ class Lease:
     def release(self) -> None:
         """Stop renewing and give the lease back; a store that fails now leaves it to be found silent."""
         self._ended.set()
-        self._thread.join()
-        if self._lost is None:
-            with suppress(StorageError):
-                self._replace(replace(self._record, beat=self._record.beat + 1, released=True))
+        # A run that is stopped must end within seconds, whatever the store does.
+        self._thread.join(_RELEASE_LIMIT_S)
 
     def __enter__(self) -> "Lease":
         return self
@@ -151,11 +150,20 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(HEARTBEAT_S):
-            # While the store is away nobody can take over either; the next beat tells.
+            # While the store is away nobody can take over either: they must see it unchanged (`_watch`).
             with suppress(StorageError):
-                self._replace(replace(self._record, beat=self._record.beat + 1))
+                self._renew(is_released=False)
             if self._lost is not None:
                 return
+        with suppress(StorageError):
+            self._renew(is_released=True)
+
+    def _renew(self, *, is_released: bool) -> None:
+        try:
+            self._replace(replace(self._record, beat=self._record.beat + 1, released=is_released))
+        except LeaseError as error:
+            # What lies there is no lease any more.
+            self._lost = error
 
     def _replace(self, record: LeaseRecord) -> None:
         uri = _uri(self._work)
@@ -176,14 +184,33 @@ class Lease:
             self._lost = _taken_over(self._work, found)
 
 
+def _take_over(store: Store, work: str, mine: LeaseRecord, on_wait: Callable[[LeaseRecord], None]) -> None:
+    """Put one's own record in place of one that is free or whose holder is dead."""
+    content, info = store.read_with_info(_uri(work))
+    found = _record_from(content, work)
+    if found.run_id == mine.run_id:
+        return
+    if not (found.released or _is_dead_here(found)):
+        on_wait(found)
+        _watch(store, work, info)
+    if store.replace_if_match(_uri(work), _bytes_of(mine), info.etag) is None:
+        raise _held(work, read_lease(store, work) or found)
+
+
 def _watch(store: Store, work: str, info: ObjectInfo) -> None:
-    """Return when the lease was silent long enough; raise as soon as its holder shows life."""
-    began = time.monotonic()
-    while time.monotonic() - began < SILENCE_S:
+    """Return when the lease was silent long enough; raise as soon as its holder shows life.
+
+    Only time in which the store answers promptly counts: while it does not, the holder cannot renew either.
+    """
+    silent_s = 0.0
+    while silent_s < SILENCE_S:
+        began = time.monotonic()
         time.sleep(min(_LOOK_AGAIN_S, SILENCE_S))
         content, now = store.read_with_info(_uri(work))
         if now.etag != info.etag:
             raise _held(work, _record_from(content, work))
+        looked_s = time.monotonic() - began
+        silent_s = silent_s + looked_s if looked_s < _LOOK_AGAIN_S + HEARTBEAT_S else 0.0
 
 
 def _is_dead_here(record: LeaseRecord) -> bool:

@@ -100,13 +100,6 @@ class JobOptions:
     ray_address: str | None = declare(
         None, _RUN, "Address of a running Ray cluster; without it a small one is started here."
     )
-    checkpoint_every: int | None = declare(
-        None,
-        _RUN,
-        "Blocks between checkpoints of the activations; 0 keeps none; by default as often as they are cheap.",
-        minimum=1,
-        also_allowed=0,
-    )
     storage_engine: str = declare("obstore", _RUN, "Client library for S3.", choices=("obstore", "s3fs"))
     checkpoint_every: int | None = declare(
         None,

@@ -136,7 +136,7 @@ def build_plan(
     # A layout may be unable to say what was asked for, such as a mix of schemes: better known now.
     packer.quantization_config(schemes_of(blocks), skeleton.outside_linears)
     rows = _token_rows(options, checkpoint, blocks)
-    kind = device_kind(options.device)
+    kind = device_kind(options.device or (stored.device_kind.partition("-")[0] if stored else None))
     settings = recorded_settings(replayed) if replayed else None
     machine = _machine_settings(options, threads, checkpoint, kind, _settings_of(stored) or settings)
     plan = Plan(
@@ -369,6 +369,12 @@ def _finished_report(store: Store, plan: Plan) -> dict[str, Any] | None:
     if plan.evaluation_digest is not None and report["evaluation"] is None:
         raise PlanMismatchError(
             f"{plan.output} was finished without evaluation; measure it with"
+            f" quantmill evaluate {plan.output} --text {plan.options['evaluation']}",
+            uri=plan.output,
+        )
+    if plan.evaluation_digest is not None and report["evaluation"]["digest"] != plan.evaluation_digest:
+        raise PlanMismatchError(
+            f"{plan.output} was finished with other evaluation text; measure it with"
             f" quantmill evaluate {plan.output} --text {plan.options['evaluation']}",
             uri=plan.output,
         )

@@ -28,7 +28,9 @@ def publish(
     quantization = _quantization(plan)
     config = {**checkpoint.config, "quantization_config": quantization}
     for name, info in checkpoint.side_files.items():
-        output_store.write(join_uri(plan.output, name), source_store.read(info.uri))
+        # As a range, which is pinned to the object that was planned.
+        content = source_store.read_ranges(info, [(0, info.size_bytes)])[0]
+        output_store.write(join_uri(plan.output, name), bytes(content))
     for name, content in _format_files(plan).items():
         output_store.write(join_uri(plan.output, name), content)
     provenance = build_provenance(plan, checkpoint, shards=report["shards"])

@@ -48,20 +48,18 @@ def _failing(times: int, error: Exception):
     return function, calls
 
 
-def test_failures_a_passing_fault_is_tried_again(monkeypatch):
+def test_failures_a_passing_fault_is_tried_again():
     waited = []
-    monkeypatch.setattr(failures.time, "sleep", waited.append)
     function, calls = _failing(4, errors.TransientStorageError("busy"))
-    assert retrying(function, 7) == 7
+    assert retrying(waited.append, function, 7) == 7
     assert calls == [7] * 5
     assert len(waited) == 4
 
 
-def test_failures_a_fault_that_stays_is_raised_in_the_end(monkeypatch):
-    monkeypatch.setattr(failures.time, "sleep", lambda _: None)
+def test_failures_a_fault_that_stays_is_raised_in_the_end():
     function, calls = _failing(99, errors.ChecksumError("wrong"))
     with pytest.raises(errors.ChecksumError):
-        retrying(function, 7)
+        retrying(lambda _: None, function, 7)
     assert len(calls) == 3
 
 
@@ -69,5 +67,12 @@ def test_failures_a_fault_that_stays_is_raised_in_the_end(monkeypatch):
 def test_failures_what_cannot_pass_is_raised_at_once(error):
     function, calls = _failing(1, error)
     with pytest.raises(type(error)):
-        retrying(function, 7)
+        retrying(lambda _: None, function, 7)
+    assert len(calls) == 1
+
+
+def test_failures_a_run_that_is_stopped_does_not_try_again():
+    function, calls = _failing(99, errors.TransientStorageError("busy"))
+    with pytest.raises(errors.TransientStorageError):
+        retrying(lambda _: True, function, 7)
     assert len(calls) == 1

@@ -44,7 +44,7 @@ def store(work) -> Store:
 @pytest.fixture
 def quick(monkeypatch):
     """A lease whose silence is noticed within a second."""
-    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(lease, "HEARTBEAT_S", 0.3)
     monkeypatch.setattr(lease, "SILENCE_S", 0.8)
     monkeypatch.setattr(lease, "_LOOK_AGAIN_S", 0.1)
 
@@ -111,6 +111,37 @@ def test_lease_of_a_run_elsewhere_that_shows_life_is_refused_while_watched(store
         Lease.acquire(store, work, show_life)
 
 
+def test_lease_is_not_lost_to_an_outage_of_the_store(store, work, quick, monkeypatch):
+    """While the store does not answer a living holder cannot renew: that time is no silence."""
+    ended = Lease.acquire(store, work)
+    ended.release()
+    _forge(store, work, released=False, machine="elsewhere", host="other-host")
+    real, looks = store.read_with_info, []
+
+    def slow_once(uri: str):
+        looks.append(uri)
+        if len(looks) == 2:
+            time.sleep(1.5)
+        if len(looks) == 4:
+            _forge(store, work, beat=99)
+        return real(uri)
+
+    class SlowStore:
+        def __getattr__(self, name: str):
+            return slow_once if name == "read_with_info" else getattr(store, name)
+
+    with pytest.raises(LeaseError, match="other-host"):
+        Lease.acquire(SlowStore(), work)  # pyright: ignore[reportArgumentType]
+
+
+def test_lease_that_vanishes_while_it_is_watched_is_free(store, work, quick):
+    ended = Lease.acquire(store, work)
+    ended.release()
+    _forge(store, work, released=False, machine="elsewhere")
+    with Lease.acquire(store, work, lambda _: store.delete(join_uri(work, "lease.json"))) as mine:
+        refuse_taken_over(store, work, mine.run_id)
+
+
 def test_lease_holder_notices_that_it_was_taken_over(store, work, quick):
     with Lease.acquire(store, work) as held:
         _replace_by_another(store, work)
@@ -120,6 +151,16 @@ def test_lease_holder_notices_that_it_was_taken_over(store, work, quick):
                 held.check()
                 time.sleep(0.02)
     assert read_lease(store, work) == _ANOTHER, "a lost lease is not given back"
+
+
+def test_lease_holder_notices_that_the_object_is_no_lease_any_more(store, work, quick):
+    with Lease.acquire(store, work) as held:
+        store.write(join_uri(work, "lease.json"), b"{}")
+        deadline = time.monotonic() + 20
+        with pytest.raises(LeaseError, match="no lease"):
+            while time.monotonic() < deadline:
+                held.check()
+                time.sleep(0.02)
 
 
 def _replace_by_another(store: Store, work: str) -> None:

@@ -11,7 +11,13 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from quantlib import cell_store
-from quantlib.errors import ChecksumError, LeaseError, PlanMismatchError, TransientStorageError
+from quantlib.errors import (
+    CheckpointError,
+    ChecksumError,
+    LeaseError,
+    PlanMismatchError,
+    TransientStorageError,
+)
 from quantlib.inprocess import quantize
 from quantlib.job import failures, lease
 from quantlib.job.activations import newest_checkpoint
@@ -122,7 +128,7 @@ def test_resume_of_a_copied_output_is_not_fooled_by_new_etags(root, undisturbed)
 
 @pytest.mark.parametrize("fault", ["flipped", "missing"])
 def test_resume_passes_over_a_checkpoint_that_cannot_be_trusted(root, undisturbed, monkeypatch, fault):
-    monkeypatch.setattr(failures.time, "sleep", lambda _: None)
+    monkeypatch.setattr(failures, "delay_s", lambda *_: 0.0)
     options = _options(root, f"checkpoint-{fault}", checkpoint_every=3)
     _interrupt(options, "block 5/6: capture")
     cells = sorted(Path(options.output + ".quantmill").glob("activations/*/*.safetensors"))
@@ -232,7 +238,7 @@ def test_resume_second_run_on_the_same_output_is_refused_while_one_is_at_work(tm
 
 
 def test_resume_retries_are_counted_in_the_report(tmp_path, monkeypatch):
-    monkeypatch.setattr(failures.time, "sleep", lambda _: None)
+    monkeypatch.setattr(failures, "delay_s", lambda *_: 0.0)
     chosen, real, failed = random.Random(1), LocalStore.read_ranges, []
 
     def flaky(self, info, wanted):
@@ -283,3 +289,51 @@ def test_resume_damaged_cell_is_told_by_its_digest(tmp_path):
     )
     with pytest.raises(ChecksumError, match="evaluation-00000"):
         cell_store.read_cell(store, plan.work, wrong, "evaluation-00000")
+
+
+def test_resume_without_anything_left_to_run_still_reports_the_rows_left_out(tmp_path):
+    options = tiny_options(tmp_path, evaluation=None)
+    _interrupt(options, "publish")
+    for path in (tmp_path / "output.quantmill" / "done").glob("block-*.json"):
+        path.write_text(json.dumps({**json.loads(path.read_text()), "excluded_rows": [3, 7]}))
+    report = quantize(options)
+    assert report["calibration"]["excluded_rows"] == [3, 7]
+    assert report["calibration"]["tokens"] == 8 * 32
+
+
+def test_resume_refuses_a_side_file_replaced_during_the_run(tmp_path):
+    options = tiny_options(tmp_path)
+
+    def replace(progress: Progress) -> None:
+        if progress.label == "head":
+            path = Path(options.source) / "tokenizer.json"
+            path.write_text(path.read_text() + "\n")
+
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json was replaced"):
+        quantize(options, replace)
+    assert not (Path(options.output) / "config.json").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+def test_resume_refuses_a_checkpoint_that_is_none(tmp_path, content):
+    options = tiny_options(tmp_path, checkpoint_every=1)
+    _interrupt(options, "block 3/3: capture")
+    (path,) = (tmp_path / "output.quantmill" / "activations").glob("*.json")
+    path.write_text(content)
+    with pytest.raises(PlanMismatchError, match=r"block-00002\.json is no checkpoint"):
+        quantize(options)
+
+
+def test_resume_refuses_a_strange_object_among_the_checkpoints(tmp_path):
+    options = tiny_options(tmp_path, checkpoint_every=1)
+    _interrupt(options, "block 3/3: capture")
+    (tmp_path / "output.quantmill" / "activations" / "notes.json").write_text("{}")
+    with pytest.raises(PlanMismatchError, match=r"notes\.json is no checkpoint"):
+        quantize(options)
+
+
+def test_resume_finished_with_other_evaluation_text_points_to_the_command_that_measures(tmp_path):
+    options = tiny_options(tmp_path)
+    quantize(options)
+    with pytest.raises(PlanMismatchError, match="quantmill evaluate"):
+        quantize(dataclasses.replace(options, evaluation=options.calibration))
