@@ -17,6 +17,18 @@ from quantlib.errors import RecipeError
 # Seconds a temporary server may take to start; Prefect's own 20 are too few on a busy machine.
 _SERVER_START_TIMEOUT_S = 180
 
+# What nobody looks at on a server that ends with its run. The run itself, its state and its artifacts are
+# still recorded; events, logs and task runs serve the UI, which this server does not have.
+_TEMPORARY_SERVER = {
+    "PREFECT_SERVER_REGISTER_BLOCKS_ON_START": "false",
+    "PREFECT_SERVER_EVENTS_STREAM_OUT_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_EVENT_PERSISTER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED": "false",
+    "PREFECT_SERVER_SERVICES_TRIGGERS_ENABLED": "false",
+    "PREFECT_LOGGING_TO_API_ENABLED": "false",
+}
+_DATABASE_SETTINGS = ("PREFECT_SERVER_DATABASE_", "PREFECT_API_DATABASE_")
+
 
 def prepare_prefect(*, is_verbose: bool) -> bool:
     """Set Prefect's environment; call it before anything of Prefect is imported.
@@ -39,11 +51,19 @@ def prepare_prefect(*, is_verbose: bool) -> bool:
     _default("PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS", str(_SERVER_START_TIMEOUT_S))
     _default("PREFECT_SERVER_LOGGING_LEVEL", "CRITICAL")
     if "PREFECT_HOME" not in os.environ:
-        home = tempfile.mkdtemp(prefix="quantmill-prefect-")
-        # Registered before Prefect registers the end of its server, so it runs after it.
-        atexit.register(shutil.rmtree, home, ignore_errors=True)
-        os.environ["PREFECT_HOME"] = home
+        _prepare_temporary_home()
     return True
+
+
+def _prepare_temporary_home() -> None:
+    home = tempfile.mkdtemp(prefix="quantmill-prefect-")
+    # Registered before Prefect registers the end of its server, so it runs after it.
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    os.environ["PREFECT_HOME"] = home
+    # A database of the user's outlives the server and is to hold all that Prefect records.
+    if not any(name.startswith(_DATABASE_SETTINGS) for name in os.environ):
+        for name, value in _TEMPORARY_SERVER.items():
+            _default(name, value)
 
 
 def has_server() -> bool:

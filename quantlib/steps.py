@@ -19,8 +19,12 @@ from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
 from quantlib.schemes import WeightScheme
 
-# fp32 logits held at a time while scoring.
+# fp32 logits held at a time while scoring: many rows make a fast product.
 _LOGITS_BYTES = 64 << 20
+# They are then gone over in pieces that stay in a CPU's cache from one pass to the next.
+_PIECE_BYTES = 1 << 20
+# Elements of two streams compared at a time, in float64, for the same reason.
+_COMPARED_ELEMENTS = 1 << 17
 
 
 def observe_cell(
@@ -107,15 +111,24 @@ def stream_error(original_BTD: torch.Tensor, quantized_BTD: torch.Tensor) -> dic
 
     Rows with non-finite values in the original stream are left out.
     """
-    finite_B = torch.isfinite(original_BTD).flatten(1).all(dim=1)
-    original = original_BTD[finite_B].double().flatten()
-    quantized = quantized_BTD[finite_B].double().flatten()
-    return {
-        "error": float((quantized - original).square_().sum()),
-        "original": float(original.square().sum()),
-        "quantized": float(quantized.square().sum()),
-        "product": float(torch.dot(original, quantized)),
-    }
+    sums = torch.zeros(4, dtype=torch.float64, device=original_BTD.device)
+    for original_TD, quantized_TD in zip(original_BTD, quantized_BTD, strict=True):
+        row_sums = _row_sums(original_TD.flatten(), quantized_TD.flatten())
+        # float64 holds the square of every finite value: the sum is finite when the whole row is.
+        sums = torch.where(row_sums[1].isfinite(), sums + row_sums, sums)
+    return dict(zip(("error", "original", "quantized", "product"), sums.tolist(), strict=True))
+
+
+def _row_sums(original_N: torch.Tensor, quantized_N: torch.Tensor) -> torch.Tensor:
+    """float64 [4]: squares of the difference, of either row, and the product of both."""
+    sums = torch.zeros(4, dtype=torch.float64, device=original_N.device)
+    pieces = zip(original_N.split(_COMPARED_ELEMENTS), quantized_N.split(_COMPARED_ELEMENTS), strict=True)
+    for original_piece, quantized_piece in pieces:
+        original, quantized = original_piece.double(), quantized_piece.double()
+        gap = quantized - original
+        pairs = ((gap, gap), (original, original), (quantized, quantized), (original, quantized))
+        sums += torch.stack([torch.dot(left, right) for left, right in pairs])
+    return sums
 
 
 def score_streams(
@@ -131,56 +144,54 @@ def score_streams(
 
     Numerics: logits and softmax in fp32, sums in float64.
     """
-    sums = {"nll_original": 0.0, "nll_quantized": 0.0, "kl_divergence": 0.0}
     positions = ids_BT.shape[1] - 1
     finite_B = torch.isfinite(original_BTD).flatten(1).all(dim=1).tolist()
     kept = [row for row, is_finite in enumerate(finite_B) if is_finite]
+    streams = [original_BTD] if quantized_BTD is None else [original_BTD, quantized_BTD]
+    parts: list[torch.Tensor] = []
+    # The first product is of one position: it tells how large the vocabulary is.
+    width = 1
     for row in kept:
-        start, width = 0, 1
+        start = 0
         while start < positions:
-            stop = min(start + width, positions)
-            logits_TV = outer.logits(original_BTD[row : row + 1, start:stop])[0]
-            width = max(1, _LOGITS_BYTES // (4 * logits_TV.shape[-1]))
-            target_T = ids_BT[row, start + 1 : stop + 1].long().to(logits_TV.device)
-            if quantized_BTD is None:
-                sums["nll_original"] += _nll(logits_TV, target_T)
-            else:
-                other_TV = outer.logits(quantized_BTD[row : row + 1, start:stop])[0]
-                for name, value in _compare(logits_TV, other_TV, target_T).items():
-                    sums[name] += value
+            # What is left in equal parts: a small rest would be a slow product.
+            stop = start + math.ceil((positions - start) / math.ceil((positions - start) / width))
+            logits_STV = outer.logits(torch.stack([stream[row, start:stop] for stream in streams]))
+            width = max(1, _LOGITS_BYTES // (4 * len(streams) * logits_STV.shape[-1]))
+            target_T = ids_BT[row, start + 1 : stop + 1].long().to(logits_STV.device)
+            parts.append(_score_(logits_STV, target_T))
             start = stop
     counts = {
         "tokens": float(positions * len(kept)),
         "sequences": float(len(kept)),
         "excluded_sequences": float(len(finite_B) - len(kept)),
     }
-    return counts | sums
+    sums = torch.stack(parts).sum(dim=0).tolist() if parts else [0.0, 0.0, 0.0]
+    return counts | dict(zip(("nll_original", "nll_quantized", "kl_divergence"), sums, strict=True))
 
 
-def _nll(logits_TV: torch.Tensor, target_T: torch.Tensor) -> float:
-    # Not cross_entropy: over a large vocabulary its fp32 sum is off by 1e-5 nats, all in one direction.
-    picked_T = logits_TV.gather(1, target_T[:, None])[:, 0].double()
-    return float((torch.logsumexp(logits_TV, dim=1).double() - picked_T).sum())
+def _score_(logits_STV: torch.Tensor, target_T: torch.Tensor) -> torch.Tensor:
+    """float64 [3]: loss of the first stream; of the second and KL(first || second), 0 without a second.
 
-
-def _compare(
-    original_TV: torch.Tensor, quantized_TV: torch.Tensor, target_T: torch.Tensor
-) -> dict[str, float]:
-    """Losses of both and KL(original || quantized) = E_original[log p - log q], one exponential each."""
-    picked = target_T[:, None]
-    original_T = original_TV.gather(1, picked)[:, 0].double()
-    quantized_T = quantized_TV.gather(1, picked)[:, 0].double()
-    lse_quantized_T = torch.logsumexp(quantized_TV, dim=1).double()
-    peak_T = original_TV.amax(dim=1, keepdim=True)
-    p_TV = (original_TV - peak_T).exp_()
-    total_T = p_TV.sum(dim=1)
-    lse_original_T = peak_T[:, 0].double() + total_T.double().log()
-    mean_gap_T = (original_TV - quantized_TV).mul_(p_TV).sum(dim=1).double() / total_T.double()
-    return {
-        "nll_original": float((lse_original_T - original_T).sum()),
-        "nll_quantized": float((lse_quantized_T - quantized_T).sum()),
-        "kl_divergence": float((mean_gap_T - lse_original_T + lse_quantized_T).sum()),
-    }
+    Shapes:
+        logits_STV: fp32 [1 or 2, T, V]. Overwritten.
+    """
+    num_rows = max(1, _PIECE_BYTES // (4 * logits_STV.shape[-1]))
+    sums = torch.zeros(3, dtype=torch.float64, device=logits_STV.device)
+    for piece_SPV, target_P in zip(logits_STV.split(num_rows, dim=1), target_T.split(num_rows), strict=True):
+        original_PV = piece_SPV[0]
+        gap_PV = original_PV - piece_SPV[1] if len(piece_SPV) == 2 else None
+        picked_SP = piece_SPV.gather(2, target_P.expand(len(piece_SPV), -1)[..., None])[..., 0].double()
+        # Not cross_entropy: over a large vocabulary its fp32 sum is off by 1e-5 nats, all in one direction.
+        peak_SP1 = piece_SPV.amax(dim=2, keepdim=True)
+        total_SP = piece_SPV.sub_(peak_SP1).exp_().sum(dim=2).double()
+        lse_SP = peak_SP1[..., 0].double() + total_SP.log()
+        sums[: len(piece_SPV)] += (lse_SP - picked_SP).sum(dim=1)
+        if gap_PV is not None:
+            # KL is the mean of log p - log q over p; p is what `original_PV` holds now, over its total.
+            mean_gap_P = gap_PV.mul_(original_PV).sum(dim=1).double() / total_SP[0]
+            sums[2] += (mean_gap_P - lse_SP[0] + lse_SP[1]).sum()
+    return sums
 
 
 def perplexity(nll: float, tokens: float) -> float:

@@ -39,6 +39,27 @@ def test_score_streams_equals_the_definitions_of_loss_and_divergence():
     assert math.isclose(sums["kl_divergence"], float((p.exp() * (p - q)).sum()), rel_tol=1e-4)
 
 
+def test_score_streams_over_a_large_vocabulary_is_off_by_less_than_1e_6_nats_a_token():
+    # So many words that the logits of a row are gone over in several pieces.
+    generator = torch.Generator().manual_seed(1)
+    head = _Head(50_000, 16)
+    original = torch.randn(2, 14, 16, generator=generator)
+    quantized = original + 0.1 * torch.randn(2, 14, 16, generator=generator)
+    ids = torch.randint(50_000, (2, 14), generator=generator, dtype=torch.int32)
+    p = torch.log_softmax(head.logits(original[:, :-1]).double(), dim=-1)
+    q = torch.log_softmax(head.logits(quantized[:, :-1]).double(), dim=-1)
+    targets = ids[:, 1:, None].long()
+    exact = {
+        "nll_original": -float(p.gather(2, targets).sum()),
+        "nll_quantized": -float(q.gather(2, targets).sum()),
+        "kl_divergence": float((p.exp() * (p - q)).sum()),
+    }
+    sums = score_streams(head, ids, original, quantized)  # pyright: ignore[reportArgumentType]
+    assert sums["tokens"] == 26
+    for name, value in exact.items():
+        assert abs(sums[name] - value) / sums["tokens"] < 1e-6, name
+
+
 def test_score_streams_of_one_stream_is_the_loss_of_that_stream():
     generator = torch.Generator().manual_seed(0)
     head = _Head(50, 8)
@@ -72,6 +93,18 @@ def test_score_streams_leaves_out_rows_that_are_not_finite_in_the_original():
     hidden[1, 3, 2] = float("inf")
     sums = score_streams(head, ids, hidden, None)  # pyright: ignore[reportArgumentType]
     assert sums == {**whole, "excluded_sequences": 1.0}
+
+
+def test_stream_error_of_long_rows_equals_the_float64_sums_over_the_finite_ones():
+    generator = torch.Generator().manual_seed(0)
+    original = torch.randn(3, 300, 1000, generator=generator)
+    quantized = original + 0.1 * torch.randn(3, 300, 1000, generator=generator)
+    a, b = original[[0, 2]].double(), quantized[[0, 2]].double()
+    original[1, 299, 999] = float("inf")
+    sums = stream_error(original, quantized)
+    exact = {"error": (b - a).square(), "original": a.square(), "quantized": b.square(), "product": a * b}
+    for name, values in exact.items():
+        assert math.isclose(sums[name], float(values.sum()), rel_tol=1e-12), name
 
 
 def test_stream_error_leaves_out_rows_without_finite_values():

@@ -67,3 +67,10 @@ def test_verbose_or_a_chosen_level_leaves_the_log_on_the_terminal(bare_environme
     monkeypatch.setenv("PREFECT_LOGGING_LEVEL", "INFO")
     prepare_prefect(is_verbose=False)
     assert "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL" not in os.environ
+
+
+def test_a_database_of_the_user_is_recorded_in_full(bare_environment, monkeypatch):
+    monkeypatch.setenv("PREFECT_SERVER_DATABASE_CONNECTION_URL", "sqlite+aiosqlite:////data/mine.db")
+    assert prepare_prefect(is_verbose=False)
+    assert "PREFECT_SERVER_SERVICES_TASK_RUN_RECORDER_ENABLED" not in os.environ
+    assert "PREFECT_LOGGING_TO_API_ENABLED" not in os.environ
