@@ -5,13 +5,11 @@ Without one, Prefect starts a server of its own for the time of the run; it gets
 so that two runs on one machine do not share a database and nothing is left behind.
 """
 
-import atexit
 import os
-import shutil
-import tempfile
 import tomllib
 from pathlib import Path
 
+from flows.temporary_home import make_temporary_home
 from quantlib.errors import RecipeError
 
 # Seconds a temporary server may take to start; Prefect's own 20 are too few on a busy machine.
@@ -56,10 +54,8 @@ def prepare_prefect(*, is_verbose: bool) -> bool:
 
 
 def _prepare_temporary_home() -> None:
-    home = tempfile.mkdtemp(prefix="quantmill-prefect-")
-    # Registered before Prefect registers the end of its server, so it runs after it.
-    atexit.register(shutil.rmtree, home, ignore_errors=True)
-    os.environ["PREFECT_HOME"] = home
+    # Before Prefect is imported and registers the end of its server: the home goes after it.
+    os.environ["PREFECT_HOME"] = str(make_temporary_home())
     # A database of the user's outlives the server and is to hold all that Prefect records.
     if not any(name.startswith(_DATABASE_SETTINGS) for name in os.environ):
         for name, value in _TEMPORARY_SERVER.items():

@@ -26,7 +26,7 @@ from quantlib.job.cadence import Cadence
 from quantlib.job.crew import Crew
 from quantlib.job.failures import delay_s, policy_for
 from quantlib.job.history import History
-from quantlib.job.lease import Lease, LeaseRecord
+from quantlib.job.lease import Lease, LeaseRecord, new_record
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
@@ -39,7 +39,7 @@ T_co = TypeVar("T_co", covariant=True)
 # Share of a block's time; they only shape the progress bar.
 _WEIGHTS = {"capture": 0.5, "forward": 0.4, "solve": 0.25, "evaluate": 0.25}
 # A run that is stopped from outside waits this long for a write that is under way.
-_LAST_WRITE_S = 5.0
+_LAST_WRITE_S = 3.0
 
 
 class StageFuture(Protocol[T_co]):
@@ -164,9 +164,8 @@ def convert(
 
     with _before_work(QuantError):
         store = open_store(plan.work, options.storage_engine)
-        lease = stages.submit(
-            "lease", _counted(history, "lease", Lease.acquire), store, plan.work, tell
-        ).result()
+        acquire = _counted(history, "lease", Lease.acquire)
+        lease = stages.submit("lease", acquire, store, plan.work, tell, new_record()).result()
     with lease:
         run = _Run(plan, crew, stages, on_progress, lease, history)
         # What an earlier start left is another job's: this one has not begun.

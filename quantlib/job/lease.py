@@ -28,7 +28,7 @@ SCHEMA = 1
 HEARTBEAT_S = 10.0
 SILENCE_S = 60.0
 _LOOK_AGAIN_S = 1.0
-_RELEASE_LIMIT_S = 3.0
+_RELEASE_LIMIT_S = 2.0
 _ATTEMPTS = 3
 
 
@@ -61,6 +61,19 @@ class LeaseRecord:
     def holder(self) -> str:
         """Who and since when, for messages."""
         return f"run {self.run_id} (process {self.pid} on {self.host}) since {self.started}"
+
+
+def new_record() -> LeaseRecord:
+    """This process as a holder, under a new run id."""
+    pid = os.getpid()
+    return LeaseRecord(
+        run_id=uuid.uuid4().hex[:12],
+        host=socket.gethostname(),
+        machine=_machine(),
+        pid=pid,
+        pid_started=_start_of(pid) or 0,
+        started=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
 
 
 def read_lease(store: Store, work: str) -> LeaseRecord | None:
@@ -101,17 +114,23 @@ class Lease:
 
     @classmethod
     def acquire(
-        cls, store: Store, work: str, on_wait: Callable[[LeaseRecord], None] = lambda _: None
+        cls,
+        store: Store,
+        work: str,
+        on_wait: Callable[[LeaseRecord], None] = lambda _: None,
+        record: LeaseRecord | None = None,
     ) -> "Lease":
         """Take the lease, waiting at most `SILENCE_S` seconds to see whether an earlier holder lives.
 
         Args:
             on_wait: Told once whose lease is being watched.
+            record: Who takes it, from `new_record`. A caller that tries again after a failure gives the same
+                one, so as not to wait for the silence of its own first attempt.
 
         Raises:
             LeaseError: Another run holds it and is alive; says who and since when.
         """
-        uri, mine = _uri(work), _new_record()
+        uri, mine = _uri(work), record or new_record()
         # A lease may vanish while it is looked at, when somebody cleans up: then it is free.
         for _ in range(_ATTEMPTS):
             with suppress(ObjectNotFoundError):
@@ -216,18 +235,6 @@ def _watch(store: Store, work: str, info: ObjectInfo) -> None:
 def _is_dead_here(record: LeaseRecord) -> bool:
     """True when the holder was a process of this machine and exists no more."""
     return record.machine == _machine() and _start_of(record.pid) != record.pid_started
-
-
-def _new_record() -> LeaseRecord:
-    pid = os.getpid()
-    return LeaseRecord(
-        run_id=uuid.uuid4().hex[:12],
-        host=socket.gethostname(),
-        machine=_machine(),
-        pid=pid,
-        pid_started=_start_of(pid) or 0,
-        started=datetime.now(UTC).isoformat(timespec="seconds"),
-    )
 
 
 def _machine() -> str:

@@ -96,7 +96,7 @@ def store_record(store: Store, work: str, record: DoneRecord) -> DoneRecord:
     content = json.dumps(_record_to_json(record)).encode()
     if store.put_if_absent(uri, content):
         return record
-    first = _record_from_json(json.loads(store.read(uri)))
+    first = _parsed(store.read(uri), uri)
     if (first.identity, first.sha256) != (record.identity, record.sha256):
         raise PlanMismatchError(
             f"{uri} was recorded by another run with other content; two runs must not share an output",
@@ -130,26 +130,13 @@ def remove_record(store: Store, work: str, unit: str) -> None:
 
 
 def _read_record(store: Store, uri: str, plan: Plan) -> DoneRecord:
-    try:
-        values = json.loads(store.read(uri))
-        schema, identity = values["schema"], values["identity"]
-    except (ValueError, TypeError, KeyError) as error:
+    record = _parsed(store.read(uri), uri)
+    if record.identity != plan.identity():
         raise PlanMismatchError(
-            f"{uri} is no record of a finished unit; remove it to have the unit done again", uri=uri
-        ) from error
-    if schema != RECORD_SCHEMA:
-        raise PlanMismatchError(
-            f"{uri} has schema {schema!r}, this version reads {RECORD_SCHEMA}; finish the job with the"
-            " version that began it, or choose another output",
-            uri=uri,
-        )
-    if identity != plan.identity():
-        raise PlanMismatchError(
-            f"{uri} was written by another plan ({identity[:12]}, this one is {plan.identity()[:12]});"
+            f"{uri} was written by another plan ({record.identity[:12]}, this one is {plan.identity()[:12]});"
             " choose another output, or remove the work prefix to start over",
             uri=uri,
         )
-    record = _record_from_json(values)
     if record.unit != uri_name(uri).removesuffix(".json"):
         raise PlanMismatchError(f"{uri} is the record of another unit, {record.unit}; remove it", uri=uri)
     return record
@@ -163,6 +150,19 @@ def _record_to_json(record: DoneRecord) -> dict[str, Any]:
     return {name: getattr(record, name) for name in DoneRecord.__dataclass_fields__}
 
 
-def _record_from_json(values: Mapping[str, Any]) -> DoneRecord:
-    lists = {name: tuple(values[name]) for name in ("linears", "excluded_rows")}
-    return DoneRecord(**{**values, **lists})
+def _parsed(content: bytes, uri: str) -> DoneRecord:
+    try:
+        values = json.loads(content)
+        schema = values["schema"]
+        if schema == RECORD_SCHEMA:
+            lists = {name: tuple(values[name]) for name in ("linears", "excluded_rows")}
+            return DoneRecord(**{**values, **lists})
+    except (ValueError, TypeError, KeyError) as error:
+        raise PlanMismatchError(
+            f"{uri} is no record of a finished unit; remove it to have the unit done again", uri=uri
+        ) from error
+    raise PlanMismatchError(
+        f"{uri} has schema {schema!r}, this version reads {RECORD_SCHEMA}; finish the job with the"
+        " version that began it, or choose another output",
+        uri=uri,
+    )

@@ -220,6 +220,8 @@ def history_sentences(report: Mapping[str, Any]) -> list[str]:
         found.append(f"Tried again: {stage}, {times} times")
     for renewal in history.get("renewals", ()):
         found.append(f"Workers started anew ({renewal['workers']} of them): {renewal['because']}")
+    if history.get("renewals"):
+        found.append("What lost workers spent and moved is not in the figures: CPU seconds, bytes, memory")
     if aborted := history.get("aborted_uploads"):
         found.append(f"Unfinished uploads of runs that died, given up: {aborted}")
     return found

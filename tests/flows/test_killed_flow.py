@@ -54,10 +54,15 @@ def _command(root: Path, output: Path, **more: Any) -> list[str]:
     return [str(QUANTMILL), "quantize", str(root / "deep"), str(output), *flags]
 
 
-def _start(command: list[str], environment: dict[str, str]) -> subprocess.Popen:
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
+def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
+    with log.open("ab") as stream:
+        return subprocess.Popen(
+            command, env=environment, stdout=stream, stderr=subprocess.STDOUT, start_new_session=True
+        )
+
+
+def _last_lines(log: Path) -> str:
+    return log.read_text(errors="replace")[-3000:]
 
 
 def _records(output: Path) -> int:
@@ -67,10 +72,10 @@ def _records(output: Path) -> int:
 def test_flow_killed_five_times_is_finished_elsewhere_to_the_same_bytes(
     root, expected, prefect_server: PrefectServer, running_nodes: RayNodes, tmp_path
 ):
-    chosen, output = random.Random(SEED), root / "killed"
+    chosen, output, log = random.Random(SEED), root / "killed", tmp_path / "log"
     for number in range(KILLS):
         given = {"ray_address": running_nodes.address, "workers": 1 + number % 2, "checkpoint_every": 3}
-        process = _start(_command(root, output, **given), prefect_server.environment)
+        process = _start(_command(root, output, **given), prefect_server.environment, log)
         # Each start finishes a few units, so that five do not come to the end of 34.
         goal = _records(output) + chosen.randint(1, 2)
         try:
@@ -79,10 +84,10 @@ def test_flow_killed_five_times_is_finished_elsewhere_to_the_same_bytes(
                 _STEPS_S,
                 "a unit",
             )
-            assert process.poll() is None, process.communicate()[1].decode()[-3000:]
+            assert process.poll() is None, _last_lines(log)
         finally:
             os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
+            process.wait()
         assert not (output / "config.json").exists()
     # Another machine: its own Ray, Prefect, home and temporary folder.
     environment = clean_environment(tmp_path / "prefect") | {"HOME": str(tmp_path), "TMPDIR": "/dev/shm"}
@@ -95,17 +100,17 @@ def test_flow_killed_five_times_is_finished_elsewhere_to_the_same_bytes(
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_flow_that_is_cancelled_frees_its_workers_and_can_be_resumed(
-    root, expected, prefect_server: PrefectServer, running_nodes: RayNodes, sent
+    root, expected, prefect_server: PrefectServer, running_nodes: RayNodes, sent, tmp_path
 ):
-    output = root / f"cancelled-{sent.name}"
+    output, log = root / f"cancelled-{sent.name}", tmp_path / "log"
     given = {"ray_address": running_nodes.address, "workers": 2}
-    process = _start(_command(root, output, **given), prefect_server.environment)
+    process = _start(_command(root, output, **given), prefect_server.environment, log)
     try:
         wait_until(lambda: _records(output) >= 2 or process.poll() is not None, _STEPS_S, "two units")
         workers = _worker_pids()
         assert len(workers) >= 2
         os.kill(process.pid, sent)
-        wait_until(lambda: not (_worker_pids() & workers), 10, "freeing the workers")
+        wait_until(lambda: not (_worker_pids() & workers), 10, f"freeing {workers}, {_last_lines(log)}")
         assert process.wait(60) != 0
     finally:
         stop(process)

@@ -65,6 +65,15 @@ def test_lease_that_was_given_back_is_free(store, work):
             refuse_taken_over(store, work, first.run_id)
 
 
+def test_attempt_after_a_failed_one_knows_its_own_lease(store, work):
+    record, watched = lease.new_record(), []
+    # What an attempt leaves whose answer was lost.
+    store.put_if_absent(join_uri(work, "lease.json"), json.dumps(asdict(record)).encode())
+    with Lease.acquire(store, work, watched.append, record) as held:
+        assert held.run_id == record.run_id
+    assert not watched
+
+
 def test_lease_of_a_living_run_is_refused_with_who_and_since_when(store, work, quick):
     with Lease.acquire(store, work) as held:
         found = read_lease(store, work)

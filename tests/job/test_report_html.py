@@ -169,6 +169,7 @@ def test_what_went_wrong_stands_above_the_plots():
         "could not be used: wrong sha256",
         "block 3/5: write, 2 times",
         "anew (3 of them): a worker was lost",
+        "lost workers spent and moved is not in the figures",
         "given up: 4",
     ):
         assert words in warnings

@@ -5,6 +5,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from quantlib.job.activations import newest_checkpoint
 from quantlib.job.conversion import Progress
 from quantlib.job.planner import build_plan
 from quantlib.methods import column_solver
-from quantlib.storage import open_store, ranges
+from quantlib.storage import Store, open_store, ranges
 from quantlib.storage.local_engine import LocalStore
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source
 
@@ -167,6 +168,37 @@ def test_resume_checkpoint_holds_the_streams_themselves(root):
     assert not torch.equal(streams["main"], streams["quantized"])
 
 
+class _DamagesSecondReads:
+    """A store that gives the true bytes of an object once, and zeros from then on."""
+
+    def __init__(self, store):
+        self._store = store
+        self._given = set()
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def read_ranges(self, info, ranges):
+        parts = self._store.read_ranges(info, ranges)
+        is_first = info.uri not in self._given
+        self._given.add(info.uri)
+        return parts if is_first else [bytes(len(part)) for part in parts]
+
+
+def test_resume_takes_streams_out_of_the_bytes_whose_digest_was_checked(root):
+    options = _options(root, "read-once", checkpoint_every=1)
+    _interrupt(options, "block 3/6: capture")
+    plan, _ = build_plan(options, 1)
+    store = open_store(plan.work)
+    checkpoint = newest_checkpoint(store, plan)
+    assert checkpoint is not None
+    for key in checkpoint.cells:
+        damaging = cast(Store, _DamagesSecondReads(store))
+        streams = cell_store.read_cell(damaging, plan.work, checkpoint, key)
+        expected = cell_store.read_cell(store, plan.work, checkpoint, key)
+        assert all(torch.equal(streams[name], expected[name]) for name in expected)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -186,7 +218,10 @@ def test_resume_refuses_a_record_it_does_not_know_by_name(tmp_path, change, word
     assert caught.value.before_work
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}"])
+@pytest.mark.parametrize(
+    "content",
+    ["{", "[]", "{}", '{"schema": 1}', '{"schema": 1, "linears": [], "excluded_rows": [], "strange": 1}'],
+)
 def test_resume_refuses_a_record_that_is_none(tmp_path, content):
     options = tiny_options(tmp_path)
     _interrupt(options, "block 3/3: capture")
