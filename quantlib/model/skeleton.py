@@ -4,8 +4,10 @@ The skeleton holds no weights. It is built from ``config.json`` and the names of
 seconds, whatever the size of the model, and pickles as just those two.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -125,8 +127,15 @@ def load_skeleton(config: Mapping[str, Any], tensor_names: Collection[str]) -> S
         UnsupportedModelError: The model is of an unknown family or lacks a property this tool relies on.
         CheckpointError: ``config.json`` is invalid or a tensor that the model needs is not stored.
 
-    Cost: shapes only, a few MiB of module objects; one forward on the meta device.
+    Cost: shapes only, a few MiB of module objects; one forward on the meta device. Asked for the same model
+        again, as a worker is that plans a job and then works on it, it gives the same object.
     """
+    return _load(json.dumps(config), tuple(tensor_names))
+
+
+@lru_cache(maxsize=1)
+def _load(config_json: str, tensor_names: tuple[str, ...]) -> Skeleton:
+    config = json.loads(config_json)
     opened = open_config(config)
     model = build_meta_model(opened)
     path, blocks = find_blocks(model)
@@ -154,7 +163,7 @@ def load_skeleton(config: Mapping[str, Any], tensor_names: Collection[str]) -> S
             for name, module in model.named_modules()
             if isinstance(module, nn.Linear) and not name.startswith(f"{path}.")
         ),
-        _source=(dict(config), tuple(tensor_names)),
+        _source=(config, tensor_names),
         _model=model,
         _blocks=blocks,
         _specs=specs,
