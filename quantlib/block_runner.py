@@ -112,6 +112,11 @@ class BlockRunner:
         self._begun = self._captured = self._advanced = self._loaded = None
         return {"rows": sum(len(cell.ids_BT) for cell in self._calibration)}
 
+    def abort_uploads(self) -> int:
+        """Give up what lost workers were writing, and tell how many uploads; no living one may be writing."""
+        output, work = self._plan.output, self._plan.work
+        return self._output_store.abort_uploads(output) + self._work_store.abort_uploads(work)
+
     def read(self, names: Sequence[str], num_parts: int = 1) -> dict[str, torch.Tensor]:
         """This worker's part of some source tensors, in their stored dtype, on the CPU.
 

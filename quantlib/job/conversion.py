@@ -250,7 +250,7 @@ def _with_renewals(run: _Run, work: Callable[[], T]) -> T:
             if lost is None:
                 run.submit("open workers", run.crew.open, run.plan, run.lease.run_id).result()
             else:
-                run.call("start workers anew", run.crew.renew)
+                run.history.aborted_uploads += run.call("start workers anew", run.crew.renew)
                 run.history.renewals.append({"because": lost.message, "workers": run.crew.num_workers})
             return work()
         except WorkerLostError as error:

@@ -103,12 +103,17 @@ class Crew:
         handles = [self._transport.submit(w, "open", plan, w, self.num_workers, run_id) for w in workers]
         self._num_rows = sum(self._transport.result(handle)["rows"] for handle in handles)
 
-    def renew(self) -> None:
-        """Start the workers anew after one was lost; what they held is gone, the plan is given again."""
+    def renew(self) -> int:
+        """Start the workers anew after one was lost; what they held is gone, the plan is given again.
+
+        Returns:
+            How many unfinished uploads of the old ones were given up.
+        """
         for kept in (self._sources, self._packed, self._totals, self._exponents):
             kept.clear()
         self._transport.renew()
         self.open(self._opened(), self._run_id)
+        return self._one("abort_uploads")
 
     def check_finished(self, records: Sequence[DoneRecord]) -> tuple[dict[str, DoneRecord], dict[str, str]]:
         """Compare finished shards with their records, the workers sharing them; see `BlockRunner`."""

@@ -17,7 +17,7 @@ class History:
         unusable_checkpoints: What was wrong with checkpoints that were passed over.
         retries: Stage -> how often it was tried again.
         renewals: Why the workers were started anew, and how many there were afterwards.
-        aborted_uploads: Unfinished uploads of runs that died.
+        aborted_uploads: Unfinished uploads of runs and workers that died.
     """
 
     reused_units: list[str] = field(default_factory=list)

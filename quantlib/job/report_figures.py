@@ -223,5 +223,5 @@ def history_sentences(report: Mapping[str, Any]) -> list[str]:
     if history.get("renewals"):
         found.append("What lost workers spent and moved is not in the figures: CPU seconds, bytes, memory")
     if aborted := history.get("aborted_uploads"):
-        found.append(f"Unfinished uploads of runs that died, given up: {aborted}")
+        found.append(f"Unfinished uploads of processes that died, given up: {aborted}")
     return found

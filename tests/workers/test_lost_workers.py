@@ -16,6 +16,7 @@ from quantlib.job import failures
 from quantlib.job.conversion import Progress, convert
 from quantlib.job.crew import Crew
 from quantlib.job.options import JobOptions
+from quantlib.storage.local_files import open_part
 from tests.support.ray_nodes import RayNodes
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source
 from workers import pool as pool_module
@@ -75,6 +76,15 @@ def _at(actions: dict[str, Callable[[WorkerPool], None]]) -> Callable[[WorkerPoo
 
 def _kill(number: int) -> Callable[[WorkerPool], None]:
     return lambda pool: os.kill(_where(pool, number)["pid"], signal.SIGKILL)
+
+
+def _kill_while_it_writes(number: int, options: JobOptions) -> Callable[[WorkerPool], None]:
+    def kill(pool: WorkerPool) -> None:
+        # What a process leaves that dies in the middle of a write.
+        open_part(Path(options.output) / "model-00003-of-00007.safetensors")[1].close()
+        _kill(number)(pool)
+
+    return kill
 
 
 @pytest.mark.parametrize("workers", [3, 5])
@@ -153,7 +163,10 @@ def test_worker_killed_is_replaced_and_the_bytes_are_the_same(
     root, expected, ray_cluster, two_workers, propagation, labels
 ):
     options = _options(root, f"killed-{propagation}", propagation=propagation, checkpoint_every=2)
-    report = _convert(options, two_workers, _at({label: _kill(n % 2) for n, label in enumerate(labels)}))
+    actions = {label: _kill_while_it_writes(n % 2, options) for n, label in enumerate(labels)}
+    report = _convert(options, two_workers, _at(actions))
+    assert report["history"]["aborted_uploads"] == len(labels)
+    assert not list(Path(options.output).rglob("*part"))
     assert shard_digests(Path(options.output)) == expected[propagation]
     history = report["history"]
     assert [renewal["workers"] for renewal in history["renewals"]] == [2] * len(labels)
