@@ -34,6 +34,7 @@ from quantlib.job.publish import publish
 from quantlib.machine import refuse_other_device
 from quantlib.model.skeleton import BlockInputs, Skeleton, load_skeleton, run_block
 from quantlib.packing import FORMATS
+from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
 from quantlib.steps import (
     dequantized_weights,
@@ -459,6 +460,7 @@ class BlockRunner:
             hessian_CC=hessian_CC,
             num_tokens=tokens,
             scale_dtype=self._packer.scale_dtype(next(iter(weights.values())).dtype),
+            solver=SolverSettings.from_options(self._plan.options),
         )
         packed: dict[str, torch.Tensor] = {}
         for name, result in results.items():

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantlib.column_order import activation_order
 from quantlib.errors import NumericsError
 
 DAMPED, MORE_DAMPING, FLOAT64, SHRINKAGE = "damped", "more_damping", "float64_factor", "shrinkage"
@@ -23,6 +24,7 @@ _DAMPING_GROWTH = 4.0
 # In fp64 a buffer of 16384 columns takes 2 GiB.
 _MOST_FLOAT64_COLUMNS = 16384
 _SHRINKAGES = (0.1, 0.5, 0.9)
+_INVERSE_BATCH = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,13 +32,14 @@ class Factor:
     """The factorization of one input group's Hessian.
 
     Shapes:
-        order_C: int64 [C], position -> column. Largest diagonal last; of equal ones the lowest column last.
+        order_C: int64 [C], position -> column; the last position is solved first.
         feedback_CC: [C, C], unit lower triangular, by position: [j, i] with j > i is N_ji, what the error at
             position j (solved earlier) adds to the target at position i.
         pivots_C: [C], the diagonal of R by position.
 
     Attributes:
-        damping_fraction: What was added to the diagonal, as a fraction of its mean over live columns.
+        damping: What was added to the diagonal.
+        damping_fraction: The same as a fraction of the diagonal's mean over live columns.
         num_attempts: Factorizations tried, the successful one included.
         rung: How far down the ladder: ``damped`` (nothing went wrong), ``more_damping``,
             ``float64_factor`` or ``shrinkage``.
@@ -46,6 +49,7 @@ class Factor:
     order_C: torch.Tensor
     feedback_CC: torch.Tensor
     pivots_C: torch.Tensor
+    damping: float
     damping_fraction: float
     num_attempts: int
     rung: str
@@ -70,7 +74,9 @@ def damping_fraction_for(columns: int, num_tokens: int) -> float:
     return min(max(wanted, _LEAST_DAMPING), _MOST_DAMPING)
 
 
-def factor_hessian(hessian_CC: torch.Tensor, *, num_tokens: int) -> Factor | None:
+def factor_hessian(
+    hessian_CC: torch.Tensor, *, num_tokens: int, order_C: torch.Tensor | None = None
+) -> Factor | None:
     """Damp, order and factor a Hessian for error feedback.
 
     The steps when a factorization fails: four times the damping, up to half the mean diagonal; fp64;
@@ -82,6 +88,7 @@ def factor_hessian(hessian_CC: torch.Tensor, *, num_tokens: int) -> Factor | Non
 
     Args:
         num_tokens: Tokens it was summed over; they decide the damping.
+        order_C: int64 [C], position -> column; `activation_order` by default.
 
     Returns:
         The factor in the dtype of ``hessian_CC``; None when every rung failed.
@@ -102,7 +109,8 @@ def factor_hessian(hessian_CC: torch.Tensor, *, num_tokens: int) -> Factor | Non
     # Factored in units of a power of two near the mean: no size of H over- or underflows, and equal problems
     # in other units meet the same bits (the square root of an odd power of two would not be exact).
     unit = 2.0 ** math.frexp(mean_live)[1]
-    order_C = torch.argsort(diagonal_C, descending=True, stable=True).flip(0)
+    if order_C is None:
+        order_C = activation_order(diagonal_C)
     for num_attempts, attempt in enumerate(_ladder(hessian_CC, num_tokens), start=1):
         matrix_CC = _prepared(hessian_CC, order_C, attempt)
         matrix_CC.mul_(1.0 / unit).diagonal().add_(attempt.damping_fraction * mean_live / unit)
@@ -113,12 +121,35 @@ def factor_hessian(hessian_CC: torch.Tensor, *, num_tokens: int) -> Factor | Non
             order_C=order_C,
             feedback_CC=matrix_CC.mT.div_(pivots_C).to(hessian_CC.dtype),
             pivots_C=pivots_C.mul_(math.sqrt(unit)).to(hessian_CC.dtype),
+            damping=attempt.damping_fraction * mean_live,
             damping_fraction=attempt.damping_fraction,
             num_attempts=num_attempts,
             rung=attempt.rung,
             num_dead_columns=int((~is_live_C).sum()),
         )
     return None
+
+
+def inverse_diagonal(factor: Factor) -> torch.Tensor:
+    """The diagonal of the inverse of the damped Hessian, in natural column order.
+
+    Returns:
+        [C], positive, in the dtype of the factor.
+
+    Numerics: with H = L L^T by position, entry i of the diagonal is the squared length of column i of L^-1.
+
+    Cost: C**3 / 3 multiply-adds in batches of columns; memory of such a batch.
+    """
+    columns = len(factor.pivots_C)
+    by_position_C = torch.empty_like(factor.pivots_C)
+    for start in range(0, columns, _INVERSE_BATCH):
+        # Above its own rows a column of the inverse of a lower triangle is zero.
+        below_CC = factor.feedback_CC[start:, start:]
+        unit_CB = torch.eye(len(below_CC), min(_INVERSE_BATCH, columns - start)).to(below_CC)
+        solved_CB = torch.linalg.solve_triangular(below_CC, unit_CB, upper=False, unitriangular=True)
+        solved_CB.div_(factor.pivots_C[start:, None])
+        by_position_C[start : start + _INVERSE_BATCH] = solved_CB.square_().sum(0)
+    return torch.empty_like(by_position_C).index_copy_(0, factor.order_C, by_position_C)
 
 
 def _check(hessian_CC: torch.Tensor, diagonal_C: torch.Tensor) -> None:

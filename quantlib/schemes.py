@@ -53,8 +53,12 @@ class WeightScheme:
 
 
 _NAMED = {
+    "W2A16": (2, True),
+    "W3A16": (3, True),
     "W4A16": (4, True),
     "W8A16": (8, True),
+    "W2A16_ASYM": (2, False),
+    "W3A16_ASYM": (3, False),
     "W4A16_ASYM": (4, False),
     "W8A16_ASYM": (8, False),
 }

@@ -18,6 +18,7 @@ from quantlib.methods.contracts import LinearResult
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
 from quantlib.schemes import WeightScheme
+from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
 
 # fp32 logits held at a time while scoring: many rows make a fast product.
 _LOGITS_BYTES = 64 << 20
@@ -72,6 +73,7 @@ def solve_group(
     hessian_CC: torch.Tensor | None,
     num_tokens: int,
     scale_dtype: torch.dtype,
+    solver: SolverSettings = DEFAULT_SOLVER,
 ) -> dict[str, LinearResult]:
     """Quantize the linears of one input group; those of one method share its factorization.
 
@@ -91,6 +93,7 @@ def solve_group(
             hessian_CC=hessian_CC,
             num_tokens=num_tokens,
             scale_dtype=scale_dtype,
+            solver=solver,
         )
     return results
 

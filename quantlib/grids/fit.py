@@ -19,7 +19,7 @@ from quantlib.schemes import WeightScheme
 # a symmetric group is no longer cut by half a step. Lowest: heavy tails under uneven importance reach down to
 # 0.3 at 4 bit; at 8 bit cutting a tail never pays below 0.9.
 _LARGEST_MULTIPLE = 1.07
-_SMALLEST_MULTIPLE = {4: 0.3, 8: 0.85}
+_SMALLEST_MULTIPLE = {2: 0.3, 3: 0.3, 4: 0.3, 8: 0.85}
 _NUM_COARSE = 16
 # In steps of the coarse search, around its winner.
 _FINE_STEPS = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)

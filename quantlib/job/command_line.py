@@ -195,6 +195,10 @@ def _fill(parser: _Parser, command: Command) -> None:
 def _settings(name: str) -> dict[str, Any]:
     found, option = option_fields()[name]
     default = "" if found.default is None else f" (default: {found.default})"
+    help_text = (option.help + default).replace("%", "%%")
+    if kind_of(found) is bool:
+        yes_or_no = argparse.BooleanOptionalAction
+        return {"action": yes_or_no, "default": argparse.SUPPRESS, "help": help_text}
     metavar = "{" + ",".join(option.choices) + "}" if option.choices else "URI"
     if kind_of(found) is int:
         metavar = "N"
@@ -204,7 +208,7 @@ def _settings(name: str) -> dict[str, Any]:
         "type": kind_of(found),
         "default": argparse.SUPPRESS,
         "metavar": metavar,
-        "help": (option.help + default).replace("%", "%%"),
+        "help": help_text,
     }
 
 

@@ -13,6 +13,7 @@ from quantlib.errors import RecipeError
 from quantlib.job.option_table import REQUIRED, Option, check_value, declare, fields_of
 from quantlib.job.rules import Rule, rule_values, rules_from
 from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW
+from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES
 
 _WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evaluation", "Execution"
 
@@ -57,6 +58,31 @@ class JobOptions:
         "Which activations calibrate block k+1: those of the original or of the quantized blocks.",
         choices=("original", "quantized"),
         in_identity=True,
+    )
+    scale_search: str = declare(
+        "hessian",
+        _HOW,
+        "What a scale is searched for: to cover the extremes, for least squared error, or for least error as"
+        " the calibration text weighs it.",
+        choices=SCALE_SEARCHES,
+        in_identity=True,
+    )
+    column_order: str = declare(
+        "activation",
+        _HOW,
+        "Order in which gptq solves columns; activation takes the strongest inputs first.",
+        choices=COLUMN_ORDERS,
+        in_identity=True,
+    )
+    descent_passes: int = declare(
+        0,
+        _HOW,
+        "Passes of coordinate descent after gptq; each costs about one more solve.",
+        minimum=0,
+        in_identity=True,
+    )
+    refit_scales: bool = declare(
+        False, _HOW, "Fit scales to the codes by least squares after gptq.", in_identity=True
     )
     rules: tuple[Mapping[str, Any], ...] = declare(
         (),

@@ -212,13 +212,14 @@ def _worst(report: Mapping[str, Any]) -> str:
             linear.get("name"),
             linear.get("method"),
             number(linear.get("relative_error")),
+            number(linear.get("predicted_error")),
             number(linear.get("clipped_fraction")),
             number(linear.get("dead_columns")),
             linear.get("fallback"),
         )
         for linear in figures.worst_linears(report, _LISTED)
     ]
-    heads = ("linear", "method", "#relative error", "#clipped", "#dead columns", "fallback")
+    heads = ("linear", "method", "#relative error", "#predicted", "#clipped", "#dead columns", "fallback")
     return _section("Linears with the largest error", _table(heads, rows)) if rows else ""
 
 

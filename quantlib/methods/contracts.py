@@ -13,6 +13,7 @@ import torch
 
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
+from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
 
 # Kinds of `LinearReport.fallback` beside the rungs of `linalg` below the first.
 RTN_NO_TOKENS = "rtn_no_tokens"
@@ -27,6 +28,9 @@ class LinearReport:
         name: Module name.
         method: The method asked for.
         bits: Bits of a code.
+        predicted_error: What rounding should cost, known before a code is chosen: scale**2 / 12 times the
+            factor's pivots squared, summed, over tr(W H W^T); None without a factor. The real error is above
+            it where weights are clipped.
         relative_error: tr(E H E^T) / tr(W H W^T) with E = W - levels and the undamped Hessian; without a
             Hessian |E|**2 / |W|**2.
         damping_fraction: Damping of the factor used, as a fraction of the mean live diagonal; 0 without one.
@@ -42,6 +46,7 @@ class LinearReport:
     name: str
     method: str
     bits: int
+    predicted_error: float | None
     relative_error: float
     damping_fraction: float
     damping_attempts: int
@@ -75,6 +80,7 @@ class Method(Protocol):
         hessian_CC: torch.Tensor | None,
         num_tokens: int,
         scale_dtype: torch.dtype,
+        solver: SolverSettings = DEFAULT_SOLVER,
     ) -> dict[str, LinearResult]:
         """Quantize the linears of one input group.
 
@@ -89,6 +95,7 @@ class Method(Protocol):
             hessian_CC: Second moments of the input.
             num_tokens: Tokens summed in ``hessian_CC``.
             scale_dtype: Dtype in which the output format stores scales.
+            solver: The choices that are left to the method.
 
         Returns:
             Name -> result, in the order of ``weights``.

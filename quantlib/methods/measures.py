@@ -47,10 +47,21 @@ def check_weights(weights: Mapping[str, torch.Tensor], hessian_CC: torch.Tensor 
             )
 
 
+def share(error: float, whole: float) -> float:
+    """A loss as a share of what a weight does altogether; zero for a weight that does nothing."""
+    # Rounding may leave an error of nothing slightly below zero.
+    return max(error, 0.0) / whole if whole > 0 else 0.0
+
+
 def relative_error(
     weight_RC: torch.Tensor, quantized: QuantizedLinear, hessian_CC: torch.Tensor | None
 ) -> float:
-    """tr(E H E^T) / tr(W H W^T); without a Hessian |E|**2 / |W|**2. Zero for a weight that does nothing.
+    """`error_energy` as a share of `weight_energy`."""
+    return share(error_energy(weight_RC, quantized, hessian_CC), weight_energy(weight_RC, hessian_CC))
+
+
+def weight_energy(weight_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> float:
+    """tr(W H W^T); without a Hessian |W|**2.
 
     Shapes:
         weight_RC: fp32 [R, C].
@@ -58,9 +69,17 @@ def relative_error(
 
     Numerics: products in fp32, sums in fp64.
 
-    Cost: 2 * R * C**2 multiply-adds for both traces; temporary memory of a few row tiles.
+    Cost: R * C**2 multiply-adds; temporary memory of a row tile.
     """
-    error_energy = weight_energy = 0.0
+    tiles = weight_RC.split(_TILE_ROWS)
+    return sum(_energy(tile_RC, hessian_CC) for tile_RC in tiles)
+
+
+def error_energy(
+    weight_RC: torch.Tensor, quantized: QuantizedLinear, hessian_CC: torch.Tensor | None
+) -> float:
+    """tr(E H E^T) with E = W - levels; without a Hessian |E|**2. Cost as `weight_energy`."""
+    total = 0.0
     for start in range(0, weight_RC.shape[0], _TILE_ROWS):
         part = slice(start, start + _TILE_ROWS)
         tile = dataclasses.replace(
@@ -69,10 +88,29 @@ def relative_error(
             scale_RG=quantized.scale_RG[part],
             zero_RG=None if quantized.zero_RG is None else quantized.zero_RG[part],
         )
-        weight_energy += _energy(weight_RC[part], hessian_CC)
-        error_energy += _energy(weight_RC[part] - tile.dequantize(), hessian_CC)
-    # Rounding may leave an error of nothing slightly below zero.
-    return max(error_energy, 0.0) / weight_energy if weight_energy > 0 else 0.0
+        total += _energy(weight_RC[part] - tile.dequantize(), hessian_CC)
+    return total
+
+
+def expected_energy(
+    scale_RG: torch.Tensor, pivots_C: torch.Tensor, order_C: torch.Tensor, width: int
+) -> float:
+    """What error feedback should leave of a weight: sum of scale**2 / 12 * pivot**2 over all its entries.
+
+    Without clipping the residuals are uniform within a step (arXiv 2507.18553); known before a code is
+    chosen.
+
+    Shapes:
+        scale_RG: [R, G], any floating dtype.
+        pivots_C: [C], of the damped Hessian's factor, by position.
+        order_C: int64 [C], position -> column.
+
+    Args:
+        width: Columns of a group.
+    """
+    squares_C = torch.zeros_like(pivots_C).index_copy_(0, order_C, pivots_C.square())
+    squares_G = torch.stack([group.sum() for group in squares_C.double().split(width)])
+    return (scale_RG.double().square() @ squares_G).sum().item() / 12.0
 
 
 def _energy(x_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> float:

@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import torch
 
 from quantlib.grids.affine import nearest_codes, with_codes
-from quantlib.grids.fit import search_scales
+from quantlib.grids.fit import fit_to_extremes, search_scales
 from quantlib.methods.contracts import LinearReport, LinearResult
 from quantlib.methods.measures import check_weights, relative_error
 from quantlib.schemes import WeightScheme
+from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
 
 
 def quantize_linears(
@@ -18,10 +19,12 @@ def quantize_linears(
     hessian_CC: torch.Tensor | None = None,
     num_tokens: int = 0,
     scale_dtype: torch.dtype,
+    solver: SolverSettings = DEFAULT_SOLVER,
 ) -> dict[str, LinearResult]:
     """Round the linears of one input group to nearest (see `contracts.Method` for arguments).
 
-    The Hessian does not influence a code; where there is one, the reported error is weighted by it.
+    Scales cover the extremes with ``minmax``; every other search is one for the least squared error. The
+    Hessian does not influence a code; where there is one, the reported error is weighted by it.
     """
     check_weights(weights, hessian_CC)
     return {
@@ -32,6 +35,7 @@ def quantize_linears(
             hessian_CC=hessian_CC,
             num_tokens=num_tokens,
             scale_dtype=scale_dtype,
+            solver=solver,
         )
         for name, weight_RC in weights.items()
     }
@@ -45,15 +49,18 @@ def round_linear(
     hessian_CC: torch.Tensor | None,
     num_tokens: int,
     scale_dtype: torch.dtype,
+    solver: SolverSettings,
 ) -> LinearResult:
     """Round one linear to nearest."""
-    grid = search_scales(weight_RC, scheme, scale_dtype=scale_dtype)
+    fit = fit_to_extremes if solver.scale_search == "minmax" else search_scales
+    grid = fit(weight_RC, scheme, scale_dtype=scale_dtype)
     codes_RC, num_clipped_R = nearest_codes(weight_RC, grid)
     quantized = with_codes(grid, codes_RC)
     report = LinearReport(
         name=name,
         method="rtn",
         bits=scheme.bits,
+        predicted_error=None,
         relative_error=relative_error(weight_RC, quantized, hessian_CC),
         damping_fraction=0.0,
         damping_attempts=0,

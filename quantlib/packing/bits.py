@@ -1,27 +1,36 @@
 """Small unsigned codes in int32 words: the one bit layout all integer formats here share.
 
 Codes follow each other without gaps along one dimension, the first code in the lowest bits of the first
-word. Only widths that divide 8 are packed (2, 4, 8): they fill bytes without crossing one, so a word is its
-four bytes in little-endian order, and every release of every reader agrees on them. Wider gaps between
-conventions open at 3, 5, 6 and 7 bits, which are left out.
+word: read as one long little-endian number, a line is sum(code[i] << bits * i). At 2, 4 and 8 bits no code
+crosses a byte. At 3 bits 8 codes fill 3 bytes and 32 codes 3 words, in which code 10 has its highest bit
+and code 21 its two highest in the word after; this is the layout of GPTQ since its first release and of
+compressed-tensors since June 2026.
 
-The bytes are reinterpreted as words in place, so packing needs no memory beyond its result; it relies on a
-little-endian host, as safetensors files do.
+Left out: 5, 6 and 7 bits, which GPTQ readers know as bit planes only (``gptq_p``), and layouts that leave
+the rest of a word empty (10 codes of 3 bits a word, as compressed-tensors had it before).
+
+A word is its four bytes in little-endian order, so the work is done on bytes, one pass for each byte that a
+code of the repeating pattern touches, and the bytes are reinterpreted as words in place: packing needs one
+copy of the codes beyond its result. It relies on a little-endian host, as safetensors files do.
 """
+
+import math
 
 import torch
 
 from quantlib.errors import PackingError
 
-PACKED_BITS = (2, 4, 8)
+PACKED_BITS = (2, 3, 4, 8)
 BITS_PER_WORD = 32
+_BITS_PER_BYTE = 8
+_BYTES_PER_WORD = 4
 
 
 def num_words(num_codes: int, bits: int) -> int:
     """Words that ``num_codes`` codes of ``bits`` bits take; the last may be partly filled.
 
-    >>> num_words(9, 4)
-    2
+    >>> num_words(9, 4), num_words(32, 3), num_words(33, 3)
+    (2, 3, 4)
     """
     return -(-num_codes * bits // BITS_PER_WORD)
 
@@ -34,7 +43,7 @@ def pack_words(codes: torch.Tensor, *, bits: int, dim: int) -> torch.Tensor:
 
     Args:
         codes: Values 0 .. 2**bits - 1.
-        bits: Width of a code, 2, 4 or 8.
+        bits: Width of a code, 2, 3, 4 or 8.
         dim: 0 or 1, the dimension that becomes words.
 
     Returns:
@@ -44,7 +53,11 @@ def pack_words(codes: torch.Tensor, *, bits: int, dim: int) -> torch.Tensor:
         PackingError: The width is not packed here, the codes are not uint8, or one is out of range (values
             cannot be seen on the meta device).
 
+    Cost: memory: a copy of the codes, the words, and 1 / 8 of the words.
+
     >>> pack_words(torch.arange(8, dtype=torch.uint8)[None], bits=4, dim=1).item() == 0x76543210
+    True
+    >>> pack_words(torch.arange(8, dtype=torch.uint8)[None], bits=3, dim=1).item() == 0o76543210
     True
     """
     _require_packed_bits(bits)
@@ -69,7 +82,7 @@ def unpack_words(words: torch.Tensor, *, bits: int, dim: int, length: int) -> to
 
     Args:
         words: Packed codes.
-        bits: Width of a code, 2, 4 or 8.
+        bits: Width of a code, 2, 3, 4 or 8.
         dim: 0 or 1, the dimension that is packed.
         length: Number of codes along ``dim``.
 
@@ -91,12 +104,8 @@ def unpack_words(words: torch.Tensor, *, bits: int, dim: int, length: int) -> to
         )
     # A copy even where torch calls a one-word line contiguous: its stride would forbid the byte view.
     lines = transposed(words) if dim == 0 else words.clone(memory_format=torch.contiguous_format)
-    packed = lines.view(torch.uint8)
-    if bits < 8:
-        mask = (1 << bits) - 1
-        packed = torch.stack([packed >> shift & mask for shift in range(0, 8, bits)], dim=-1).flatten(1)
-    codes = packed[:, :length]
-    return transposed(codes) if dim == 0 else codes.contiguous()
+    codes = _codes_from_bytes(lines.view(torch.uint8), bits, length)
+    return transposed(codes) if dim == 0 else codes
 
 
 def transposed(matrix: torch.Tensor) -> torch.Tensor:
@@ -104,16 +113,46 @@ def transposed(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
 
+def _pattern(bits: int) -> tuple[int, int]:
+    """Codes, and bytes they fill, after which the layout repeats: (8, 3) at 3 bits, (2, 1) at 4."""
+    common = math.gcd(bits, _BITS_PER_BYTE)
+    return _BITS_PER_BYTE // common, bits // common
+
+
 def _bytes_from_codes(lines: torch.Tensor, bits: int) -> torch.Tensor:
     """Bytes uint8 [lines, whole words * 4] of codes uint8 [lines, length]."""
     num_lines, length = lines.shape
-    padded = lines.new_zeros(num_lines, num_words(length, bits) * BITS_PER_WORD // bits)
+    pattern_codes, pattern_bytes = _pattern(bits)
+    num_bytes = num_words(length, bits) * _BYTES_PER_WORD
+    padded = lines.new_zeros(num_lines, -(-num_bytes // pattern_bytes) * pattern_codes)
     padded[:, :length] = lines
-    codes_per_byte = 8 // bits
-    packed = padded[:, ::codes_per_byte].clone()
-    for i in range(1, codes_per_byte):
-        packed |= padded[:, i::codes_per_byte] << (i * bits)
-    return packed.contiguous()
+    packed = lines.new_zeros(num_lines, num_bytes)
+    for i in range(pattern_codes):
+        byte, shift = divmod(i * bits, _BITS_PER_BYTE)
+        codes = padded[:, i::pattern_codes]
+        target = packed[:, byte::pattern_bytes]
+        # The last word may end within the pattern: what is cut off is padding.
+        target |= codes[:, : target.shape[1]] << shift
+        if shift + bits > _BITS_PER_BYTE:
+            target = packed[:, byte + 1 :: pattern_bytes]
+            target |= codes[:, : target.shape[1]] >> (_BITS_PER_BYTE - shift)
+    return packed
+
+
+def _codes_from_bytes(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:
+    """Codes uint8 [lines, length] of bytes uint8 [lines, at least length * bits / 8]."""
+    pattern_codes, pattern_bytes = _pattern(bits)
+    mask = (1 << bits) - 1
+    codes = packed.new_empty(packed.shape[0], length)
+    for i in range(min(pattern_codes, length)):
+        byte, shift = divmod(i * bits, _BITS_PER_BYTE)
+        target = codes[:, i::pattern_codes]
+        found = packed[:, byte::pattern_bytes][:, : target.shape[1]] >> shift
+        if shift + bits > _BITS_PER_BYTE:
+            above = packed[:, byte + 1 :: pattern_bytes][:, : target.shape[1]]
+            found |= above << (_BITS_PER_BYTE - shift)
+        target.copy_(found.bitwise_and_(mask))
+    return codes
 
 
 def _require_packed_bits(bits: int) -> None:

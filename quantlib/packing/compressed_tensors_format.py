@@ -6,8 +6,12 @@ model's dtype; ``weight_shape`` int64 [2] = (R, C); for asymmetric schemes ``wei
 [ceil(R*b/32), G], packed along the out features. A symmetric linear has no zero point tensor: vLLM refuses
 one. Codes and zero points are unsigned. The level of a code is ``weight_scale * (code - zero)``.
 
-Left out: 3, 5, 6 and 7 bits, whose packing changed in 2026; ``weight_g_idx``; every other compressed-tensors
-format; and biases, which are copied like any other tensor.
+3 bits: codes cross words and nothing is left empty, as compressed-tensors and vLLM have it since June 2026.
+Before, 10 codes were put into a word. ``weight_packed`` then has another width for every row of more than
+150 columns, so that either side refuses the other's file by its shape instead of misreading it.
+
+Left out: 5, 6 and 7 bits; ``weight_g_idx``; ragged last groups, which compressed-tensors and vLLM refuse;
+every other compressed-tensors format; and biases, which are copied like any other tensor.
 
 Source: compressed-tensors 0.20.0, compressors/pack_quantized and quantization/{quant_args,quant_config}.py;
 utils/match.py (how targets and ignore are matched). The package itself is not needed to write or read.
@@ -220,8 +224,8 @@ def _scheme_from_group(group: Mapping[str, Any], default_layout: str | None) -> 
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
     if layout != _LAYOUT or kind != "int" or bits not in PACKED_BITS:
         raise PackingError(
-            f"compressed-tensors checkpoints with {_LAYOUT} integers of 2, 4 or 8 bits are read; got"
-            f" {layout!r}, {kind!r}, {bits!r} bits"
+            f"compressed-tensors checkpoints with {_LAYOUT} integers of"
+            f" {', '.join(map(str, PACKED_BITS))} bits are read; got {layout!r}, {kind!r}, {bits!r} bits"
         )
     if group.get("input_activations") or group.get("output_activations"):
         raise PackingError("compressed-tensors checkpoints with quantized activations are not read")

@@ -1,21 +1,31 @@
-"""The GPTQ layout, read by vLLM, SGLang, GPTQModel, ExLlama and transformers.
+"""The GPTQ layout, read by vLLM, SGLang, GPTQModel, AutoGPTQ, transformers and, at 4 bits, ExLlama.
 
 Per linear (R out features, C in features, G groups along C, b bits, int32 words):
 ``qweight`` int32 [C*b/32, R], codes packed along the in features; ``qzeros`` int32 [G, R*b/32], zero points
 packed along the out features; ``scales`` fp16 [G, R]; ``g_idx`` int32 [C], the group of each column.
-The level of a code is ``scales[g, r] * (code - zero)``.
+The level of a code is ``scales[g, r] * (code - zero)``. Both sides are multiples of 32, so that also at 3
+bits, where fields cross words, every run of 32 fields starts at a word.
 
 Two conventions for zero points are in use. ``checkpoint_format: "gptq"`` stores zero - 1 and readers add 1
 to each field, some without masking: a zero of 0 cannot be said in it. ``"gptq_v2"`` stores the zero.
 Symmetric schemes (zero = 2**(b-1), field 2**(b-1) - 1) are written as "gptq", which everything reads;
-asymmetric ones as "gptq_v2", which is exact for every zero. One checkpoint declares one convention, so
-symmetric and asymmetric schemes cannot be mixed in it.
+asymmetric ones as "gptq_v2", which is exact for every zero, but which SGLang's GPU kernels (end of 2025)
+and vLLM before October 2025 take for "gptq". One checkpoint declares one convention, so symmetric and
+asymmetric schemes cannot be mixed in it.
 
-Left out: ``desc_act`` (columns are stored in their own order, groups are consecutive), ragged last groups,
-asymmetric "gptq" checkpoints of other tools, and biases, which are copied like any other tensor.
+The 3-bit qzeros of "gptq" hold zero - 1 field by field, across word borders: 3 for symmetric, which makes
+the words 0xdb6db6db, 0xb6db6db6, 0x6db6db6d. vLLM, SGLang, AutoGPTQ and GPTQModel (with which transformers
+reads) expect just that. GPTQModel up to the spring of 2026 added three constants to the wrong words: it
+misreads such files (but not "gptq_v2"), and the 3-bit "gptq" files that it wrote hold other zeros for
+everybody else, for which they are refused here.
 
-Source: GPTQModel 7.7, gptqmodel/nn_modules/qlinear/__init__.py; vLLM, quantization/gptq.py and
-utils/gptq_utils.py (how ``dynamic`` is matched).
+Left out: ``desc_act`` (columns are stored in their own order, groups are consecutive); ragged last groups,
+for which the layout has a place and GPTQModel a kernel, but which vLLM and SGLang refuse; asymmetric "gptq"
+checkpoints of other tools; bit planes (``gptq_p``); and biases, which are copied like any other tensor.
+
+Source: GPTQModel 7.7, gptqmodel/nn_modules/qlinear/__init__.py and utils/model.py (conventions); vLLM,
+csrc/quantization/gptq (q_gemm.cu, matrix_view.cuh), quantization/gptq.py and utils/gptq_utils.py (how
+``dynamic`` is matched).
 """
 
 import json
@@ -265,8 +275,8 @@ def _scheme_from_values(values: Mapping[str, Any]) -> WeightScheme:
     is_symmetric = values.get("sym", True)
     if bits not in PACKED_BITS or not isinstance(group_size, int) or not isinstance(is_symmetric, bool):
         raise PackingError(
-            f"gptq checkpoints of 2, 4 or 8 bits are read; got bits {bits!r}, group_size {group_size!r},"
-            f" sym {is_symmetric!r}"
+            f"gptq checkpoints of {', '.join(map(str, PACKED_BITS))} bits are read; got bits {bits!r},"
+            f" group_size {group_size!r}, sym {is_symmetric!r}"
         )
     # Some writers say "format" for the same thing.
     convention = values.get("checkpoint_format") or values.get("format") or _V1

@@ -59,7 +59,8 @@ def test_serve_registers_a_form_with_constraints_texts_and_defaults(served):
     assert schema["required"] == ["params"]
     assert form["required"] == ["source", "output"]
     assert form["additionalProperties"] is False
-    assert form["properties"]["scheme"]["enum"] == ["W4A16", "W8A16", "W4A16_ASYM", "W8A16_ASYM"]
+    names = [f"W{bits}A16{kind}" for kind in ("", "_ASYM") for bits in (2, 3, 4, 8)]
+    assert form["properties"]["scheme"]["enum"] == names
     assert form["properties"]["sequences"]["minimum"] == 1
     assert form["properties"]["sequence_length"]["default"] == 2048
     assert form["properties"]["evaluation"]["description"].startswith("Held-out text")
@@ -77,7 +78,7 @@ def test_serve_registers_a_schedule_that_is_off(served):
     ("wrong", "field"),
     [
         ({"group_size": 5}, "params.group_size"),
-        ({"scheme": "W3A16"}, "params.scheme"),
+        ({"scheme": "W5A16"}, "params.scheme"),
         ({"sequences": 0}, "params.sequences"),
         ({"sequences": "64"}, "params.sequences"),
         ({"source": " "}, "params.source"),

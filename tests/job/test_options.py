@@ -22,6 +22,10 @@ def test_options_from_minimal_request_takes_every_default():
         "method": "rtn",
         "format": "compressed-tensors",
         "propagation": "original",
+        "scale_search": "hessian",
+        "column_order": "activation",
+        "descent_passes": 0,
+        "refit_scales": False,
         "rules": (),
         "calibration": None,
         "evaluation": None,
@@ -52,7 +56,7 @@ def test_options_from_minimal_request_takes_every_default():
         ({"sequences": None}, "sequences must be a whole number, found None"),
         ({"group_size": 4}, "group_size must be at least 8 or -1, found 4"),
         ({"group_size": -2}, "group_size must be at least 8 or -1, found -2"),
-        ({"scheme": "W3A16"}, "scheme must be one of W4A16, W8A16, W4A16_ASYM, W8A16_ASYM, found 'W3A16'"),
+        ({"scheme": "W5A16"}, "scheme must be one of W2A16, W3A16, W4A16, W8A16, W2A16_ASYM"),
         ({"scheme": 4}, "scheme must be text, found 4"),
         ({"scheme": None}, "scheme must be text, found None"),
         ({"device": "tpu"}, "device must be one of cpu, cuda, found 'tpu'"),
@@ -112,13 +116,14 @@ def test_every_option_is_described_and_has_a_known_kind():
     for name, (found, option) in option_fields().items():
         assert option.help.endswith((".", "text")), name
         assert option.section, name
-        assert kind_of(found) in (str, int, tuple), name
+        assert kind_of(found) in (str, int, bool, tuple), name
         assert (found.default is None) == is_optional(found), name
 
 
 def test_identity_holds_what_is_asked_of_the_weights_and_nothing_of_where_and_by_whom():
     kept = {name for name, (_, option) in option_fields().items() if option.in_identity}
-    assert kept == {"scheme", "group_size", "method", "format", "propagation", "rules"}
+    asked = {"scheme", "group_size", "method", "format", "propagation", "rules"}
+    assert kept == asked | {"scale_search", "column_order", "descent_passes", "refit_scales"}
 
 
 def test_options_cannot_be_changed():

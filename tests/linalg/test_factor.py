@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 import torch
 
+from quantlib.column_order import group_aware_order, natural_order
 from quantlib.errors import NumericsError
-from quantlib.linalg import damping_fraction_for, factor_hessian
+from quantlib.linalg import damping_fraction_for, factor_hessian, inverse_diagonal
 from tests.support.reference_solver import correlated_inputs, solve_reference
 
 MANY_TOKENS = 10**9
@@ -189,3 +190,31 @@ def test_hessian_not_finite_raises(value):
 def test_hessian_that_is_no_sum_of_squares_raises(diagonal):
     with pytest.raises(NumericsError, match="sum of squares"):
         factor_hessian(torch.diag(torch.tensor(diagonal)), num_tokens=100)
+
+
+@pytest.mark.parametrize("columns", [1, 70, 300])
+def test_inverse_diagonal_is_that_of_the_inverse(columns):
+    h = hessian(columns, seed=4)
+    factor = factor_hessian(h, num_tokens=MANY_TOKENS)
+    wanted = np.linalg.inv(h.numpy() + factor.damping * np.eye(columns)).diagonal()
+    np.testing.assert_allclose(inverse_diagonal(factor).numpy(), wanted, rtol=1e-8)
+
+
+@pytest.mark.parametrize("order", [natural_order(70), group_aware_order(hessian(70).diagonal(), 16)])
+def test_factor_of_another_order_is_a_factor_of_the_same_matrix(order):
+    h = hessian(70)
+    factor = factor_hessian(h, num_tokens=MANY_TOKENS, order_C=order)
+    assert torch.equal(factor.order_C, order)
+    r, solved = reversed_factor(factor), solve_order(factor)
+    damped = h + factor.damping * torch.eye(70, dtype=torch.float64)
+    torch.testing.assert_close(r @ r.T, damped[solved][:, solved], rtol=1e-12, atol=1e-9)
+    assert torch.equal(r, r.triu())
+
+
+@pytest.mark.parametrize("width", [1, 7, 16, 200])
+def test_group_aware_order_sorts_inside_groups_and_groups_by_their_largest(width):
+    diagonal = torch.randint(0, 9, (100,), generator=torch.Generator().manual_seed(0)).double()
+    groups = [list(range(start, min(start + width, 100))) for start in range(0, 100, width)]
+    groups.sort(key=lambda group: (-max(diagonal[c].item() for c in group), group[0]))
+    wanted = [c for group in groups for c in sorted(group, key=lambda c: (-diagonal[c].item(), c))]
+    assert group_aware_order(diagonal, width).flip(0).tolist() == wanted

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from quantlib.grids.affine import AffineGrid, nearest_codes, with_codes
 from quantlib.grids.fit import fit_to_extremes, search_scales
 from quantlib.linalg import factor_hessian
-from quantlib.methods import column_solver
+from quantlib.methods import column_tile
 from quantlib.methods.column_solver import solve_codes
 from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 from tests.support.reference_solver import correlated_inputs, solve_reference
@@ -131,8 +131,8 @@ def test_solver_column_batch_width_changes_no_code_in_float64(batch, leaf, monke
     grid = search_scales(weight_RC.float(), scheme_from_name("W4A16", 32), scale_dtype=torch.bfloat16)
     factor = factor_hessian(hessian_CC, num_tokens=MANY_TOKENS)
     usual_RC, _ = solve_codes(weight_RC, grid, factor)
-    monkeypatch.setattr(column_solver, "_BATCH_COLUMNS", batch)
-    monkeypatch.setattr(column_solver, "_LEAF_COLUMNS", leaf)
+    monkeypatch.setattr(column_tile, "BATCH_COLUMNS", batch)
+    monkeypatch.setattr(column_tile, "LEAF_COLUMNS", leaf)
     assert torch.equal(solve_codes(weight_RC, grid, factor)[0], usual_RC)
 
 
@@ -145,7 +145,7 @@ def test_solver_rows_do_not_depend_on_their_neighbors(monkeypatch):
         codes_RC, num_clipped_R = solve_codes(weight_RC[part], grid.rows(part), factor)
         assert torch.equal(codes_RC, whole_RC[part])
         assert torch.equal(num_clipped_R, whole_clipped_R[part])
-    monkeypatch.setattr(column_solver, "_CPU_TILE_ROWS", 64)
+    monkeypatch.setattr(column_tile, "_CPU_TILE_ROWS", 64)
     assert torch.equal(solve_codes(weight_RC, grid, factor)[0], whole_RC)
     shuffled = torch.randperm(333, generator=torch.Generator().manual_seed(0))
     assert torch.equal(solve_codes(weight_RC[shuffled], grid.rows(shuffled), factor)[0], whole_RC[shuffled])

@@ -20,7 +20,7 @@ def test_rtn_every_code_is_the_nearest_level(name):
         "w"
     ].quantized
     scale = quantized.scale_RG.double().repeat_interleave(64, 1)[:, :160, None]
-    zero = 8 * 16 ** (scheme.bits == 8)
+    zero = 2 ** (scheme.bits - 1)
     zero = (
         zero
         if quantized.zero_RG is None
@@ -45,6 +45,7 @@ def test_rtn_report_without_hessian_is_unweighted():
         "name": "w",
         "method": "rtn",
         "bits": 4,
+        "predicted_error": None,
         "damping_fraction": 0.0,
         "damping_attempts": 0,
         "tokens": 0,

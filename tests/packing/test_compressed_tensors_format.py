@@ -5,19 +5,27 @@ import json
 import pytest
 import torch
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
 from compressed_tensors.quantization.quant_scheme import preset_name_to_scheme
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from quantlib.errors import PackingError
 from quantlib.packing import compressed_tensors_format
+from quantlib.packing.bits import PACKED_BITS, pack_words, unpack_words
 from quantlib.schemes import WHOLE_ROW, WeightScheme
+from tests.support.big_integers import words_of
 from tests.support.random_linears import random_quantized
 
 NAME = "model.layers.0.mlp.down_proj"
 W4 = WeightScheme(bits=4, is_symmetric=True, group_size=32)
 W4_ASYM = WeightScheme(bits=4, is_symmetric=False, group_size=16)
 W8_ROW = WeightScheme(bits=8, is_symmetric=True, group_size=WHOLE_ROW)
+W3 = WeightScheme(bits=3, is_symmetric=True, group_size=32)
+W3_ASYM = WeightScheme(bits=3, is_symmetric=False, group_size=16)
+W2_ASYM = WeightScheme(bits=2, is_symmetric=False, group_size=64)
 
 
 def upstream_config(block):
@@ -33,10 +41,33 @@ def upstream_levels(tensors, scheme):
     return compressor.decompress(local, parsed.config_groups["group_0"])["weight"]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@settings(deadline=None, max_examples=80)
+@given(
+    bits=st.sampled_from(PACKED_BITS),
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 70),
+    dim=st.sampled_from([0, 1]),
+    seed=st.integers(0, 2**31),
+)
+def test_words_are_those_of_upstream_in_both_directions(bits, rows, columns, dim, seed):
+    # Upstream fails on its own words here: 4-bit codes of one line and less than 9 rows.
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 1 << bits, (rows, columns), generator=generator)
+    signed = (codes - (1 << (bits - 1))).to(torch.int8)
+    theirs = pack_to_int32(signed, bits, packed_dim=dim)
+    ours = pack_words(codes.to(torch.uint8), bits=bits, dim=dim)
+    assert torch.equal(ours, theirs)
+    length = (rows, columns)[dim]
+    assert torch.equal(unpack_words(theirs, bits=bits, dim=dim, length=length), codes.to(torch.uint8))
+    if not (bits == 4 and dim == 0 and rows <= 8):
+        assert torch.equal(unpack_from_int32(ours, bits, codes.shape, packed_dim=dim), signed)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("is_symmetric", [True, False])
 @pytest.mark.parametrize(
-    ("rows", "columns", "group_size"), [(48, 64, 16), (19, 30, 6), (33, 37, WHOLE_ROW), (1, 8, 8)]
+    ("rows", "columns", "group_size"),
+    [(48, 64, 16), (19, 30, 6), (33, 37, WHOLE_ROW), (1, 8, 8), (40, 256, 128)],
 )
 def test_pack_upstream_decompresses_to_the_levels(bits, is_symmetric, rows, columns, group_size):
     scheme = WeightScheme(bits=bits, is_symmetric=is_symmetric, group_size=group_size)
@@ -53,7 +84,7 @@ def test_pack_upstream_rounds_levels_once_to_a_half_precision_scale(dtype):
     assert torch.equal(found, quantized.dequantize().to(dtype))
 
 
-@pytest.mark.parametrize("scheme", [W4, W4_ASYM, W8_ROW])
+@pytest.mark.parametrize("scheme", [W4, W4_ASYM, W8_ROW, W3, W3_ASYM, W2_ASYM])
 def test_unpack_reads_what_upstream_compressed(scheme):
     quantized = random_quantized(48, 64, scheme, scale_dtype=torch.float32)
     parsed = upstream_config(compressed_tensors_format.quantization_config({NAME: scheme}))
@@ -74,6 +105,30 @@ def test_unpack_shape_that_contradicts_the_words_is_refused():
     packed[f"{NAME}.weight_shape"] = torch.tensor([8, 96])
     with pytest.raises(PackingError, match=r"weight_packed must be \(8, 12\)"):
         compressed_tensors_format.unpack(NAME, packed, W4)
+
+
+def test_unpack_three_bit_words_with_gaps_are_refused_by_their_number():
+    quantized = random_quantized(8, 160, W3, scale_dtype=torch.float32)
+    packed = compressed_tensors_format.pack(NAME, quantized)
+    # 10 codes a word, as releases of compressed-tensors before June 2026 packed them.
+    with_gaps = [
+        [words_of(row[i : i + 10], 3)[0] for i in range(0, 160, 10)] for row in quantized.codes_RC.tolist()
+    ]
+    packed[f"{NAME}.weight_packed"] = torch.tensor(with_gaps).to(torch.int32)
+    with pytest.raises(PackingError, match=r"weight_packed must be \(8, 15\), got \(8, 16\)"):
+        compressed_tensors_format.unpack(NAME, packed, W3)
+
+
+def test_ragged_last_group_is_refused_here_because_upstream_refuses_it():
+    with pytest.raises(PackingError, match=r"40 columns, got 32; use -1 \(whole row\)"):
+        compressed_tensors_format.check(NAME, 8, 40, W4)
+    tensors = {
+        f"{NAME}.weight_packed": torch.zeros(8, 5, dtype=torch.int32),
+        f"{NAME}.weight_scale": torch.ones(8, 2),
+        f"{NAME}.weight_shape": torch.tensor([8, 40]),
+    }
+    with pytest.raises(ValueError, match="divis"):
+        upstream_levels(tensors, W4)
 
 
 def test_scale_dtype_is_the_models_own():
@@ -144,7 +199,14 @@ def test_quantization_config_ignores_exactly_the_kept_linears():
 
 
 @pytest.mark.parametrize(
-    ("preset", "bits", "symmetric"), [("W4A16", 4, True), ("W4A16_ASYM", 4, False), ("W8A16", 8, True)]
+    ("preset", "bits", "symmetric"),
+    [
+        ("W2A16", 2, True),
+        ("W3A16", 3, True),
+        ("W4A16", 4, True),
+        ("W4A16_ASYM", 4, False),
+        ("W8A16", 8, True),
+    ],
 )
 def test_scheme_of_reads_what_upstream_writes(preset, bits, symmetric):
     config = QuantizationConfig(
@@ -181,7 +243,10 @@ def test_scheme_of_full_name_wins_over_regex_and_regex_over_class():
 @pytest.mark.parametrize(
     ("block", "message"),
     [
-        ({"format": "pack-quantized", "config_groups": {"a": group(["Linear"], num_bits=3)}}, "3 bits"),
+        (
+            {"format": "pack-quantized", "config_groups": {"a": group(["Linear"], num_bits=5)}},
+            "of 2, 3, 4, 8 bits are read; got .* 5 bits",
+        ),
         ({"format": "pack-quantized", "config_groups": {"a": group(["Linear"], type="float")}}, "float"),
         ({"format": "float-quantized", "config_groups": {"a": group(["Linear"])}}, "float-quantized"),
         (

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quantlib.errors import PackingError
 from quantlib.packing import FORMATS, format_of
-from quantlib.schemes import WHOLE_ROW, WeightScheme
+from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 from tests.support.random_linears import on_meta, random_quantized
 
 NAME = "model.layers.3.mlp.up_proj"
@@ -24,7 +24,7 @@ def quantized_linears(draw, format_name):
     divisors = [size for size in range(1, columns + 1) if columns % size == 0]
     group_size = draw(st.sampled_from([WHOLE_ROW, *divisors]))
     scheme = WeightScheme(
-        bits=draw(st.sampled_from([2, 4, 8])), is_symmetric=draw(st.booleans()), group_size=group_size
+        bits=draw(st.sampled_from([2, 3, 4, 8])), is_symmetric=draw(st.booleans()), group_size=group_size
     )
     model_dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
     scale_dtype = FORMATS[format_name].scale_dtype(model_dtype)
@@ -67,7 +67,18 @@ def test_pack_on_meta_promises_what_pack_makes(format_name, data):
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("bits", [3, 5, 6, 7, 16])
+@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("group_size", [32, 64, 128, WHOLE_ROW])
+def test_every_scheme_at_every_usual_group_size_comes_back(format_name, name, group_size):
+    packer, scheme = FORMATS[format_name], scheme_from_name(name, group_size)
+    quantized = random_quantized(64, 384, scheme, scale_dtype=torch.float16)
+    found = packer.unpack(NAME, packer.pack(NAME, quantized), scheme)
+    assert torch.equal(found.dequantize(), quantized.dequantize())
+    assert packer.scheme_of(packer.quantization_config({NAME: scheme}), NAME) == scheme
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("bits", [1, 5, 6, 7, 16])
 def test_check_bits_with_more_than_one_packing_are_refused(format_name, bits):
     scheme = WeightScheme(bits=bits, is_symmetric=True, group_size=32)
     with pytest.raises(PackingError, match=f"not {bits}"):
@@ -83,8 +94,8 @@ def test_check_group_size_that_leaves_a_rest_names_those_that_fit(format_name, g
     assert caught.value.facts["linear"] == NAME
 
 
-def sound(format_name, is_symmetric=True):
-    scheme = WeightScheme(bits=4, is_symmetric=is_symmetric, group_size=32)
+def sound(is_symmetric=True, bits=4):
+    scheme = WeightScheme(bits=bits, is_symmetric=is_symmetric, group_size=32)
     return random_quantized(32, 64, scheme, scale_dtype=torch.float16)
 
 
@@ -105,14 +116,14 @@ CONTRADICTIONS = {
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("contradiction", CONTRADICTIONS)
 def test_pack_linear_that_contradicts_itself_is_refused(format_name, contradiction):
-    broken = CONTRADICTIONS[contradiction](sound(format_name, is_symmetric=False))
+    broken = CONTRADICTIONS[contradiction](sound(is_symmetric=False))
     with pytest.raises(PackingError):
         FORMATS[format_name].pack(NAME, broken)
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
 def test_pack_symmetric_linear_with_zero_points_is_refused(format_name):
-    quantized = sound(format_name)
+    quantized = sound()
     broken = dataclasses.replace(quantized, zero_RG=torch.full((32, 2), 8, dtype=torch.uint8))
     with pytest.raises(PackingError, match="asymmetric schemes only"):
         FORMATS[format_name].pack(NAME, broken)
@@ -120,8 +131,9 @@ def test_pack_symmetric_linear_with_zero_points_is_refused(format_name):
 
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("is_symmetric", [True, False])
-def test_unpack_with_a_missing_or_cut_tensor_names_it(format_name, is_symmetric):
-    packer, quantized = FORMATS[format_name], sound(format_name, is_symmetric)
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_unpack_with_a_missing_or_cut_tensor_names_it(format_name, is_symmetric, bits):
+    packer, quantized = FORMATS[format_name], sound(is_symmetric, bits)
     packed = packer.pack(NAME, quantized)
     for name in packed:
         without = {n: t for n, t in packed.items() if n != name}

@@ -61,5 +61,8 @@ def test_unpack_golden_bytes_gives_golden_linear(path):
 
 
 def test_golden_folder_covers_both_formats_and_symmetries():
-    seen = {(g["format"], g["scheme"]["is_symmetric"]) for g in (json.loads(p.read_text()) for p in GOLDEN)}
-    assert seen == {(name, symmetric) for name in FORMATS for symmetric in (True, False)}
+    found = [json.loads(path.read_text()) for path in GOLDEN]
+    symmetries = {(golden["format"], golden["scheme"]["is_symmetric"]) for golden in found}
+    assert symmetries == {(name, symmetric) for name in FORMATS for symmetric in (True, False)}
+    widths = {(golden["format"], golden["scheme"]["bits"]) for golden in found}
+    assert widths == {(name, bits) for name in FORMATS for bits in (3, 4, 8)}

@@ -9,6 +9,7 @@ import torch
 from quantlib.errors import PackingError
 from quantlib.packing import gptq_format
 from quantlib.schemes import WHOLE_ROW, WeightScheme
+from tests.support.big_integers import codes_of, words_of
 from tests.support.random_linears import random_quantized
 
 NAME = "model.layers.0.mlp.down_proj"
@@ -17,27 +18,18 @@ W8 = WeightScheme(bits=8, is_symmetric=True, group_size=64)
 
 
 def decoded_levels(tensors, bits, zero_is_shifted):
-    """Levels [out][in] as Python floats, one field at a time, as the layout is defined on paper."""
-    qweight, qzeros = tensors[f"{NAME}.qweight"].tolist(), tensors[f"{NAME}.qzeros"].tolist()
+    """Levels [out][in] as Python floats, as the layout is defined on paper."""
     scales, g_idx = tensors[f"{NAME}.scales"].tolist(), tensors[f"{NAME}.g_idx"].tolist()
-
-    def field(word, position):
-        text = format(word & 0xFFFFFFFF, "032b")[::-1]
-        return int(text[position * bits : (position + 1) * bits][::-1], 2)
-
-    per_word = 32 // bits
-    levels = []
-    for o in range(len(scales[0])):
-        row = []
-        for i, g in enumerate(g_idx):
-            code = field(qweight[i // per_word][o], i % per_word)
-            zero = field(qzeros[g][o // per_word], o % per_word) + int(zero_is_shifted)
-            row.append(scales[g][o] * (code - zero))
-        levels.append(row)
-    return levels
+    codes = [codes_of(words, bits) for words in tensors[f"{NAME}.qweight"].T.tolist()]
+    stored = [codes_of(words, bits) for words in tensors[f"{NAME}.qzeros"].tolist()]
+    shift = int(zero_is_shifted)
+    return [
+        [scales[g][o] * (codes[o][i] - stored[g][o] - shift) for i, g in enumerate(g_idx)]
+        for o in range(len(scales[0]))
+    ]
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("group_size", [32, 48, WHOLE_ROW])
 @pytest.mark.parametrize("is_symmetric", [True, False])
 def test_pack_slow_decoder_finds_the_levels(bits, group_size, is_symmetric):
@@ -59,11 +51,46 @@ def test_pack_asymmetric_zero_of_0_does_not_disturb_its_neighbours():
     assert gptq_format.unpack(NAME, packed, scheme).zero_RG.flatten().tolist() == zeros
 
 
-@pytest.mark.parametrize(("bits", "word"), [(2, 0x55555555), (4, 0x77777777), (8, 0x7F7F7F7F)])
-def test_pack_symmetric_zero_words_are_the_known_ones(bits, word):
+@pytest.mark.parametrize(
+    ("bits", "words"),
+    [
+        (2, [0x55555555]),
+        (3, [0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D]),
+        (4, [0x77777777]),
+        (8, [0x7F7F7F7F]),
+    ],
+)
+def test_pack_symmetric_zero_words_are_the_known_ones(bits, words):
     scheme = WeightScheme(bits=bits, is_symmetric=True, group_size=32)
-    packed = gptq_format.pack(NAME, random_quantized(32, 64, scheme, scale_dtype=torch.float16))
-    assert set(packed[f"{NAME}.qzeros"].flatten().tolist()) == {word}
+    packed = gptq_format.pack(NAME, random_quantized(96, 64, scheme, scale_dtype=torch.float16))
+    repeats = 96 * bits // 32 // len(words)
+    for found in packed[f"{NAME}.qzeros"].tolist():
+        assert [word & 0xFFFFFFFF for word in found] == words * repeats
+
+
+def test_pack_three_bits_have_the_shapes_that_readers_allocate():
+    scheme = WeightScheme(bits=3, is_symmetric=False, group_size=32)
+    quantized = random_quantized(96, 64, scheme, scale_dtype=torch.float16, seed=5)
+    packed = gptq_format.pack(NAME, quantized)
+    assert {name.rpartition(".")[2]: tuple(tensor.shape) for name, tensor in packed.items()} == {
+        "qweight": (64 // 32 * 3, 96),
+        "qzeros": (2, 96 // 32 * 3),
+        "scales": (2, 96),
+        "g_idx": (64,),
+    }
+    for zeros, words in zip(quantized.zero_RG.T.tolist(), packed[f"{NAME}.qzeros"].tolist(), strict=True):
+        assert [word & 0xFFFFFFFF for word in words] == words_of(zeros, 3)
+
+
+def test_unpack_three_bit_zeros_of_a_writer_that_shifted_whole_words_are_refused():
+    scheme = WeightScheme(bits=3, is_symmetric=True, group_size=32)
+    packed = gptq_format.pack(NAME, random_quantized(32, 32, scheme, scale_dtype=torch.float16))
+    # Fields of 4 in three words, less constants that stand in reverse order.
+    ones = words_of([1] * 32, 3)
+    wrong = [(word - one) % 2**32 for word, one in zip(words_of([4] * 32, 3), ones[::-1], strict=True)]
+    packed[f"{NAME}.qzeros"] = torch.tensor([wrong]).to(torch.int32)
+    with pytest.raises(PackingError, match="config says symmetric, but qzeros holds fields 0 to"):
+        gptq_format.unpack(NAME, packed, scheme)
 
 
 def test_unpack_symmetric_zeros_of_either_convention_are_read():
@@ -162,6 +189,7 @@ def test_quantization_config_mixing_symmetries_is_refused():
 FOREIGN = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": False}
 W4_G128 = WeightScheme(bits=4, is_symmetric=True, group_size=128)
 W8_G128 = WeightScheme(bits=8, is_symmetric=True, group_size=128)
+W3_G128 = WeightScheme(bits=3, is_symmetric=True, group_size=128)
 W4_ROW = WeightScheme(bits=4, is_symmetric=True, group_size=WHOLE_ROW)
 W4_ASYM_G128 = WeightScheme(bits=4, is_symmetric=False, group_size=128)
 
@@ -178,6 +206,7 @@ W4_ASYM_G128 = WeightScheme(bits=4, is_symmetric=False, group_size=128)
         ({"modules_in_block_to_quantize": ["proj"]}, NAME, None),
         ({"desc_act": True, "group_size": -1}, NAME, W4_ROW),
         ({"dynamic": {r".*\.down_proj": {"bits": 8}}}, NAME, W8_G128),
+        ({"bits": 3}, NAME, W3_G128),
         ({"dynamic": {r"-:.*\.mlp\..*": {}, r"+:.*": {"bits": 8}}}, NAME, None),
         ({"dynamic": {r"-:down_proj": {}}}, NAME, W4_G128),
         ({"sym": False, "checkpoint_format": "gptq_v2"}, NAME, W4_ASYM_G128),
@@ -190,7 +219,8 @@ def test_scheme_of_reads_blocks_of_other_tools(extra, name, expected):
 @pytest.mark.parametrize(
     ("extra", "message"),
     [
-        ({"bits": 3}, "bits 3"),
+        ({"bits": 5}, "checkpoints of 2, 3, 4, 8 bits are read; got bits 5"),
+        ({"bits": 3, "checkpoint_format": "gptq_p"}, "gptq_p"),
         ({"bits": None}, "bits None"),
         ({"desc_act": True}, "desc_act"),
         ({"sym": False}, "asymmetric"),

@@ -14,6 +14,8 @@ from quantlib.schemes import WHOLE_ROW, WeightScheme
 W4 = WeightScheme(bits=4, is_symmetric=True, group_size=32)
 W4_ASYM = WeightScheme(bits=4, is_symmetric=False, group_size=16)
 W8_ROW = WeightScheme(bits=8, is_symmetric=True, group_size=WHOLE_ROW)
+W3 = WeightScheme(bits=3, is_symmetric=True, group_size=32)
+W2_ASYM = WeightScheme(bits=2, is_symmetric=False, group_size=32)
 
 
 def tiny_llama(is_tied):
@@ -62,7 +64,14 @@ def assigned_schemes(model, assignment):
     if assignment == "mixed":
         by_layer = {"0": W4, "1": W8_ROW, "2": None}
         return {name: by_layer[name.split(".")[2]] for name in names}
-    return dict.fromkeys(names, {"symmetric": W4, "asymmetric": W4_ASYM, "whole_row": W8_ROW}[assignment])
+    schemes = {
+        "symmetric": W4,
+        "asymmetric": W4_ASYM,
+        "whole_row": W8_ROW,
+        "three_bits": W3,
+        "two_bits_asymmetric": W2_ASYM,
+    }
+    return dict.fromkeys(names, schemes[assignment])
 
 
 def write_checkpoint(folder, model, schemes):
@@ -89,7 +98,14 @@ def write_checkpoint(folder, model, schemes):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("assignment", "is_tied"),
-    [("symmetric", True), ("asymmetric", False), ("whole_row", False), ("mixed", True)],
+    [
+        ("symmetric", True),
+        ("asymmetric", False),
+        ("whole_row", False),
+        ("mixed", True),
+        ("three_bits", False),
+        ("two_bits_asymmetric", False),
+    ],
 )
 def test_transformers_logits_equal_those_of_the_dequantized_model(tmp_path, assignment, is_tied):
     original = tiny_llama(is_tied)
@@ -97,7 +113,7 @@ def test_transformers_logits_equal_those_of_the_dequantized_model(tmp_path, assi
     # Loaded without being dequantized, asymmetric files fail in compressed-tensors 0.20, its own too.
     how = (
         {"quantization_config": CompressedTensorsConfig(dequantize=True)}
-        if assignment == "asymmetric"
+        if assignment.endswith("asymmetric")
         else {}
     )
     with torch.no_grad():

@@ -1,0 +1,43 @@
+"""The choices that a solver leaves to the person: how scales are found, in which order, how often again."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+SCALE_SEARCHES = ("minmax", "mse", "hessian", "inverse-hessian")
+COLUMN_ORDERS = ("activation", "natural", "group-aware")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolverSettings:
+    """How codes are chosen where a method leaves a choice; a method without data ignores what needs them.
+
+    Attributes:
+        scale_search: What a group's scale is searched for: ``minmax`` covers the extremes, ``mse`` has the
+            least squared error, ``hessian`` the least weighted by diag(H), ``inverse-hessian`` by
+            1 / diag(H^-1), the cost of an error after the other columns have made up for it.
+        column_order: In which order columns are solved: by falling diagonal of H (``activation``), as they
+            stand (``natural``), or by falling diagonal inside groups and groups by their largest
+            (``group-aware``).
+        descent_passes: Passes of coordinate descent over all columns after the first solve.
+        refits_scales: Whether scales are fitted to the codes by least squares before every such pass, or at
+            the end without one.
+    """
+
+    scale_search: str = "hessian"
+    column_order: str = "activation"
+    descent_passes: int = 0
+    refits_scales: bool = False
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> "SolverSettings":
+        """Of a job's options, by name."""
+        return cls(
+            scale_search=options["scale_search"],
+            column_order=options["column_order"],
+            descent_passes=options["descent_passes"],
+            refits_scales=options["refit_scales"],
+        )
+
+
+DEFAULT_SOLVER = SolverSettings()

@@ -1,0 +1,78 @@
+"""The Hessians of all input groups of a model, gathered once and kept: a file a block.
+
+B sequences, T positions, D hidden, C columns (in features).
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from quantlib.calibration.hessian import add_partial_, exponent_for, hessian_from
+from quantlib.cells import Cell, cut_into_cells
+from quantlib.checkpoint.index import Checkpoint
+from quantlib.checkpoint.reader import read_tensors
+from quantlib.errors import NumericsError
+from quantlib.job.plan import BlockPlan
+from quantlib.model.skeleton import BlockInputs, BlockSpec, Skeleton
+from quantlib.steps import observe_cell
+from quantlib.storage import Store
+
+_CELL_TOKENS = 4096
+
+
+def block_file(folder: Path, index: int) -> Path:
+    """Where the Hessians of a block are."""
+    return folder / f"block-{index:03d}.safetensors"
+
+
+def gather_hessians(
+    store: Store, checkpoint: Checkpoint, skeleton: Skeleton, rows_BT: torch.Tensor, folder: Path
+) -> None:
+    """Write the Hessians of all input groups, a file a block: first linear of a group -> fp32 [C, C].
+
+    The original activations are propagated in fp32, by the steps of a job.
+    """
+    prelude = read_tensors(store, checkpoint, skeleton.prelude_tensors)
+    outer = skeleton.build_outer(prelude, dtype=torch.float32, device="cpu")
+    cells = cut_into_cells(rows_BT, max(1, _CELL_TOKENS // rows_BT.shape[1]))
+    # By rows of the cell: what a block is called with holds for one shape, and the last cell may be smaller.
+    inputs: dict[int, list[BlockInputs]] = {}
+    for cell in cells:
+        hidden_BTD, own_inputs = outer.embed(cell.ids_BT)
+        cell.start(hidden_BTD, compares=False)
+        inputs.setdefault(len(cell.ids_BT), own_inputs)
+    for index in range(skeleton.num_blocks):
+        spec = skeleton.block_spec(index)
+        tensors = read_tensors(store, checkpoint, spec.tensors)
+        block = skeleton.build_block(index, tensors, dtype=torch.float32, device="cpu")
+        partial = folder / "partial"
+        save_file(_observed(block, spec, cells, {rows: own[index] for rows, own in inputs.items()}), partial)
+        partial.rename(block_file(folder, index))
+
+
+def _observed(
+    block: torch.nn.Module, spec: BlockSpec, cells: Sequence[Cell], inputs: Mapping[int, BlockInputs]
+) -> dict[str, torch.Tensor]:
+    """The Hessians of a block; every cell's stream moves through it."""
+    kept = {field: getattr(spec, field) for field in ("index", "prefix", "tensors", "input_groups")}
+    plan, totals, exponents = BlockPlan(**kept, linears=()), [], []
+    for cell in cells:
+        assert cell.main is not None
+        own_inputs = inputs[len(cell.ids_BT)]
+        output_BTD, observed, left_out = observe_cell(block, plan, cell.main.hidden_BTD, own_inputs, ())
+        if left_out:
+            raise NumericsError(
+                f"{spec.prefix}: rows {sorted(left_out)} of calibration cell {cell.number} have activations"
+                " that are not finite; compare variants on other text or another model"
+            )
+        grams = [gram_CC for gram_CC in observed.grams if gram_CC is not None]
+        if not totals:
+            exponents = [exponent_for(float(gram_CC.diagonal().max()), len(cells)) for gram_CC in grams]
+            totals = [torch.zeros(gram_CC.shape, dtype=torch.int64) for gram_CC in grams]
+        for total_CC, gram_CC, exponent in zip(totals, grams, exponents, strict=True):
+            add_partial_(total_CC, gram_CC, exponent)
+        cell.main.place(output_BTD, spec.index + 1)
+    sums = zip(spec.input_groups, totals, exponents, strict=True)
+    return {group[0]: hessian_from(total_CC, exponent) for group, total_CC, exponent in sums}
