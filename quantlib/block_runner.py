@@ -9,6 +9,7 @@ import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -16,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlib.calibration.hessian import add_partial_, add_total_, exponent_for, hessian_from
+from quantlib.calibration.hessian import add_partial_, add_total_, cross_from, exponent_for, hessian_from
 from quantlib.cell_store import read_cell, write_cell
-from quantlib.cells import Cell, cut_into_cells
+from quantlib.cells import Cell, Stream, cut_into_cells
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.writer import write_shard
@@ -39,6 +40,7 @@ from quantlib.stage_clock import StageClock
 from quantlib.steps import (
     dequantized_weights,
     observe_cell,
+    record_inputs,
     report_rows,
     score_streams,
     solve_group,
@@ -64,7 +66,7 @@ class BlockRunner:
         self._prepared: planner.Prepared | None = None
         self._excluded: set[int] = set()
         self._inputs: dict[tuple[int, ...], list[BlockInputs]] = {}
-        self._begun: tuple[int, Any] | None = None
+        self._begun: tuple[int, _Observed] | None = None
         self._captured: tuple[int, dict[str, Any]] | None = None
         self._advanced: tuple[int, dict[int, dict[str, float]]] | None = None
         self._loaded: tuple[int, nn.Module, Tensors] | None = None
@@ -102,6 +104,7 @@ class BlockRunner:
         self._device = torch.device("cuda" if plan.device_kind.startswith("cuda") else "cpu")
         self._dtype: torch.dtype = getattr(torch, plan.compute_dtype)
         self._packer = FORMATS[plan.options["format"]]
+        self._corrects: bool = plan.options["correct_targets"]
         engine = plan.options["storage_engine"]
         self._source_store = open_store(plan.source, engine)
         self._output_store = open_store(plan.output, engine)
@@ -161,10 +164,11 @@ class BlockRunner:
         """Turn this worker's token cells into the inputs of block 0."""
         with self._clock.computing("embed"), torch.inference_mode():
             outer = self._skeleton.build_outer(_merged(parts), dtype=self._dtype, device=self._device)
-            for cells, compares in ((self._calibration, False), (self._evaluation, True)):
+            for cells, is_evaluation in ((self._calibration, False), (self._evaluation, True)):
                 for cell in cells:
                     hidden_BTD, inputs = outer.embed(cell.ids_BT.to(self._device))
-                    cell.start(hidden_BTD, compares=compares)
+                    has_reference = self._corrects and not is_evaluation
+                    cell.start(hidden_BTD, compares=is_evaluation, has_reference=has_reference)
                     self._inputs.setdefault(tuple(cell.ids_BT.shape), inputs)
 
     def activation_bytes(self) -> int:
@@ -229,7 +233,8 @@ class BlockRunner:
             if self._calibration[0].number != 0:
                 return {"exponents": None}
             num_cells = -(-self._plan.options["sequences"] // self._plan.sequences_per_cell)
-            peaks = [float(gram.diagonal().max()) for gram in observed[1].grams]
+            peaks = [float(gram.diagonal().max()) for gram in observed.grams]
+            peaks += [float(cross.abs().max()) for cross in observed.crosses]
             return {"exponents": [exponent_for(peak, num_cells) for peak in peaks]}
 
     def capture(self, block: int, exponents: Sequence[int]) -> dict[str, Any]:
@@ -241,17 +246,20 @@ class BlockRunner:
             return self._captured[1]
         with self._clock.computing("capture"), torch.inference_mode():
             columns = self._group_columns(block)
+            num_groups = len(columns)
+            if self._corrects:
+                columns = columns * 2
             totals = [torch.zeros(c, c, dtype=torch.int64, device=self._device) for c in columns]
             tokens = 0
             for cell in self._calibration:
-                output_BTD, statistics, left_out = self._observed(block, cell)
-                for total, gram, exponent in zip(totals, statistics.grams, exponents, strict=True):
-                    add_partial_(total, gram, exponent)
-                self._excluded |= {cell.first_row + row for row in left_out}
-                tokens += statistics.num_tokens
-                if self._plan.options["propagation"] == "original":
-                    assert cell.main is not None
-                    cell.main.move(block, lambda _, moved=output_BTD: moved)
+                observed = self._observed(block, cell)
+                sums = [*observed.grams, *observed.crosses]
+                for number, (total, partial_CC) in enumerate(zip(totals, sums, strict=True)):
+                    add_partial_(total, partial_CC, exponents[number], is_whole=number >= num_groups)
+                self._excluded |= {cell.first_row + row for row in observed.left_out}
+                tokens += observed.num_tokens
+                if observed.followed_BTD is not None:
+                    _followed_stream(cell).move(block, lambda _, moved=observed.followed_BTD: moved)
             self._move(self._block(block)[1], block, self._evaluation)
             shared = {group: self._share(total.cpu()) for group, total in enumerate(totals)}
             captured = {"totals": shared, "tokens": tokens, "excluded": sorted(self._excluded)}
@@ -261,8 +269,13 @@ class BlockRunner:
     def forward(self, block: int) -> None:
         """Move the original streams through a block without statistics."""
         with self._clock.computing("forward"), torch.inference_mode():
-            follow = self._calibration if self._plan.options["propagation"] == "original" else []
-            self._move(self._block(block)[1], block, [*follow, *self._evaluation])
+            module = self._block(block)[1]
+            if self._corrects or self._plan.options["propagation"] == "original":
+                for cell in self._calibration:
+                    self._refuse_if_stopped()
+                    run = partial(run_block, module, block_inputs=self._inputs_of(cell, block))
+                    _followed_stream(cell).move(block, run)
+            self._move(module, block, self._evaluation)
 
     def solve(
         self, block: int, groups: Sequence[int], statistics: Sequence[Sequence[Any]], tokens: int
@@ -270,7 +283,8 @@ class BlockRunner:
         """Quantize and pack some input groups of the loaded block.
 
         Args:
-            statistics: For each group its int64 partial sums (none without data) and their exponent.
+            statistics: For each group its int64 partial sums (none without data) and their exponent; where
+                targets are corrected also those of the products with the reference stream.
             tokens: Calibration tokens behind the sums.
         """
         with self._clock.computing("solve"), torch.inference_mode():
@@ -278,12 +292,15 @@ class BlockRunner:
             tensors = self._block(block)[2]
             packed: dict[str, torch.Tensor] = {}
             rows: list[dict[str, Any]] = []
-            for group, (totals, exponent) in zip(groups, statistics, strict=True):
+            for group, (totals, exponent, *crosses) in zip(groups, statistics, strict=True):
                 self._refuse_if_stopped()
-                hessian_CC = None
+                hessian_CC = cross_CC = None
                 if totals:
-                    hessian_CC = self._hessian(totals, exponent)
-                done = self._solve(plan, plan.input_groups[group], tensors, hessian_CC, tokens)
+                    hessian_CC = hessian_from(self._total(totals, exponent), exponent)
+                if crosses:
+                    partials, its_exponent = crosses
+                    cross_CC = cross_from(self._total(partials, its_exponent, is_whole=True), its_exponent)
+                done = self._solve(plan, plan.input_groups[group], tensors, (hessian_CC, cross_CC), tokens)
                 packed |= done[0]
                 rows += done[1]
             return {"packed": self._share(packed), "linears": rows}
@@ -369,7 +386,7 @@ class BlockRunner:
             block = self._plan.blocks[unit.block]
             with self._clock.computing("solve"), torch.inference_mode():
                 for group in block.input_groups:
-                    packed, reports = self._solve(block, group, tensors, None, 0)
+                    packed, reports = self._solve(block, group, tensors, (None, None), 0)
                     tensors |= packed
                     rows += reports
         return self.write(unit_name, [tensors], rows)
@@ -415,15 +432,30 @@ class BlockRunner:
         if self._stopped.is_set():
             raise WorkerError("the job was stopped; the same command continues it")
 
-    def _observe(self, block: int, cell: Cell) -> Any:
+    def _observe(self, block: int, cell: Cell) -> "_Observed":
         self._refuse_if_stopped()
         assert cell.main is not None and cell.main.position == block
         excluded = {row - cell.first_row for row in self._excluded} & set(range(len(cell.ids_BT)))
         inputs = self._inputs_of(cell, block)
         plan, module = self._plan.blocks[block], self._block(block)[1]
-        return observe_cell(module, plan, cell.main.hidden_BTD, inputs, excluded)
+        followed_BTD, references = None, []
+        if self._corrects:
+            assert cell.reference is not None and cell.reference.position == block
+            followed_BTD, references = record_inputs(module, plan, cell.reference.hidden_BTD, inputs)
+        output_BTD, statistics, left_out = observe_cell(
+            module, plan, cell.main.hidden_BTD, inputs, excluded, references
+        )
+        if self._plan.options["propagation"] == "original":
+            followed_BTD = output_BTD
+        return _Observed(
+            grams=[gram for gram in statistics.grams if gram is not None],
+            crosses=statistics.crosses,
+            num_tokens=statistics.num_tokens,
+            left_out=left_out,
+            followed_BTD=followed_BTD,
+        )
 
-    def _observed(self, block: int, cell: Cell) -> Any:
+    def _observed(self, block: int, cell: Cell) -> "_Observed":
         if self._begun is not None and self._begun[0] == block and cell is self._calibration[0]:
             observed, self._begun = self._begun[1], None
             return observed
@@ -435,29 +467,33 @@ class BlockRunner:
             assert cell.main is not None
             cell.main.move(block, partial(run_block, module, block_inputs=self._inputs_of(cell, block)))
 
-    def _hessian(self, totals: Sequence[torch.Tensor], exponent: int) -> torch.Tensor:
-        """The sum over all workers, fp32 [C, C]; their totals may be mapped read-only and are not changed."""
+    def _total(
+        self, totals: Sequence[torch.Tensor], exponent: int, *, is_whole: bool = False
+    ) -> torch.Tensor:
+        """The sum over all workers, int64 [C, C]; what they gave may be mapped read-only and stays."""
         total_CC = totals[0].to(self._device)
         if len(totals) > 1:
             total_CC = total_CC.clone()
         for other_CC in totals[1:]:
-            add_total_(total_CC, other_CC.to(self._device), exponent)
-        return hessian_from(total_CC, exponent)
+            add_total_(total_CC, other_CC.to(self._device), exponent, is_whole=is_whole)
+        return total_CC
 
     def _solve(
         self,
         block: BlockPlan,
         group: Sequence[str],
         tensors: Tensors,
-        hessian_CC: torch.Tensor | None,
+        moments: tuple[torch.Tensor | None, torch.Tensor | None],
         tokens: int,
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        hessian_CC, cross_CC = moments
         linears = [linear for linear in block.linears if linear.name in group]
         weights = {name: tensors[f"{name}.weight"] for name in group}
         results = solve_group(
             {name: weight.to(self._device) for name, weight in weights.items()},
             linears,
             hessian_CC=hessian_CC,
+            cross_CC=cross_CC,
             num_tokens=tokens,
             scale_dtype=self._packer.scale_dtype(next(iter(weights.values())).dtype),
             solver=SolverSettings.from_options(self._plan.options),
@@ -478,6 +514,32 @@ class BlockRunner:
         plan = self._plan.blocks[block]
         columns = {linear.name: linear.columns for linear in plan.linears}
         return [columns[group[0]] for group in plan.input_groups]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Observed:
+    """What one forward of a calibration cell gave.
+
+    Attributes:
+        grams: X^T X of every input group.
+        crosses: X_ref^T X of every input group, where targets are corrected.
+        num_tokens: Tokens counted.
+        left_out: Rows of the cell that are not finite.
+        followed_BTD: Where the stream that follows the original blocks has come to, if the cell has one.
+    """
+
+    grams: list[torch.Tensor]
+    crosses: list[torch.Tensor]
+    num_tokens: int
+    left_out: set[int]
+    followed_BTD: torch.Tensor | None
+
+
+def _followed_stream(cell: Cell) -> Stream:
+    """The stream of a calibration cell that follows the original blocks."""
+    stream = cell.reference or cell.main
+    assert stream is not None
+    return stream
 
 
 def _merged(parts: Sequence[Tensors]) -> dict[str, torch.Tensor]:

@@ -45,6 +45,7 @@ class Cell:
         ids_BT: Token ids, int32.
         main: The stream that calibrates, or of an evaluation cell the original stream.
         quantized: The other stream of an evaluation cell.
+        reference: The original stream of a calibration cell whose main stream is the quantized one.
     """
 
     number: int
@@ -52,21 +53,24 @@ class Cell:
     ids_BT: torch.Tensor
     main: Stream | None = None
     quantized: Stream | None = None
+    reference: Stream | None = None
 
-    def start(self, hidden_BTD: torch.Tensor, *, compares: bool) -> None:
+    def start(self, hidden_BTD: torch.Tensor, *, compares: bool, has_reference: bool = False) -> None:
         """Stand before block 0.
 
         Args:
             hidden_BTD: Its input.
             compares: Whether a second, quantized stream runs beside the first.
+            has_reference: Whether a second, original stream does.
         """
         self.main = Stream(hidden_BTD)
         self.quantized = Stream(hidden_BTD) if compares else None
+        self.reference = Stream(hidden_BTD) if has_reference else None
 
     @property
     def named_streams(self) -> list[tuple[str, Stream]]:
-        """All its streams: ``main``, and ``quantized`` where there is one."""
-        named = (("main", self.main), ("quantized", self.quantized))
+        """All its streams: ``main``, and ``quantized`` and ``reference`` where they are."""
+        named = (("main", self.main), ("quantized", self.quantized), ("reference", self.reference))
         return [(name, stream) for name, stream in named if stream is not None]
 
     @property

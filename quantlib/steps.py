@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlib.calibration.capture import InputObserver, InputStatistics
+from quantlib.calibration.capture import InputObserver, InputRecorder, InputStatistics
 from quantlib.errors import NumericsError
 from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.methods import METHODS
@@ -34,11 +34,14 @@ def observe_cell(
     hidden_BTD: torch.Tensor,
     inputs: BlockInputs,
     excluded: Collection[int],
+    references: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, InputStatistics, set[int]]:
     """One forward of a cell that gathers the statistics of every input group.
 
     Args:
         excluded: Rows of the cell left out so far.
+        references: What the groups read in the reference stream, from `record_inputs`; gives the products of
+            both streams' inputs too.
 
     Returns:
         The block's output [B, T, D], the statistics, and the rows left out now. When a row turns out to
@@ -47,10 +50,11 @@ def observe_cell(
     Raises:
         NumericsError: Finite inputs whose squares overflow fp32; no row can be blamed.
     """
-    leaders = [group[0].removeprefix(plan.prefix + ".") for group in plan.input_groups]
-    excluded = set(excluded)
+    rows, excluded = hidden_BTD.shape[0], set(excluded)
     while True:
-        with InputObserver(block, leaders, num_rows=hidden_BTD.shape[0], left_out=excluded) as observer:
+        with InputObserver(
+            block, _leaders(plan), num_rows=rows, left_out=excluded, references=references
+        ) as observer:
             output_BTD = run_block(block, hidden_BTD, inputs)
         statistics = observer.statistics
         if statistics.bad_rows:
@@ -66,11 +70,26 @@ def observe_cell(
         return output_BTD, statistics, excluded
 
 
+def record_inputs(
+    block: nn.Module, plan: BlockPlan, hidden_BTD: torch.Tensor, inputs: BlockInputs
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """One forward of a cell: the block's output [B, T, D], and what every input group read, [B, T, C]."""
+    with InputRecorder(block, _leaders(plan)) as recorder:
+        output_BTD = run_block(block, hidden_BTD, inputs)
+    return output_BTD, recorder.inputs
+
+
+def _leaders(plan: BlockPlan) -> list[str]:
+    """One linear of every input group, named relative to the block."""
+    return [group[0].removeprefix(plan.prefix + ".") for group in plan.input_groups]
+
+
 def solve_group(
     weights: Mapping[str, torch.Tensor],
     linears: Sequence[LinearPlan],
     *,
     hessian_CC: torch.Tensor | None,
+    cross_CC: torch.Tensor | None = None,
     num_tokens: int,
     scale_dtype: torch.dtype,
     solver: SolverSettings = DEFAULT_SOLVER,
@@ -80,6 +99,7 @@ def solve_group(
     Args:
         weights: Linear name -> [R, C], any floating dtype.
         hessian_CC: fp32 [C, C] sum of x x^T; None for methods without data.
+        cross_CC: fp32 [C, C] sum of x_ref x^T, where targets are to be corrected.
     """
     results: dict[str, LinearResult] = {}
     for method in sorted({linear.method for linear in linears if linear.method}):
@@ -91,6 +111,7 @@ def solve_group(
             {name: weights[name].float() for name in schemes},
             schemes,
             hessian_CC=hessian_CC,
+            cross_CC=cross_CC,
             num_tokens=num_tokens,
             scale_dtype=scale_dtype,
             solver=solver,

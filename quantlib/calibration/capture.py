@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from quantlib.calibration.hessian import gram_lower
+from quantlib.calibration.hessian import cross_product, gram_lower
 
 
 @dataclass(slots=True)
@@ -18,12 +18,14 @@ class InputStatistics:
 
     Attributes:
         grams: One fp32 [C, C] a group, lower triangle valid; None for a group that was not reached.
+        crosses: X_ref^T X of every group, fp32 [C, C], where there is a reference; otherwise empty.
         num_tokens: Tokens counted.
         bad_rows: Sequences of the cell in which some group saw a NaN or an infinity. When there are any,
             the grams are worthless and the cell is to be run again without these rows.
     """
 
     grams: list[torch.Tensor | None]
+    crosses: list[torch.Tensor] = field(default_factory=list)
     num_tokens: int = 0
     bad_rows: set[int] = field(default_factory=set)
 
@@ -36,14 +38,24 @@ class InputObserver:
         leaders: One linear a group, named relative to the block; all of a group read the same tensor.
         num_rows: Sequences in the cell.
         left_out: Sequences that are not to be counted.
+        references: For each group what it read in the reference stream, [B, T, C].
     """
 
     def __init__(
-        self, block: nn.Module, leaders: Sequence[str], *, num_rows: int, left_out: Collection[int]
+        self,
+        block: nn.Module,
+        leaders: Sequence[str],
+        *,
+        num_rows: int,
+        left_out: Collection[int],
+        references: Sequence[torch.Tensor] = (),
     ) -> None:
         self._kept = torch.tensor([row for row in range(num_rows) if row not in left_out], dtype=torch.long)
         self._num_rows = num_rows
-        self.statistics = InputStatistics(grams=[None] * len(leaders))
+        self._references = references
+        self.statistics = InputStatistics(
+            grams=[None] * len(leaders), crosses=[torch.empty(0) for _ in references]
+        )
         self._hooks = [
             block.get_submodule(name).register_forward_pre_hook(self._hook_for(group))
             for group, name in enumerate(leaders)
@@ -63,11 +75,8 @@ class InputObserver:
         return observe
 
     def _observe(self, group: int, x: torch.Tensor) -> None:
-        columns = x.shape[-1]
-        x_BTC = x.reshape(self._num_rows, -1, columns)
-        if len(self._kept) < self._num_rows:
-            x_BTC = x_BTC[self._kept.to(x.device)]
-        x_NC = x_BTC.reshape(-1, columns)
+        x_BTC = self._counted(x)
+        x_NC = x_BTC.flatten(0, 1)
         gram_CC = gram_lower(x_NC)
         # A non-finite input shows in the sum of squares of its column: no second pass over the tokens.
         if not torch.isfinite(gram_CC.diagonal()).all():
@@ -75,3 +84,41 @@ class InputObserver:
             self.statistics.bad_rows |= set(self._kept[~finite_B].tolist())
         self.statistics.grams[group] = gram_CC
         self.statistics.num_tokens = x_NC.shape[0]
+        if self._references:
+            reference_BTC = self._counted(self._references[group])
+            finite_B = torch.isfinite(reference_BTC).flatten(1).all(dim=1).cpu()
+            self.statistics.bad_rows |= set(self._kept[~finite_B].tolist())
+            self.statistics.crosses[group] = cross_product(reference_BTC.flatten(0, 1), x_NC)
+
+    def _counted(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, C] without the sequences that are left out."""
+        x_BTC = x.reshape(self._num_rows, -1, x.shape[-1])
+        return x_BTC[self._kept.to(x.device)] if len(self._kept) < self._num_rows else x_BTC
+
+
+class InputRecorder:
+    """Keeps the inputs of a block's groups during one forward pass.
+
+    Attributes:
+        inputs: What each group's leader read.
+    """
+
+    def __init__(self, block: nn.Module, leaders: Sequence[str]) -> None:
+        self.inputs: list[torch.Tensor] = [torch.empty(0)] * len(leaders)
+        self._hooks = [
+            block.get_submodule(name).register_forward_pre_hook(self._hook_for(group))
+            for group, name in enumerate(leaders)
+        ]
+
+    def __enter__(self) -> "InputRecorder":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook_for(self, group: int):  # noqa: ANN202 - the type is torch's own
+        def record(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            self.inputs[group] = arguments[0]
+
+        return record

@@ -4,8 +4,8 @@ C columns (in features), N tokens of one cell. A cell's partial sum X^T X is a f
 an int64 fixed-point total, whose exponent the first cell decides: integer addition has no order, so any
 number of workers, any assignment of cells and any repetition after a fault end in the same total.
 
-Only the lower triangle is computed and summed, in panels of rows; what a total holds above the diagonal is
-not read by anyone.
+Of X^T X only the lower triangle is computed and summed, in panels of rows; what a total holds above the
+diagonal is not read by anyone. The product of two streams' inputs, X_ref^T X, is summed whole, likewise.
 """
 
 import math
@@ -52,6 +52,13 @@ def gram_lower(x_NC: torch.Tensor) -> torch.Tensor:
     return gram_CC
 
 
+def cross_product(reference_NC: torch.Tensor, x_NC: torch.Tensor) -> torch.Tensor:
+    """X_ref^T X of one cell, whole: fp32 [C, C]; otherwise as `gram_lower`."""
+    if x_NC.dtype == torch.float32 or x_NC.device.type == "cpu":
+        return torch.mm(reference_NC.float().T, x_NC.float())
+    return torch.mm(reference_NC.T, x_NC, out_dtype=torch.float32)
+
+
 def exponent_for(max_diagonal: float, num_cells: int) -> int:
     """How many bits below 1 the fixed-point total keeps.
 
@@ -74,7 +81,9 @@ def exponent_for(max_diagonal: float, num_cells: int) -> int:
     return _TOTAL_BITS - math.ceil(math.log2(num_cells)) - _HEADROOM_BITS - diagonal_bits
 
 
-def add_partial_(total_CC: torch.Tensor, partial_CC: torch.Tensor, exponent: int) -> None:
+def add_partial_(
+    total_CC: torch.Tensor, partial_CC: torch.Tensor, exponent: int, *, is_whole: bool = False
+) -> None:
     """Add one cell's partial sum to a fixed-point total, in place.
 
     Shapes:
@@ -83,6 +92,7 @@ def add_partial_(total_CC: torch.Tensor, partial_CC: torch.Tensor, exponent: int
 
     Args:
         exponent: From `exponent_for`; the same for every cell of a sum.
+        is_whole: Both triangles count: the sum is one of `cross_product`.
 
     Raises:
         NumericsError: An entry of the partial sum is not finite, or the total leaves its range.
@@ -93,7 +103,8 @@ def add_partial_(total_CC: torch.Tensor, partial_CC: torch.Tensor, exponent: int
     """
     scale = 2.0**exponent
     for start, end in _panels(total_CC.shape[0]):
-        scaled_PC = partial_CC[start:end, :end].double().mul_(scale)
+        total_PC = total_CC[start:end] if is_whole else total_CC[start:end, :end]
+        scaled_PC = partial_CC[start:end, : total_PC.shape[1]].double().mul_(scale)
         lowest, highest = (bound.item() for bound in torch.aminmax(scaled_PC))
         if not (math.isfinite(lowest) and math.isfinite(highest)):
             raise NumericsError(
@@ -102,12 +113,14 @@ def add_partial_(total_CC: torch.Tensor, partial_CC: torch.Tensor, exponent: int
             )
         # Both terms are below 2**62, so their sum cannot wrap around before it is checked.
         if max(-lowest, highest) < _LIMIT:
-            total_CC[start:end, :end] += scaled_PC.round_().to(torch.int64)
-            lowest, highest = (bound.item() for bound in torch.aminmax(total_CC[start:end, :end]))
+            total_PC += scaled_PC.round_().to(torch.int64)
+            lowest, highest = (bound.item() for bound in torch.aminmax(total_PC))
         _check_range(max(-lowest, highest), exponent)
 
 
-def add_total_(total_CC: torch.Tensor, other_CC: torch.Tensor, exponent: int) -> None:
+def add_total_(
+    total_CC: torch.Tensor, other_CC: torch.Tensor, exponent: int, *, is_whole: bool = False
+) -> None:
     """Add another worker's total of the same exponent, in place.
 
     Shapes:
@@ -117,8 +130,9 @@ def add_total_(total_CC: torch.Tensor, other_CC: torch.Tensor, exponent: int) ->
         NumericsError: The sum leaves its range.
     """
     for start, end in _panels(total_CC.shape[0]):
-        total_CC[start:end, :end] += other_CC[start:end, :end]
-        lowest, highest = (bound.item() for bound in torch.aminmax(total_CC[start:end, :end]))
+        part = (slice(start, end), slice(None) if is_whole else slice(end))
+        total_CC[part] += other_CC[part]
+        lowest, highest = (bound.item() for bound in torch.aminmax(total_CC[part]))
         _check_range(max(-lowest, highest), exponent)
 
 
@@ -151,6 +165,14 @@ def hessian_from(total_CC: torch.Tensor, exponent: int) -> torch.Tensor:
         corner_PP = hessian_CC[start:end, start:end].tril()
         hessian_CC[start:end, start:end] = corner_PP + corner_PP.tril(-1).T
     return hessian_CC
+
+
+def cross_from(total_CC: torch.Tensor, exponent: int) -> torch.Tensor:
+    """The matrix that a whole fixed-point total means, fp32 [C, C]; temporary memory of two panels."""
+    cross_CC = torch.empty(total_CC.shape, dtype=torch.float32, device=total_CC.device)
+    for start, end in _panels(total_CC.shape[0]):
+        cross_CC[start:end] = total_CC[start:end].double().mul_(2.0**-exponent)
+    return cross_CC
 
 
 def _panels(columns: int) -> Iterator[tuple[int, int]]:

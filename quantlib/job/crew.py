@@ -204,7 +204,7 @@ class Crew:
         handles = []
         for worker, groups in enumerate(shares):
             if groups:
-                chosen = [[totals.get(g, []), exponents[g] if exponents else 0] for g in groups]
+                chosen = [_statistics(g, len(plan.input_groups), totals, exponents) for g in groups]
                 handles.append(self._transport.submit(worker, "solve", block, groups, chosen, tokens))
         solved = [self._transport.result(handle) for handle in handles]
         self._packed[block] = [s["packed"] for s in solved]
@@ -308,6 +308,15 @@ class Crew:
                 f" more than {MAX_EXCLUDED_SHARE:.0%}; check the checkpoint, or calibrate on other text",
                 rows=list(excluded_rows),
             )
+
+
+def _statistics(
+    group: int, num_groups: int, totals: Mapping[int, list[Handle]], exponents: Sequence[int]
+) -> list[Any]:
+    """Partial sums and exponent of a group; then, if there are any, of its products with the reference."""
+    found = [totals.get(group, []), exponents[group] if exponents else 0]
+    cross = group + num_groups
+    return [*found, totals[cross], exponents[cross]] if cross in totals else found
 
 
 def share_by_cost(costs: Sequence[float], num_workers: int) -> list[list[int]]:

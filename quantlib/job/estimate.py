@@ -1,7 +1,8 @@
 """What a plan will cost, from shapes alone: bytes, memory of a worker, rough time.
 
 Formulae: `algorithms` of layer-wise quantization count 2 flops a weight and token for a forward, columns^2 a
-token for the lower half of a gram matrix, columns^3 / 3 for a factor and rows * columns^2 for a solve.
+token for the lower half of a gram matrix, columns^3 / 3 for a factor and rows * columns^2 for a solve or a
+pass of descent. Corrected targets add a stream, a whole product of two inputs and a factor with its solve.
 """
 
 from typing import Any
@@ -89,14 +90,17 @@ def _tokens(plan: Plan) -> dict[str, int]:
 
 def _block_flops(plan: Plan, block: BlockPlan, tokens: dict[str, int]) -> float:
     weights = sum(linear.rows * linear.columns for linear in block.linears)
-    passes = tokens["calibration"] * (2 if plan.options["propagation"] == "quantized" else 1)
+    corrects = plan.options["correct_targets"]
+    streams = 1 + (plan.options["propagation"] == "quantized") + corrects
+    passes = tokens["calibration"] * streams
     flops = 2.0 * weights * (passes + 2 * tokens["evaluation"])
     columns = {linear.name: linear.columns for linear in block.linears}
     for group in block.input_groups:
         n = columns[group[0]]
-        flops += tokens["calibration"] * n**2 + n**3 / 3
+        flops += tokens["calibration"] * n**2 * (3 if corrects else 1) + n**3 / 3 * (5 if corrects else 1)
     solved = [linear for linear in block.linears if linear.method == "gptq"]
-    return flops + sum(2.0 * linear.rows * linear.columns**2 for linear in solved)
+    solves = 1 + plan.options["descent_passes"]
+    return flops + solves * sum(2.0 * linear.rows * linear.columns**2 for linear in solved)
 
 
 def _worker_memory(plan: Plan, num_workers: int) -> dict[str, int]:
@@ -107,10 +111,12 @@ def _worker_memory(plan: Plan, num_workers: int) -> dict[str, int]:
     squares = sum(_columns(widest)[group[0]] ** 2 for group in widest.input_groups)
     hidden = plan.blocks[0].linears[0].columns
     tokens = _tokens(plan)
-    streams = 2 * tokens["calibration"] + 4 * tokens["evaluation"]
+    corrects = plan.options["correct_targets"]
+    streams = (4 if corrects else 2) * tokens["calibration"] + 4 * tokens["evaluation"]
+    sums = 2 if corrects else 1
     return {
         "block": weights * (2 * 2 + 2 * wide),
-        "statistics": squares * (8 + 4) if plan.calibration_digest else 0,
+        "statistics": sums * squares * (8 + 4) if plan.calibration_digest else 0,
         "activations": streams * hidden * wide // num_workers,
         "packing": weights * 2,
     }

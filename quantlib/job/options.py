@@ -59,6 +59,13 @@ class JobOptions:
         choices=("original", "quantized"),
         in_identity=True,
     )
+    correct_targets: bool = declare(
+        False,
+        _HOW,
+        "Fit the codes to the outputs of the original block while the activations are those of quantized"
+        " blocks; needs propagation quantized.",
+        in_identity=True,
+    )
     scale_search: str = declare(
         "hessian",
         _HOW,
@@ -164,6 +171,12 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
     rules = rules_from(values.get("rules", ()))
     options = JobOptions(**{**values, "rules": tuple(rule_values(rule) for rule in rules)})
     _refuse_missing_calibration(options, rules)
+    if options.correct_targets and options.propagation != "quantized":
+        raise RecipeError(
+            f"correct_targets needs propagation quantized, found {options.propagation}: with the original"
+            " activations there is nothing to correct",
+            option="correct_targets",
+        )
     return options
 
 

@@ -78,6 +78,7 @@ class Method(Protocol):
         schemes: Mapping[str, WeightScheme],
         *,
         hessian_CC: torch.Tensor | None,
+        cross_CC: torch.Tensor | None = None,
         num_tokens: int,
         scale_dtype: torch.dtype,
         solver: SolverSettings = DEFAULT_SOLVER,
@@ -88,6 +89,9 @@ class Method(Protocol):
             weights: Name -> fp32 [R, C]; R may differ. Not changed.
             hessian_CC: fp32 [C, C], a positive multiple of X^T X over the calibration tokens; None without
                 calibration. Not changed.
+
+            cross_CC: fp32 [C, C], X_ref^T X by the same measure, where the targets are the outputs that the
+                weights give on the reference inputs X_ref; None otherwise. Not changed.
 
         Args:
             weights: Linears that read the same input.

@@ -27,6 +27,7 @@ from quantlib.methods.coordinate_descent import descend
 from quantlib.methods.measures import check_weights, error_energy, expected_energy, share, weight_energy
 from quantlib.methods.rtn import round_linear
 from quantlib.methods.scale_refit import refit_scales
+from quantlib.methods.target_correction import corrected_weights
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
 
@@ -36,6 +37,7 @@ def quantize_linears(
     schemes: Mapping[str, WeightScheme],
     *,
     hessian_CC: torch.Tensor | None,
+    cross_CC: torch.Tensor | None = None,
     num_tokens: int,
     scale_dtype: torch.dtype,
     solver: SolverSettings = DEFAULT_SOLVER,
@@ -56,6 +58,8 @@ def quantize_linears(
         )
     if hessian_CC is None or num_tokens == 0 or not bool(hessian_CC.any()):
         return _round_all(weights, schemes, None, num_tokens, scale_dtype, solver, RTN_NO_TOKENS)
+    if cross_CC is not None:
+        weights = corrected_weights(weights, hessian_CC, cross_CC)
     factors: dict[int | None, Factor | None] = {}
     results: dict[str, LinearResult] = {}
     for scheme in dict.fromkeys(schemes[name] for name in weights):

@@ -17,6 +17,7 @@ def quantize_linears(
     schemes: Mapping[str, WeightScheme],
     *,
     hessian_CC: torch.Tensor | None = None,
+    cross_CC: torch.Tensor | None = None,  # noqa: ARG001 - rounding has no targets
     num_tokens: int = 0,
     scale_dtype: torch.dtype,
     solver: SolverSettings = DEFAULT_SOLVER,

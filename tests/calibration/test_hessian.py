@@ -8,7 +8,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantlib.calibration.hessian import add_partial_, add_total_, exponent_for, gram_lower, hessian_from
+from quantlib.calibration.hessian import (
+    add_partial_,
+    add_total_,
+    cross_from,
+    cross_product,
+    exponent_for,
+    gram_lower,
+    hessian_from,
+)
 from quantlib.errors import NumericsError
 from tests.support.reference_solver import correlated_inputs
 
@@ -168,3 +176,28 @@ def test_negative_products_round_like_positive_ones():
     total_CC = total_of([partial_CC], 2)
     assert total_CC.tolist() == [[4, 0], [-4, 4]]
     assert np.array_equal(hessian_from(total_CC, 2).numpy(), [[1.0, -1.0], [-1.0, 1.0]])
+
+
+@settings(max_examples=20, deadline=None)
+@given(columns=st.integers(1, 200), seed=st.integers(0, 10**6), data=st.data())
+def test_whole_total_any_order_gives_the_same_bits_and_the_float64_product(columns, seed, data):
+    rng = np.random.default_rng(seed)
+    pairs = [rng.normal(size=(2, 20, columns)) for _ in range(4)]
+    partials = [cross_product(*(torch.from_numpy(side).float() for side in pair)) for pair in pairs]
+    exponent = exponent_for(max(float(partial.abs().max()) for partial in partials), len(partials))
+    totals = []
+    for order in (range(4), data.draw(st.permutations(range(4)))):
+        total_CC = torch.zeros(columns, columns, dtype=torch.int64)
+        for number in order:
+            add_partial_(total_CC, partials[number], exponent, is_whole=True)
+        totals.append(total_CC)
+    assert torch.equal(*totals)
+    two_workers = torch.zeros_like(totals[0])
+    add_partial_(two_workers, partials[0], exponent, is_whole=True)
+    rest = torch.zeros_like(two_workers)
+    for partial_CC in partials[1:]:
+        add_partial_(rest, partial_CC, exponent, is_whole=True)
+    add_total_(two_workers, rest, exponent, is_whole=True)
+    assert torch.equal(two_workers, totals[0])
+    wanted = sum(reference.T @ x for reference, x in pairs)
+    np.testing.assert_allclose(cross_from(totals[0], exponent).numpy(), wanted, atol=2e-4)

@@ -86,11 +86,15 @@ def test_conversion_without_data_converts_unit_by_unit_to_the_same_bytes(tmp_pat
     assert shard_digests(_output(alone)) == shard_digests(_output(streamed))
 
 
-@pytest.mark.parametrize("propagation", ["original", "quantized"])
-def test_conversion_interrupted_anywhere_is_finished_to_the_same_bytes(tmp_path, propagation):
-    undisturbed = tiny_options(tmp_path, output=str(tmp_path / "whole"), propagation=propagation)
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"propagation": "quantized"}, {"propagation": "quantized", "correct_targets": True}],
+    ids=["original", "quantized", "corrected"],
+)
+def test_conversion_interrupted_anywhere_is_finished_to_the_same_bytes(tmp_path, given):
+    undisturbed = tiny_options(tmp_path, output=str(tmp_path / "whole"), **given)
     expected = quantize(undisturbed)
-    stopped = tiny_options(tmp_path, output=str(tmp_path / "stopped"), propagation=propagation)
+    stopped = tiny_options(tmp_path, output=str(tmp_path / "stopped"), **given)
 
     class StopError(Exception):
         pass
@@ -131,6 +135,18 @@ def test_conversion_quantized_propagation_calibrates_on_quantized_activations(tm
     # Block 0 reads the same activations either way; from block 1 on they differ.
     assert a["model-00002-of-00005.safetensors"] == b["model-00002-of-00005.safetensors"]
     assert a["model-00003-of-00005.safetensors"] != b["model-00003-of-00005.safetensors"]
+
+
+def test_conversion_corrected_targets_bring_later_blocks_closer_to_the_original(tmp_path):
+    given = {"propagation": "quantized", "scheme": "W2A16_ASYM", "sequences": 24}
+    plain = tiny_options(tmp_path, output=str(tmp_path / "plain"), **given)
+    corrected = tiny_options(tmp_path, output=str(tmp_path / "corrected"), correct_targets=True, **given)
+    before, after = ([b["relative_error"] for b in quantize(o)["blocks"]] for o in (plain, corrected))
+    # Block 0 reads what the original model reads: there is nothing to correct.
+    assert after[0] == before[0]
+    assert after[-1] < before[-1]
+    a, b = shard_digests(_output(plain)), shard_digests(_output(corrected))
+    assert a["model-00002-of-00005.safetensors"] == b["model-00002-of-00005.safetensors"]
 
 
 def _interrupt(options, label: str) -> None:

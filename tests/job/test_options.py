@@ -22,6 +22,7 @@ def test_options_from_minimal_request_takes_every_default():
         "method": "rtn",
         "format": "compressed-tensors",
         "propagation": "original",
+        "correct_targets": False,
         "scale_search": "hessian",
         "column_order": "activation",
         "descent_passes": 0,
@@ -54,6 +55,8 @@ def test_options_from_minimal_request_takes_every_default():
         ({"sequences": 64.0}, "sequences must be a whole number, found 64.0"),
         ({"sequences": True}, "sequences must be a whole number, found True"),
         ({"sequences": None}, "sequences must be a whole number, found None"),
+        ({"correct_targets": True}, "correct_targets needs propagation quantized, found original"),
+        ({"correct_targets": 1}, "correct_targets must be true or false, found 1"),
         ({"group_size": 4}, "group_size must be at least 8 or -1, found 4"),
         ({"group_size": -2}, "group_size must be at least 8 or -1, found -2"),
         ({"scheme": "W5A16"}, "scheme must be one of W2A16, W3A16, W4A16, W8A16, W2A16_ASYM"),
@@ -123,7 +126,13 @@ def test_every_option_is_described_and_has_a_known_kind():
 def test_identity_holds_what_is_asked_of_the_weights_and_nothing_of_where_and_by_whom():
     kept = {name for name, (_, option) in option_fields().items() if option.in_identity}
     asked = {"scheme", "group_size", "method", "format", "propagation", "rules"}
-    assert kept == asked | {"scale_search", "column_order", "descent_passes", "refit_scales"}
+    assert kept == asked | {
+        "correct_targets",
+        "scale_search",
+        "column_order",
+        "descent_passes",
+        "refit_scales",
+    }
 
 
 def test_options_cannot_be_changed():

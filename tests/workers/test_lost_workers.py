@@ -26,6 +26,12 @@ from workers.transport import RayTransport
 
 pytestmark = pytest.mark.slow
 
+_WAYS: dict[str, dict[str, Any]] = {
+    "original": {"propagation": "original"},
+    "quantized": {"propagation": "quantized"},
+    "corrected": {"propagation": "quantized", "correct_targets": True},
+}
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
@@ -41,12 +47,12 @@ def _options(root: Path, name: str, **changes: Any) -> JobOptions:
 
 @pytest.fixture(scope="module")
 def expected(root) -> dict[str, dict[str, str]]:
-    """Propagation -> digests of an undisturbed run in one process."""
+    """Way of propagation -> digests of an undisturbed run in one process."""
     found = {}
-    for propagation in ("original", "quantized"):
-        options = _options(root, f"alone-{propagation}", propagation=propagation)
+    for name, given in _WAYS.items():
+        options = _options(root, f"alone-{name}", **given)
         quantize(options)
-        found[propagation] = shard_digests(Path(options.output))
+        found[name] = shard_digests(Path(options.output))
     return found
 
 
@@ -90,11 +96,11 @@ def _kill_while_it_writes(number: int, options: JobOptions) -> Callable[[WorkerP
 @pytest.mark.parametrize("workers", [3, 5])
 def test_workers_on_three_nodes_write_the_bytes_of_one_process(root, expected, ray_cluster, workers):
     with WorkerPool(_options(root, "unused", workers=workers)) as pool:
-        for propagation, digests in expected.items():
-            options = _options(root, f"ray{workers}-{propagation}", propagation=propagation)
+        for name, digests in expected.items():
+            options = _options(root, f"ray{workers}-{name}", **_WAYS[name])
             report = _convert(options, pool)
             assert report["workers"] == workers
-            assert shard_digests(Path(options.output)) == digests, propagation
+            assert shard_digests(Path(options.output)) == digests, name
 
 
 def test_node_removed_without_grace_costs_only_its_workers(
