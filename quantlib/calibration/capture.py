@@ -5,6 +5,7 @@ N tokens, C columns, B sequences, T positions.
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import nn
@@ -30,7 +31,33 @@ class InputStatistics:
     bad_rows: set[int] = field(default_factory=set)
 
 
-class InputObserver:
+class _InputWatch:
+    """Sees what a block's groups read, from now until the ``with`` block is left."""
+
+    def __init__(self, block: nn.Module, leaders: Sequence[str]) -> None:
+        self._hooks = [
+            block.get_submodule(name).register_forward_pre_hook(self._hook_for(group))
+            for group, name in enumerate(leaders)
+        ]
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _see(self, group: int, x: torch.Tensor) -> None:
+        raise NotImplementedError
+
+    def _hook_for(self, group: int):  # noqa: ANN202 - the type is torch's own
+        def see(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
+            self._see(group, arguments[0])
+
+        return see
+
+
+class InputObserver(_InputWatch):
     """Watches the inputs of a block's groups during one forward pass.
 
     Args:
@@ -56,25 +83,9 @@ class InputObserver:
         self.statistics = InputStatistics(
             grams=[None] * len(leaders), crosses=[torch.empty(0) for _ in references]
         )
-        self._hooks = [
-            block.get_submodule(name).register_forward_pre_hook(self._hook_for(group))
-            for group, name in enumerate(leaders)
-        ]
+        super().__init__(block, leaders)
 
-    def __enter__(self) -> "InputObserver":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _hook_for(self, group: int):  # noqa: ANN202 - the type is torch's own
-        def observe(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            self._observe(group, arguments[0])
-
-        return observe
-
-    def _observe(self, group: int, x: torch.Tensor) -> None:
+    def _see(self, group: int, x: torch.Tensor) -> None:
         x_BTC = self._counted(x)
         x_NC = x_BTC.flatten(0, 1)
         gram_CC = gram_lower(x_NC)
@@ -96,7 +107,7 @@ class InputObserver:
         return x_BTC[self._kept.to(x.device)] if len(self._kept) < self._num_rows else x_BTC
 
 
-class InputRecorder:
+class InputRecorder(_InputWatch):
     """Keeps the inputs of a block's groups during one forward pass.
 
     Attributes:
@@ -105,20 +116,7 @@ class InputRecorder:
 
     def __init__(self, block: nn.Module, leaders: Sequence[str]) -> None:
         self.inputs: list[torch.Tensor] = [torch.empty(0)] * len(leaders)
-        self._hooks = [
-            block.get_submodule(name).register_forward_pre_hook(self._hook_for(group))
-            for group, name in enumerate(leaders)
-        ]
+        super().__init__(block, leaders)
 
-    def __enter__(self) -> "InputRecorder":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _hook_for(self, group: int):  # noqa: ANN202 - the type is torch's own
-        def record(_module: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-            self.inputs[group] = arguments[0]
-
-        return record
+    def _see(self, group: int, x: torch.Tensor) -> None:
+        self.inputs[group] = x
