@@ -407,6 +407,7 @@ class BlockRunner:
         stores = {id(s): s for s in (self._source_store, self._output_store, self._work_store)}.values()
         return {
             "stages": self._clock.stages,
+            "timeline": self._clock.timeline(),
             "bytes_read": sum(store.traffic.bytes_read for store in stores),
             "bytes_written": sum(store.traffic.bytes_written for store in stores),
             "cpu_seconds": time.process_time(),

@@ -10,6 +10,7 @@ from typing import Any
 
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.plan import Plan
+from quantlib.job.report_figures import LANES, busy_share, hidden_storage_share
 
 SCHEMA = 1
 REPORT_NAME = "quantmill_report.json"
@@ -36,6 +37,11 @@ def build_report(
     Units: seconds are wall seconds, ``cpu_seconds`` user + system of the worker processes, bytes are bytes,
     ``kl_divergence`` is nats a token (original against quantized); ``history`` is a
     `quantlib.job.history.History`.
+
+    ``timeline.workers`` holds for every worker the second it ``began`` and for each of its lanes the
+    [stage, start, end] of what it did, to the millisecond and in seconds from ``started``: planning comes
+    before it and is negative. Workers that were lost are not there, and what comes after the report, its
+    publication, is in no lane.
     """
     linears = {unit: record.linears for unit, record in records.items()}
     read = sum(worker["bytes_read"] for worker in telemetry)
@@ -73,6 +79,7 @@ def build_report(
             "written": written,
         },
         "stages": _stages(telemetry),
+        "timeline": _timeline(telemetry, started, seconds),
         "cpu_seconds": sum(worker["cpu_seconds"] for worker in telemetry),
         "memory": {"worker_peak_rss_bytes": [worker["peak_rss_bytes"] for worker in telemetry]},
         "fallbacks": [
@@ -159,3 +166,20 @@ def _stages(telemetry: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float
             for key in total:
                 total[key] += spent[key]
     return stages
+
+
+def _timeline(telemetry: Sequence[Mapping[str, Any]], started: datetime, seconds: float) -> dict[str, Any]:
+    zero = started.timestamp()
+    workers = []
+    for worker in telemetry:
+        seen = worker["timeline"]
+        lanes = {
+            lane: [[stage, round(start - zero, 3), round(end - zero, 3)] for stage, start, end in seen[lane]]
+            for lane in LANES
+        }
+        workers.append({"began": round(seen["began"] - zero, 3), **lanes})
+    return {
+        "workers": workers,
+        "busy_share": busy_share(workers, seconds),
+        "hidden_storage_share": hidden_storage_share(workers, seconds),
+    }

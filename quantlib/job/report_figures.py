@@ -7,11 +7,12 @@ calibration, one that an older version wrote), so every function here takes what
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 NOTHING = "-"
+LANES = ("compute", "storage")
 _BLOCK_PREFIX = re.compile(r"^.*?\.\d+\.")
 _REPEATED_MODULE = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -136,6 +137,84 @@ def block_seconds(block: Mapping[str, Any]) -> float:
     return sum(seconds for seconds in (block.get("seconds") or {}).values() if is_number(seconds))
 
 
+def busy_share(workers: Sequence[Mapping[str, Any]], seconds: float) -> float | None:
+    """Share of the workers' time in which their compute lanes were busy; None where they had no time.
+
+    A worker's time goes from the run's start, or its own where that is later, to the run's end.
+
+    Args:
+        workers: ``timeline.workers`` of a report.
+        seconds: How long the run took.
+    """
+    busy = sum(_seconds_of(_busy_spans(worker, "compute", seconds)) for worker in workers)
+    there = sum(max(0.0, seconds - _own_start(worker)) for worker in workers)
+    return busy / there if there > 0 else None
+
+
+def hidden_storage_share(workers: Sequence[Mapping[str, Any]], seconds: float) -> float | None:
+    """Share of the time of storage lanes in which the same worker was computing; None without storage.
+
+    Args:
+        workers: ``timeline.workers`` of a report.
+        seconds: How long the run took.
+    """
+    hidden = storage = 0.0
+    for worker in workers:
+        computing, moving = (_busy_spans(worker, lane, seconds) for lane in LANES)
+        storage += _seconds_of(moving)
+        hidden += _seconds_of(_common_spans(computing, moving))
+    return hidden / storage if storage > 0 else None
+
+
+def _own_start(worker: Mapping[str, Any]) -> float:
+    return max(0.0, worker["began"])
+
+
+def _busy_spans(worker: Mapping[str, Any], lane: str, seconds: float) -> list[tuple[float, float]]:
+    """When a lane did anything within its worker's time: spans that do not touch, in order."""
+    since = _own_start(worker)
+    spans: list[tuple[float, float]] = []
+    for start, end in sorted((max(start, since), min(end, seconds)) for _, start, end in worker[lane]):
+        if end <= start:
+            continue
+        if spans and start <= spans[-1][1]:
+            spans[-1] = (spans[-1][0], max(spans[-1][1], end))
+        else:
+            spans.append((start, end))
+    return spans
+
+
+def _common_spans(
+    some: Sequence[tuple[float, float]], others: Sequence[tuple[float, float]]
+) -> Iterator[tuple[float, float]]:
+    """What two lists of spans, each in order and without overlap, have in common."""
+    one = two = 0
+    while one < len(some) and two < len(others):
+        start, end = max(some[one][0], others[two][0]), min(some[one][1], others[two][1])
+        if start < end:
+            yield start, end
+        if some[one][1] < others[two][1]:
+            one += 1
+        else:
+            two += 1
+
+
+def _seconds_of(spans: Iterable[tuple[float, float]]) -> float:
+    return sum(end - start for start, end in spans)
+
+
+def lanes_sentence(report: Mapping[str, Any]) -> str | None:
+    """How busy the compute lanes were and what storage cost beside them; None where no timeline tells."""
+    timeline = report.get("timeline")
+    busy, hidden = part(timeline, "busy_share"), part(timeline, "hidden_storage_share")
+    if not is_number(busy):
+        return None
+    sentence = f"Compute lanes were busy {percent(busy)} of the time"
+    if not is_number(hidden):
+        return f"{sentence}."
+    return f"{sentence}; {percent(hidden)} of the time spent on storage was hidden behind computation."
+
+
 def part(mapping: Mapping[str, Any] | None, name: str) -> Any:
     """``mapping[name]``, or None where either is missing."""
     return None if mapping is None else mapping.get(name)
@@ -192,6 +271,15 @@ def duration(seconds: Any) -> str:
     if minutes < 60:
         return f"{minutes} min {rest:02d} s"
     return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def percent(share: float) -> str:
+    """A part of one as percent.
+
+    >>> percent(0.8341), percent(0.002), percent(1.0)
+    ('83.4 %', '0.2 %', '100 %')
+    """
+    return f"{number(100 * share, 3)} %"
 
 
 def largest(values: Sequence[float | None]) -> float | None:

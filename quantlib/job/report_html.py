@@ -11,6 +11,7 @@ from typing import Any
 
 from quantlib.job import report_figures as figures
 from quantlib.job import report_svg as svg
+from quantlib.job import report_timeline
 from quantlib.job.report_figures import is_number, number
 
 _LISTED = 10
@@ -65,6 +66,11 @@ svg text{font:12px system-ui,sans-serif}
 .bars{display:grid;grid-template-columns:minmax(70px,max-content) 1fr max-content;gap:6px 10px;
 align-items:center;font-size:.9rem}
 svg.bar{display:block;width:100%;height:12px;background:var(--page);border-radius:3px}
+svg.timeline{min-width:960px;max-width:none;margin-bottom:8px}
+.track{fill:var(--page)}
+.legend p{margin:0 0 4px;display:flex;flex-wrap:wrap;gap:2px 14px}
+.legend span{white-space:nowrap}
+.key{display:inline-block;width:11px;height:11px;border-radius:2px;margin-right:5px}
 .v{font-variant-numeric:tabular-nums;text-align:right}
 """
 
@@ -78,6 +84,7 @@ def render_html(report: Mapping[str, Any]) -> str:
             _warnings(report),
             f'<div class="pair">{_block_error(report)}{_kinds(report)}{_damping(report)}',
             f"{_stages(report)}{_memory(report)}{_fallbacks(report)}</div>",
+            _timeline(report),
             _worst(report),
             _blocks(report),
             _shards(report),
@@ -89,7 +96,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{_STYLE}</style></head>"
+        f"<title>{escape(title)}</title><style>{_STYLE}{report_timeline.style()}</style></head>"
         f"<body><main>{body}</main></body></html>\n"
     )
 
@@ -183,6 +190,30 @@ def _stages(report: Mapping[str, Any]) -> str:
     ]
     sentence = "Summed over workers and calls; stages of different blocks overlap."
     return _section("Time in each stage", f'<p class="soft">{sentence}</p>{_bars(bars, top)}') if bars else ""
+
+
+def _timeline(report: Mapping[str, Any]) -> str:
+    workers = figures.part(report.get("timeline"), "workers")
+    seconds = figures.part(report, "seconds")
+    if not workers or not is_number(seconds) or seconds <= 0:
+        return ""
+    sentence = (
+        "When each worker computed and when it moved bytes, from the start of the run; empty is waiting."
+    )
+    left_out = len(workers) - len(report_timeline.shown_workers(workers))
+    if left_out:
+        sentence += (
+            f" {len(workers) - left_out} of {len(workers)} workers are shown, chosen evenly from the busiest"
+            f" to the least busy; {left_out} are not."
+        )
+    shares = figures.lanes_sentence(report)
+    below = f"<p>{escape(shares)}</p>" if shares else ""
+    plot = report_timeline.timeline(workers, seconds)
+    return _section(
+        "Who waited for whom",
+        f'<p class="soft">{escape(sentence)}</p>{report_timeline.legend(workers)}'
+        f'<div class="wide">{plot}</div>{below}',
+    )
 
 
 def _memory(report: Mapping[str, Any]) -> str:

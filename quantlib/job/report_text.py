@@ -68,6 +68,8 @@ def _stages(report: Mapping[str, Any]) -> str:
         facts.append("peak memory of the workers: " + ", ".join(figures.size(peak) for peak in peaks))
     if is_number(moved.get("read")):
         facts.append(f"read {figures.size(moved['read'])}, written {figures.size(moved.get('written'))}")
+    if sentence := figures.lanes_sentence(report):
+        facts.append(sentence[0].lower() + sentence[1:].rstrip("."))
     return "\n".join([*([text] if text else []), *facts])
 
 

@@ -50,12 +50,31 @@ def example_report(num_blocks: int = 3) -> dict[str, Any]:
             "solve": {"seconds": 96.1, "cpu_seconds": 95.2, "calls": 210},
             "capture": {"seconds": 66.3, "cpu_seconds": 63.4, "calls": 60},
         },
+        "timeline": {
+            "workers": [_worker(num_blocks, late_s=0.0), _worker(num_blocks, late_s=2.5)],
+            "busy_share": 0.7391,
+            "hidden_storage_share": 0.8127,
+        },
         "cpu_seconds": 298.4,
         "memory": {"worker_peak_rss_bytes": [1_070_000_000, 1_230_000_000]},
         "fallbacks": [],
         "dropped": {},
         "versions": {"torch": "2.13.0+cpu"},
     }
+
+
+def _worker(num_blocks: int, late_s: float) -> dict[str, Any]:
+    """One block after the other, the next one read and the last one written beside the work on it."""
+    step = 240 / num_blocks
+    compute: list[list[Any]] = [["plan", -6.25, -1.5]]
+    storage: list[list[Any]] = [["read", 0.5, 6.5]]
+    for start in (8 + late_s + step * index for index in range(num_blocks)):
+        compute.append(["capture", start, start + 0.3 * step])
+        compute.append(["solve", start + 0.35 * step, start + 0.85 * step])
+        storage.append(["read", start, start + 0.2 * step])
+        storage.append(["write", start + 0.86 * step, start + 1.1 * step])
+    rounded = ([[stage, round(a, 3), round(b, 3)] for stage, a, b in lane] for lane in (compute, storage))
+    return {"began": -8.0 + late_s, **dict(zip(("compute", "storage"), rounded, strict=True))}
 
 
 def _block(index: int) -> dict[str, Any]:
