@@ -38,10 +38,13 @@ def expected(root) -> dict[str, str]:
     return shard_digests(root / "alone")
 
 
-def _command(root: Path, output: Path, **more: Any) -> list[str]:
-    given = {
-        "calibration": root / "calibration.jsonl",
-        "evaluation": root / "evaluation.jsonl",
+def _values(root: Path, output: Path, **more: Any) -> dict[str, Any]:
+    """A request, as parameters of the flow."""
+    return {
+        "source": str(root / "deep"),
+        "output": str(output),
+        "calibration": str(root / "calibration.jsonl"),
+        "evaluation": str(root / "evaluation.jsonl"),
         "group_size": 32,
         "sequences": 10,
         "sequence_length": 32,
@@ -50,8 +53,13 @@ def _command(root: Path, output: Path, **more: Any) -> list[str]:
         "device": "cpu",
         **more,
     }
+
+
+def _command(root: Path, output: Path, **more: Any) -> list[str]:
+    given = _values(root, output, **more)
+    addresses = [given.pop(name) for name in ("source", "output")]
     flags = [part for name, value in given.items() for part in (f"--{name.replace('_', '-')}", str(value))]
-    return [str(QUANTMILL), "quantize", str(root / "deep"), str(output), *flags]
+    return [str(QUANTMILL), "quantize", *addresses, *flags]
 
 
 def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
@@ -104,10 +112,11 @@ def test_flow_that_is_cancelled_frees_its_workers_and_can_be_resumed(
 ):
     output, log = root / f"cancelled-{sent.name}", tmp_path / "log"
     given = {"ray_address": running_nodes.address, "workers": 2}
+    others = _worker_pids()
     process = _start(_command(root, output, **given), prefect_server.environment, log)
     try:
         wait_until(lambda: _records(output) >= 2 or process.poll() is not None, _STEPS_S, "two units")
-        workers = _worker_pids()
+        workers = _worker_pids() - others
         assert len(workers) >= 2
         os.kill(process.pid, sent)
         wait_until(lambda: not (_worker_pids() & workers), 10, f"freeing {workers}, {_last_lines(log)}")
@@ -116,6 +125,40 @@ def test_flow_that_is_cancelled_frees_its_workers_and_can_be_resumed(
         stop(process)
     options = tiny_options(root, source=str(root / "deep"), output=str(output))
     report = quantize(options)
+    assert shard_digests(output) == expected
+    assert len(report["history"]["reused_units"]) >= 2
+
+
+def _is_served(server: PrefectServer) -> bool:
+    with server.client() as client:
+        found = client.get("/deployments/name/quantize-model/on-demand")
+    return found.status_code == 200 and found.json()["status"] == "READY"
+
+
+def test_run_cancelled_in_prefect_frees_its_workers_and_can_be_resumed(
+    root, expected, prefect_server: PrefectServer, running_nodes: RayNodes, tmp_path
+):
+    output, log = root / "cancelled-in-prefect", tmp_path / "log"
+    given = {"ray_address": running_nodes.address, "workers": 2}
+    others = _worker_pids()
+    process = _start([str(QUANTMILL), "serve"], prefect_server.environment, log)
+    try:
+        wait_until(lambda: _is_served(prefect_server), 120, "the registration")
+        deployment = prefect_server.deployment("on-demand")
+        with prefect_server.client() as client:
+            body = {"parameters": {"params": _values(root, output, **given)}}
+            created = client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body)
+            assert created.status_code == 201, created.text
+            wait_until(lambda: _records(output) >= 2, _STEPS_S, f"two units, {_last_lines(log)}")
+            workers = _worker_pids() - others
+            assert len(workers) >= 2
+            wanted = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+            client.post(f"/flow_runs/{created.json()['id']}/set_state", json=wanted).raise_for_status()
+        # Prefect's runner asks the server for runs to cancel every ten seconds.
+        wait_until(lambda: not (_worker_pids() & workers), 20, f"freeing {workers}, {_last_lines(log)}")
+    finally:
+        stop(process)
+    report = quantize(tiny_options(root, source=str(root / "deep"), output=str(output)))
     assert shard_digests(output) == expected
     assert len(report["history"]["reused_units"]) >= 2
 
