@@ -44,7 +44,7 @@ def remove_abandoned_homes() -> None:
 
 
 def _end_processes(home: Path) -> None:
-    """End what was started with this home as PREFECT_HOME, which is nothing but the server."""
+    """End what inherited this home as PREFECT_HOME: the server, and what may be left of the run's own Ray."""
     wanted = f"PREFECT_HOME={home}".encode()
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -138,14 +138,16 @@ def inverse_diagonal(factor: Factor) -> torch.Tensor:
 
     Numerics: with H = L L^T by position, entry i of the diagonal is the squared length of column i of L^-1.
 
-    Cost: C**3 / 3 multiply-adds in batches of columns; memory of such a batch.
+    Cost: C**3 / 3 multiply-adds in batches of columns; memory of such a batch, and of the part of the factor
+        below it, which torch copies.
     """
     columns = len(factor.pivots_C)
     by_position_C = torch.empty_like(factor.pivots_C)
     for start in range(0, columns, _INVERSE_BATCH):
         # Above its own rows a column of the inverse of a lower triangle is zero.
         below_CC = factor.feedback_CC[start:, start:]
-        unit_CB = torch.eye(len(below_CC), min(_INVERSE_BATCH, columns - start)).to(below_CC)
+        width = min(_INVERSE_BATCH, columns - start)
+        unit_CB = torch.eye(len(below_CC), width, dtype=below_CC.dtype, device=below_CC.device)
         solved_CB = torch.linalg.solve_triangular(below_CC, unit_CB, upper=False, unitriangular=True)
         solved_CB.div_(factor.pivots_C[start:, None])
         by_position_C[start : start + _INVERSE_BATCH] = solved_CB.square_().sum(0)

@@ -22,6 +22,16 @@ class _Head:
         return torch.log_softmax(hidden_BTD.double() @ self._weight.double().T, dim=-1)
 
 
+def _definitions(p_BTV: torch.Tensor, q_BTV: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
+    """Losses and divergence by their formulae, from the log probabilities of all positions but the last."""
+    targets = ids[:, 1:, None].long()
+    return {
+        "nll_original": -float(p_BTV.gather(2, targets).sum()),
+        "nll_quantized": -float(q_BTV.gather(2, targets).sum()),
+        "kl_divergence": float((p_BTV.exp() * (p_BTV - q_BTV)).sum()),
+    }
+
+
 def test_score_streams_equals_the_definitions_of_loss_and_divergence():
     generator = torch.Generator().manual_seed(0)
     head = _Head(50, 8)
@@ -31,12 +41,12 @@ def test_score_streams_equals_the_definitions_of_loss_and_divergence():
     sums = score_streams(head, ids, original, quantized)  # pyright: ignore[reportArgumentType]
     p = head.log_probabilities(original[:, :-1])
     q = head.log_probabilities(quantized[:, :-1])
-    targets = ids[:, 1:, None].long()
+    exact = _definitions(p, q, ids)
     assert sums["tokens"] == 18
     assert sums["sequences"] == 3
-    assert math.isclose(sums["nll_original"], -float(p.gather(2, targets).sum()), rel_tol=1e-6)
-    assert math.isclose(sums["nll_quantized"], -float(q.gather(2, targets).sum()), rel_tol=1e-6)
-    assert math.isclose(sums["kl_divergence"], float((p.exp() * (p - q)).sum()), rel_tol=1e-4)
+    assert math.isclose(sums["nll_original"], exact["nll_original"], rel_tol=1e-6)
+    assert math.isclose(sums["nll_quantized"], exact["nll_quantized"], rel_tol=1e-6)
+    assert math.isclose(sums["kl_divergence"], exact["kl_divergence"], rel_tol=1e-4)
 
 
 def test_score_streams_over_a_large_vocabulary_is_off_by_less_than_1e_6_nats_a_token():
@@ -48,12 +58,7 @@ def test_score_streams_over_a_large_vocabulary_is_off_by_less_than_1e_6_nats_a_t
     ids = torch.randint(50_000, (2, 14), generator=generator, dtype=torch.int32)
     p = torch.log_softmax(head.logits(original[:, :-1]).double(), dim=-1)
     q = torch.log_softmax(head.logits(quantized[:, :-1]).double(), dim=-1)
-    targets = ids[:, 1:, None].long()
-    exact = {
-        "nll_original": -float(p.gather(2, targets).sum()),
-        "nll_quantized": -float(q.gather(2, targets).sum()),
-        "kl_divergence": float((p.exp() * (p - q)).sum()),
-    }
+    exact = _definitions(p, q, ids)
     sums = score_streams(head, ids, original, quantized)  # pyright: ignore[reportArgumentType]
     assert sums["tokens"] == 26
     for name, value in exact.items():

@@ -84,7 +84,7 @@ class JobOptions:
     descent_passes: int = declare(
         0,
         _HOW,
-        "Passes of coordinate descent after gptq; each costs about one more solve.",
+        "Passes of coordinate descent after gptq; each costs one to two more solves.",
         minimum=0,
         in_identity=True,
     )

@@ -17,12 +17,7 @@ from quantlib.grids.affine import AffineGrid, with_codes
 from quantlib.grids.fit import fit_to_extremes, search_scales
 from quantlib.linalg import DAMPED, Factor, factor_hessian, inverse_diagonal
 from quantlib.methods.column_solver import solve_codes
-from quantlib.methods.contracts import (
-    RTN_NO_TOKENS,
-    RTN_NOT_FACTORED,
-    LinearReport,
-    LinearResult,
-)
+from quantlib.methods.contracts import RTN_NO_TOKENS, RTN_NOT_FACTORED, LinearReport, LinearResult
 from quantlib.methods.coordinate_descent import descend
 from quantlib.methods.measures import check_weights, error_energy, expected_energy, share, weight_energy
 from quantlib.methods.rtn import round_linear

@@ -7,6 +7,7 @@ keeps its old ones unless the new ones are better as stored.
 """
 
 import torch
+from torch.nn.functional import pad
 
 from quantlib.grids.affine import AffineGrid, offset_bounds, whole_vectors
 from quantlib.grids.stored_scale import round_to_stored
@@ -83,6 +84,7 @@ def _normal_equations(
     rows, columns = weight_RC.shape
     width = grid.scheme.columns_per_group(columns)
     num_groups = grid.scheme.num_groups(columns)
+    missing = num_groups * width - columns
     system_RGG = torch.empty(rows, num_groups, num_groups, dtype=torch.float64, device=weight_RC.device)
     wanted_RG = torch.empty(rows, num_groups, dtype=torch.float64, device=weight_RC.device)
     for group, start in enumerate(range(0, columns, width)):
@@ -90,10 +92,8 @@ def _normal_equations(
         pulled_RC = offset_RC[:, own] @ hessian_CC[own]
         pulled_RC[:, own].add_(offset_RC[:, own], alpha=damping)
         wanted_RG[:, group] = torch.sum(pulled_RC * weight_RC, dim=1, dtype=torch.float64)
-        pulled_RC.mul_(offset_RC)
-        for other, first in enumerate(range(0, columns, width)):
-            along_RS = pulled_RC[:, first : first + width]
-            system_RGG[:, group, other] = torch.sum(along_RS, dim=1, dtype=torch.float64)
+        along_RGS = pad(pulled_RC.mul_(offset_RC), (0, missing)).unflatten(1, (num_groups, width))
+        system_RGG[:, group] = torch.sum(along_RGS, dim=2, dtype=torch.float64)
     return system_RGG, wanted_RG
 
 

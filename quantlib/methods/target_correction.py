@@ -4,7 +4,7 @@ R rows (out features), C columns (in features). A block reads X from the quantiz
 original model has X_ref. The solver then aims at ``W X_ref^T``: the best unquantized weights for it are
 ``W + W (X_ref - X)^T X (X^T X)^-1``, and it works on a damped part of the way there.
 
-Source: QEP (arXiv 2504.09629), whose strength and damping are the constants here.
+Source: QEP (quantization error propagation), whose published strength and damping are the constants here.
 """
 
 from collections.abc import Mapping
@@ -32,15 +32,16 @@ def corrected_weights(
         Name -> fp32 [R, C], new.
 
     Raises:
-        NumericsError: The products with the reference are not finite.
+        NumericsError: An entry of either matrix is not finite.
 
-    Cost: C**3 * 4 / 3 multiply-adds and R * C**2; memory of two more matrices C x C.
+    Cost: C**3 * 4 / 3 multiply-adds and R * C**2; memory of four more matrices C x C.
     """
-    if not bool(torch.isfinite(cross_CC).all()):
-        raise NumericsError(
-            "the products of an input with its reference must be finite; look for the calibration row whose"
-            " activations are not"
-        )
+    for name, moments_CC in (("Hessian", hessian_CC), ("products with the reference", cross_CC)):
+        if not bool(torch.isfinite(moments_CC).all()):
+            raise NumericsError(
+                f"the {name} of an input must be finite, found NaN or infinity; look for the calibration row"
+                " whose activations are not finite"
+            )
     damped_CC = hessian_CC.clone()
     damped_CC.diagonal().add_(_DAMPING * hessian_CC.diagonal().double().mean().item())
     # (X^T X + l)^-1 applied from the right; both sides transposed, as the left one is symmetric.

@@ -14,10 +14,12 @@ import torch
 from quantlib.calibration.hessian import add_partial_, exponent_for, gram_lower, hessian_from
 from quantlib.grids.affine import with_codes
 from quantlib.grids.fit import search_scales
-from quantlib.linalg import factor_hessian
+from quantlib.linalg import factor_hessian, inverse_diagonal
 from quantlib.methods import METHODS
 from quantlib.methods.column_solver import solve_codes
+from quantlib.methods.coordinate_descent import descend
 from quantlib.methods.measures import relative_error
+from quantlib.methods.scale_refit import refit_scales
 from quantlib.schemes import scheme_from_name
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))
@@ -75,10 +77,19 @@ def solve_seconds(rows: int, columns: int, scheme_name: str, repeats: int) -> di
         )
 
     grid = search_scales(weight_RC, scheme, scale_dtype=torch.bfloat16, importance_C=hessian_CC.diagonal())
-    quantized = with_codes(grid, solve_codes(weight_RC, grid, factor)[0])
+    codes_RC, _ = solve_codes(weight_RC, grid, factor)
+    quantized = with_codes(grid, codes_RC)
+    problem = (weight_RC, codes_RC, grid, hessian_CC)
+
+    def one_pass() -> object:
+        return descend(*problem, damping=factor.damping, order_C=factor.order_C)
+
     return {
         "search_scales": cpu_seconds(search, repeats),
         "solve_codes": cpu_seconds(lambda: solve_codes(weight_RC, grid, factor), repeats),
+        "descend, a pass": cpu_seconds(one_pass, repeats),
+        "refit_scales": cpu_seconds(lambda: refit_scales(*problem, damping=factor.damping), repeats),
+        "inverse_diagonal": cpu_seconds(lambda: inverse_diagonal(factor), repeats),
         "relative_error": cpu_seconds(lambda: relative_error(weight_RC, quantized, hessian_CC), repeats),
         "gptq in all": cpu_seconds(
             lambda: METHODS["gptq"](

@@ -88,8 +88,17 @@ def test_conversion_without_data_converts_unit_by_unit_to_the_same_bytes(tmp_pat
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"propagation": "quantized"}, {"propagation": "quantized", "correct_targets": True}],
-    ids=["original", "quantized", "corrected"],
+    [
+        {},
+        {"propagation": "quantized"},
+        {"propagation": "quantized", "correct_targets": True},
+        {
+            "propagation": "quantized",
+            "correct_targets": True,
+            "rules": [{"match": "*.layers.1.*", "method": "rtn"}, {"match": "*.o_proj", "method": "rtn"}],
+        },
+    ],
+    ids=["original", "quantized", "corrected", "corrected beside rtn"],
 )
 def test_conversion_interrupted_anywhere_is_finished_to_the_same_bytes(tmp_path, given):
     undisturbed = tiny_options(tmp_path, output=str(tmp_path / "whole"), **given)

@@ -76,8 +76,10 @@ def test_correction_brings_codes_closer_to_the_original_outputs():
     assert miss(cross_CC) < 0.9 * miss(None)
 
 
-def test_correction_refuses_products_that_are_not_finite():
-    hessian_CC, cross_CC = moments(*inputs())
-    cross_CC[3, 4] = float("inf")
-    with pytest.raises(NumericsError, match="calibration row"):
-        corrected_weights({"w": weight()}, hessian_CC, cross_CC)
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+@pytest.mark.parametrize(("damaged", "said"), [(0, "Hessian"), (1, "products with the reference")])
+def test_correction_refuses_moments_that_are_not_finite(damaged, said, value):
+    both = moments(*inputs())
+    both[damaged][3, 4] = value
+    with pytest.raises(NumericsError, match=f"the {said} of an input must be finite"):
+        corrected_weights({"w": weight()}, *both)

@@ -6,7 +6,7 @@ saw, never in seconds, so that a slow machine meets the same draw.
 
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from tests.support.fault_proxy import Fault, Kind, Request
 
@@ -16,16 +16,7 @@ USUAL_REQUESTS = 130
 # One draw in so many loses Ray workers instead.
 RAY_EVERY = 4
 
-_KINDS: tuple[Kind, ...] = (
-    "throttle",
-    "delay",
-    "slow_response",
-    "cut_request",
-    "cut_response",
-    "lose_answer",
-    "corrupt_request",
-    "corrupt_response",
-)
+_KINDS: tuple[Kind, ...] = get_args(Kind)
 _RATES = (0.02, 0.05, 0.1)
 # Seconds during which storage is asked again: soon given up, or longer than a restart takes.
 _PATIENCE_S = (0.4, 20.0)
