@@ -1,5 +1,7 @@
 """Scale fitting: extremes, the weighted search against an exhaustive one, and scales no format may hold."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -182,3 +184,24 @@ def test_extremes_error_on_normal_weights_equals_the_published_one(bits):
         assert found < published[4] / 200
         return
     assert found == pytest.approx(published[bits], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("bits", "multiple", "error"), [(2, 0.56, 0.1522), (3, 0.75, 0.0406), (4, 0.89, 0.01087)]
+)
+def test_best_common_multiple_of_extremes_on_normal_weights_is_the_published_one(bits, multiple, error):
+    # One multiple for all groups, published to two digits, and the mean squared error it leaves.
+    scheme = WeightScheme(bits=bits, is_symmetric=True, group_size=128)
+    weight_RC = normal(256, 1024)
+    extremes = fit_to_extremes(weight_RC, scheme, scale_dtype=torch.float32)
+
+    def error_at(grid):
+        levels_RC = with_codes(grid, nearest_codes(weight_RC, grid)[0]).dequantize()
+        return (levels_RC - weight_RC).square().mean().item()
+
+    tried = [multiple + step / 100 for step in range(-6, 7)]
+    errors = [error_at(dataclasses.replace(extremes, scale_RG=extremes.scale_RG * m)) for m in tried]
+    assert tried[errors.index(min(errors))] == pytest.approx(multiple, abs=0.011)
+    assert min(errors) == pytest.approx(error, rel=0.01)
+    # A search of its own for every group leaves less.
+    assert error_at(search_scales(weight_RC, scheme, scale_dtype=torch.bfloat16)) < min(errors)

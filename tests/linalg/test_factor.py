@@ -211,6 +211,16 @@ def test_factor_of_another_order_is_a_factor_of_the_same_matrix(order):
     assert torch.equal(r, r.triu())
 
 
+@pytest.mark.parametrize("order", [None, natural_order(70), group_aware_order(hessian(70).diagonal(), 16)])
+def test_factor_of_any_order_undoes_the_upper_factor_of_the_inverse(order):
+    h = hessian(70)
+    factor = factor_hessian(h, num_tokens=MANY_TOKENS, order_C=order)
+    solved = solve_order(factor).numpy()
+    damped = h.numpy()[np.ix_(solved, solved)] + 0.002 * h.diagonal().mean().item() * np.eye(70)
+    upper = np.linalg.cholesky(np.linalg.inv(damped)).T
+    np.testing.assert_allclose(upper @ reversed_factor(factor).numpy(), np.eye(70), atol=1e-10)
+
+
 @pytest.mark.parametrize("width", [1, 7, 16, 200])
 def test_group_aware_order_sorts_inside_groups_and_groups_by_their_largest(width):
     diagonal = torch.randint(0, 9, (100,), generator=torch.Generator().manual_seed(0)).double()
