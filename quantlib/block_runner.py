@@ -8,8 +8,7 @@ block being worked on; everything else comes in as arguments and goes out as sma
 import resource
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -17,37 +16,31 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlib.calibration.hessian import add_partial_, add_total_, cross_from, exponent_for, hessian_from
-from quantlib.cell_store import read_cell, write_cell
-from quantlib.cells import Cell, Stream, cut_into_cells
+from quantlib.block_statistics import BlockStatistics
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.writer import write_shard
 from quantlib.errors import WorkerError
+from quantlib.group_solver import GroupSolver
 from quantlib.job import activations, planner
-from quantlib.job.activations import ActivationCheckpoint, cell_key
+from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.finished import check_unit, read_unit
 from quantlib.job.lease import refuse_taken_over
-from quantlib.job.manifest import DoneRecord, remove_record, store_record, tokens_uri
+from quantlib.job.manifest import DoneRecord, remove_record, store_record
 from quantlib.job.options import JobOptions
-from quantlib.job.plan import BlockPlan, Plan
+from quantlib.job.plan import Plan
 from quantlib.job.publish import publish
 from quantlib.machine import refuse_other_device
-from quantlib.model.skeleton import BlockInputs, Skeleton, load_skeleton, run_block
+from quantlib.model.skeleton import Skeleton, load_skeleton, run_block
 from quantlib.packing import FORMATS
-from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
 from quantlib.steps import (
     dequantized_weights,
-    observe_cell,
-    record_inputs,
-    report_rows,
     score_streams,
-    solve_group,
     stream_error,
 )
 from quantlib.storage import join_uri, open_store
-from quantlib.tokens import read_rows
+from quantlib.worker_cells import WorkerCells
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -64,9 +57,6 @@ class BlockRunner:
         self._stopped = threading.Event()
         self._clock = StageClock()
         self._prepared: planner.Prepared | None = None
-        self._excluded: set[int] = set()
-        self._inputs: dict[tuple[int, ...], list[BlockInputs]] = {}
-        self._begun: tuple[int, _Observed] | None = None
         self._captured: tuple[int, dict[str, Any]] | None = None
         self._advanced: tuple[int, dict[int, dict[str, float]]] | None = None
         self._loaded: tuple[int, nn.Module, Tensors] | None = None
@@ -104,17 +94,24 @@ class BlockRunner:
         self._device = torch.device("cuda" if plan.device_kind.startswith("cuda") else "cpu")
         self._dtype: torch.dtype = getattr(torch, plan.compute_dtype)
         self._packer = FORMATS[plan.options["format"]]
-        self._corrects: bool = plan.options["correct_targets"]
         engine = plan.options["storage_engine"]
         self._source_store = open_store(plan.source, engine)
         self._output_store = open_store(plan.output, engine)
         self._work_store = open_store(plan.work, engine)
         self._checkpoint: Checkpoint = planner.open_planned_source(self._source_store, plan)
         self._skeleton: Skeleton = load_skeleton(self._checkpoint.config, list(self._checkpoint.tensors))
-        self._calibration = self._cells(plan.calibration_digest, num_workers)
-        self._evaluation = self._cells(plan.evaluation_digest, num_workers)
-        self._begun = self._captured = self._advanced = self._loaded = None
-        return {"rows": sum(len(cell.ids_BT) for cell in self._calibration)}
+        self._cells = WorkerCells(
+            plan,
+            self._work_store,
+            number=number,
+            num_workers=num_workers,
+            device=self._device,
+            go_on=self._refuse_if_stopped,
+        )
+        self._solver = GroupSolver(plan, self._packer, self._device)
+        self._statistics = BlockStatistics(plan, self._cells, self._device, self._refuse_if_stopped)
+        self._captured = self._advanced = self._loaded = None
+        return {"rows": sum(len(cell.ids_BT) for cell in self._cells.calibration)}
 
     def abort_uploads(self) -> int:
         """Give up what lost workers were writing, and tell how many uploads; no living one may be writing."""
@@ -163,28 +160,18 @@ class BlockRunner:
     def embed(self, parts: Sequence[Tensors]) -> None:
         """Turn this worker's token cells into the inputs of block 0."""
         with self._clock.computing("embed"), torch.inference_mode():
-            outer = self._skeleton.build_outer(_merged(parts), dtype=self._dtype, device=self._device)
-            for cells, is_evaluation in ((self._calibration, False), (self._evaluation, True)):
-                for cell in cells:
-                    hidden_BTD, inputs = outer.embed(cell.ids_BT.to(self._device))
-                    has_reference = self._corrects and not is_evaluation
-                    cell.start(hidden_BTD, compares=is_evaluation, has_reference=has_reference)
-                    self._inputs.setdefault(tuple(cell.ids_BT.shape), inputs)
+            self._cells.embed(
+                self._skeleton.build_outer(_merged(parts), dtype=self._dtype, device=self._device)
+            )
 
     def activation_bytes(self) -> int:
         """Bytes of all streams of this worker's cells."""
-        streams = [stream for _, cell in self._keyed_cells() for _, stream in cell.named_streams]
-        return sum(stream.hidden_BTD.nbytes for stream in streams)
+        return self._cells.num_bytes
 
     def save_activations(self, block: int) -> dict[str, tuple[str, int]]:
         """Store the streams of this worker's cells, which stand before a block; cell key -> sha256, size."""
         with self._clock.computing("checkpoint"):
-            saved = {}
-            for key, cell in self._keyed_cells():
-                assert all(stream.position == block for _, stream in cell.named_streams)
-                streams = {name: stream.hidden_BTD for name, stream in cell.named_streams}
-                saved[key] = write_cell(self._work_store, self._plan.work, block, key, streams)
-            return saved
+            return self._cells.save(block)
 
     def complete_checkpoint(self, checkpoint: ActivationCheckpoint) -> None:
         """Declare a checkpoint whole, once every worker has saved its cells."""
@@ -199,11 +186,7 @@ class BlockRunner:
             ChecksumError: What is stored is not what was recorded; the streams are as they were.
         """
         with self._clock.computing("checkpoint"):
-            work = self._plan.work
-            for key, cell in self._keyed_cells():
-                stored = read_cell(self._work_store, work, checkpoint, key)
-                for name, stream in cell.named_streams:
-                    stream.place(stored[name].to(self._device), checkpoint.block)
+            self._cells.restore(checkpoint)
 
     def load(self, block: int, parts: Sequence[Tensors]) -> None:
         """Make a block live on the device, in place of the one before."""
@@ -217,25 +200,14 @@ class BlockRunner:
             self._loaded = (block, module, tensors)
 
     def begin_capture(self, block: int, excluded_rows: Sequence[int]) -> dict[str, Any]:
-        """Observe this worker's first cell; the worker of cell 0 learns the exponents of all sums from it.
-
-        The exponents come from one fixed cell so that they do not depend on how many workers there are.
+        """Observe this worker's first cell; the worker of cell 0 gives the exponents of all sums.
 
         Args:
             excluded_rows: Calibration rows left out in blocks before.
         """
-        if not self._calibration:
-            return {"exponents": None}
         with self._clock.computing("capture"), torch.inference_mode():
-            self._excluded = set(excluded_rows)
-            observed = self._observe(block, self._calibration[0])
-            self._begun = (block, observed)
-            if self._calibration[0].number != 0:
-                return {"exponents": None}
-            num_cells = -(-self._plan.options["sequences"] // self._plan.sequences_per_cell)
-            peaks = [float(gram.diagonal().max()) for gram in observed.grams]
-            peaks += [float(cross.abs().max()) for cross in observed.crosses]
-            return {"exponents": [exponent_for(peak, num_cells) for peak in peaks]}
+            module = self._block(block)[1]
+            return {"exponents": self._statistics.begin(module, block, excluded_rows)}
 
     def capture(self, block: int, exponents: Sequence[int]) -> dict[str, Any]:
         """Observe the other cells, add all up exactly, and move the streams to the next block.
@@ -245,24 +217,14 @@ class BlockRunner:
         if self._captured is not None and self._captured[0] == block:
             return self._captured[1]
         with self._clock.computing("capture"), torch.inference_mode():
-            columns = self._group_columns(block)
-            num_groups = len(columns)
-            if self._corrects:
-                columns = columns * 2
-            totals = [torch.zeros(c, c, dtype=torch.int64, device=self._device) for c in columns]
-            tokens = 0
-            for cell in self._calibration:
-                observed = self._observed(block, cell)
-                sums = [*observed.grams, *observed.crosses]
-                for number, (total, partial_CC) in enumerate(zip(totals, sums, strict=True)):
-                    add_partial_(total, partial_CC, exponents[number], is_whole=number >= num_groups)
-                self._excluded |= {cell.first_row + row for row in observed.left_out}
-                tokens += observed.num_tokens
-                if observed.followed_BTD is not None:
-                    _followed_stream(cell).move(block, lambda _, moved=observed.followed_BTD: moved)
-            self._move(self._block(block)[1], block, self._evaluation)
-            shared = {group: self._share(total.cpu()) for group, total in enumerate(totals)}
-            captured = {"totals": shared, "tokens": tokens, "excluded": sorted(self._excluded)}
+            module = self._block(block)[1]
+            gathered = self._statistics.gather(module, block, exponents)
+            self._cells.move_main(module, block, self._cells.evaluation)
+            captured = {
+                "totals": [self._share(total.cpu()) for total in gathered.totals],
+                "tokens": gathered.num_tokens,
+                "excluded": gathered.excluded_rows,
+            }
             self._captured = (block, captured)
             return captured
 
@@ -270,12 +232,9 @@ class BlockRunner:
         """Move the original streams through a block without statistics."""
         with self._clock.computing("forward"), torch.inference_mode():
             module = self._block(block)[1]
-            if self._corrects or self._plan.options["propagation"] == "original":
-                for cell in self._calibration:
-                    self._refuse_if_stopped()
-                    run = partial(run_block, module, block_inputs=self._inputs_of(cell, block))
-                    _followed_stream(cell).move(block, run)
-            self._move(module, block, self._evaluation)
+            if self._plan.options["correct_targets"] or self._plan.options["propagation"] == "original":
+                self._cells.move_followers(module, block)
+            self._cells.move_main(module, block, self._cells.evaluation)
 
     def solve(
         self, block: int, groups: Sequence[int], statistics: Sequence[Sequence[Any]], tokens: int
@@ -283,24 +242,16 @@ class BlockRunner:
         """Quantize and pack some input groups of the loaded block.
 
         Args:
-            statistics: For each group its int64 partial sums (none without data) and their exponent; where
-                targets are corrected also those of the products with the reference stream.
+            statistics: For each group what `GroupSolver.solve` takes.
             tokens: Calibration tokens behind the sums.
         """
         with self._clock.computing("solve"), torch.inference_mode():
-            plan = self._plan.blocks[block]
-            tensors = self._block(block)[2]
+            plan, tensors = self._plan.blocks[block], self._block(block)[2]
             packed: dict[str, torch.Tensor] = {}
             rows: list[dict[str, Any]] = []
-            for group, (totals, exponent, *crosses) in zip(groups, statistics, strict=True):
+            for group, given in zip(groups, statistics, strict=True):
                 self._refuse_if_stopped()
-                hessian_CC = cross_CC = None
-                if totals:
-                    hessian_CC = hessian_from(self._total(totals, exponent), exponent)
-                if crosses:
-                    partials, its_exponent = crosses
-                    cross_CC = cross_from(self._total(partials, its_exponent, is_whole=True), its_exponent)
-                done = self._solve(plan, plan.input_groups[group], tensors, (hessian_CC, cross_CC), tokens)
+                done = self._solver.solve(plan, group, tensors, given, tokens)
                 packed |= done[0]
                 rows += done[1]
             return {"packed": self._share(packed), "linears": rows}
@@ -350,12 +301,13 @@ class BlockRunner:
             module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
             del tensors
             if self._plan.options["propagation"] == "quantized":
-                self._move(module, block, self._calibration)
+                self._cells.move_main(module, block, self._cells.calibration)
             sums = {}
-            for cell in self._evaluation:
+            for cell in self._cells.evaluation:
                 self._refuse_if_stopped()
                 original, quantized = cell.streams
-                quantized.move(block, partial(run_block, module, block_inputs=self._inputs_of(cell, block)))
+                inputs = self._cells.inputs_of(cell, block)
+                quantized.move(block, partial(run_block, module, block_inputs=inputs))
                 sums[cell.number] = stream_error(original.hidden_BTD, quantized.hidden_BTD)
             self._advanced = (block, sums)
             return sums
@@ -367,7 +319,7 @@ class BlockRunner:
             # fp32: the losses of two close models are compared, and bf16 logits carry a noise of 2^-9.
             outer = self._skeleton.build_outer(_merged(parts), dtype=torch.float32, device=self._device)
             sums = {}
-            for cell in self._evaluation:
+            for cell in self._cells.evaluation:
                 self._refuse_if_stopped()
                 hidden = [stream.hidden_BTD.float() for stream in cell.streams]
                 sums[cell.number] = score_streams(outer, cell.ids_BT, *hidden)
@@ -385,8 +337,8 @@ class BlockRunner:
         if unit.block is not None:
             block = self._plan.blocks[unit.block]
             with self._clock.computing("solve"), torch.inference_mode():
-                for group in block.input_groups:
-                    packed, reports = self._solve(block, group, tensors, (None, None), 0)
+                for group in range(len(block.input_groups)):
+                    packed, reports = self._solver.solve(block, group, tensors, ([], 0), 0)
                     tensors |= packed
                     rows += reports
         return self.write(unit_name, [tensors], rows)
@@ -414,17 +366,6 @@ class BlockRunner:
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 
-    def _cells(self, digest: str | None, num_workers: int) -> list[Cell]:
-        if digest is None:
-            return []
-        rows_BT = read_rows(self._work_store, tokens_uri(self._plan.work, digest))
-        return cut_into_cells(rows_BT, self._plan.sequences_per_cell)[self._number :: num_workers]
-
-    def _keyed_cells(self) -> Iterator[tuple[str, Cell]]:
-        for corpus, cells in (("calibration", self._calibration), ("evaluation", self._evaluation)):
-            for cell in cells:
-                yield cell_key(corpus, cell.number), cell
-
     def _refuse_taken_over(self) -> None:
         if self._run_id is not None:
             refuse_taken_over(self._work_store, self._plan.work, self._run_id)
@@ -433,114 +374,9 @@ class BlockRunner:
         if self._stopped.is_set():
             raise WorkerError("the job was stopped; the same command continues it")
 
-    def _observe(self, block: int, cell: Cell) -> "_Observed":
-        self._refuse_if_stopped()
-        assert cell.main is not None and cell.main.position == block
-        excluded = {row - cell.first_row for row in self._excluded} & set(range(len(cell.ids_BT)))
-        inputs = self._inputs_of(cell, block)
-        plan, module = self._plan.blocks[block], self._block(block)[1]
-        followed_BTD, references = None, []
-        if self._corrects:
-            assert cell.reference is not None and cell.reference.position == block
-            followed_BTD, references = record_inputs(module, plan, cell.reference.hidden_BTD, inputs)
-        output_BTD, statistics, left_out = observe_cell(
-            module, plan, cell.main.hidden_BTD, inputs, excluded, references
-        )
-        if self._plan.options["propagation"] == "original":
-            followed_BTD = output_BTD
-        return _Observed(
-            grams=[gram for gram in statistics.grams if gram is not None],
-            crosses=statistics.crosses,
-            num_tokens=statistics.num_tokens,
-            left_out=left_out,
-            followed_BTD=followed_BTD,
-        )
-
-    def _observed(self, block: int, cell: Cell) -> "_Observed":
-        if self._begun is not None and self._begun[0] == block and cell is self._calibration[0]:
-            observed, self._begun = self._begun[1], None
-            return observed
-        return self._observe(block, cell)
-
-    def _move(self, module: nn.Module, block: int, cells: Sequence[Cell]) -> None:
-        for cell in cells:
-            self._refuse_if_stopped()
-            assert cell.main is not None
-            cell.main.move(block, partial(run_block, module, block_inputs=self._inputs_of(cell, block)))
-
-    def _total(
-        self, totals: Sequence[torch.Tensor], exponent: int, *, is_whole: bool = False
-    ) -> torch.Tensor:
-        """The sum over all workers, int64 [C, C]; what they gave may be mapped read-only and stays."""
-        total_CC = totals[0].to(self._device)
-        if len(totals) > 1:
-            total_CC = total_CC.clone()
-        for other_CC in totals[1:]:
-            add_total_(total_CC, other_CC.to(self._device), exponent, is_whole=is_whole)
-        return total_CC
-
-    def _solve(
-        self,
-        block: BlockPlan,
-        group: Sequence[str],
-        tensors: Tensors,
-        moments: tuple[torch.Tensor | None, torch.Tensor | None],
-        tokens: int,
-    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        hessian_CC, cross_CC = moments
-        linears = [linear for linear in block.linears if linear.name in group]
-        weights = {name: tensors[f"{name}.weight"] for name in group}
-        results = solve_group(
-            {name: weight.to(self._device) for name, weight in weights.items()},
-            linears,
-            hessian_CC=hessian_CC,
-            cross_CC=cross_CC,
-            num_tokens=tokens,
-            scale_dtype=self._packer.scale_dtype(next(iter(weights.values())).dtype),
-            solver=SolverSettings.from_options(self._plan.options),
-        )
-        packed: dict[str, torch.Tensor] = {}
-        for name, result in results.items():
-            packed |= {key: value.cpu() for key, value in self._packer.pack(name, result.quantized).items()}
-        return packed, report_rows(results)
-
     def _block(self, block: int) -> tuple[int, nn.Module, Tensors]:
         assert self._loaded is not None and self._loaded[0] == block, f"block {block} is not loaded"
         return self._loaded
-
-    def _inputs_of(self, cell: Cell, block: int) -> BlockInputs:
-        return self._inputs[tuple(cell.ids_BT.shape)][block]
-
-    def _group_columns(self, block: int) -> list[int]:
-        plan = self._plan.blocks[block]
-        columns = {linear.name: linear.columns for linear in plan.linears}
-        return [columns[group[0]] for group in plan.input_groups]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Observed:
-    """What one forward of a calibration cell gave.
-
-    Attributes:
-        grams: X^T X of every input group.
-        crosses: X_ref^T X of every input group, where targets are corrected.
-        num_tokens: Tokens counted.
-        left_out: Rows of the cell that are not finite.
-        followed_BTD: Where the stream that follows the original blocks has come to, if the cell has one.
-    """
-
-    grams: list[torch.Tensor]
-    crosses: list[torch.Tensor]
-    num_tokens: int
-    left_out: set[int]
-    followed_BTD: torch.Tensor | None
-
-
-def _followed_stream(cell: Cell) -> Stream:
-    """The stream of a calibration cell that follows the original blocks."""
-    stream = cell.reference or cell.main
-    assert stream is not None
-    return stream
 
 
 def _merged(parts: Sequence[Tensors]) -> dict[str, torch.Tensor]:

@@ -3,18 +3,21 @@
 B sequences, T positions, D hidden, C columns, V vocabulary. Nothing here knows about workers or storage.
 """
 
+import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import nn
 
 from quantlib.calibration.capture import InputObserver, InputRecorder, InputStatistics
+from quantlib.calibration.moments import Moments
 from quantlib.errors import NumericsError
 from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.methods import METHODS
+from quantlib.methods.bias_correction import corrected_bias
 from quantlib.methods.contracts import LinearResult
+from quantlib.methods.measures import share, weight_energy
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
 from quantlib.schemes import WeightScheme
@@ -53,7 +56,12 @@ def observe_cell(
     rows, excluded = hidden_BTD.shape[0], set(excluded)
     while True:
         with InputObserver(
-            block, _leaders(plan), num_rows=rows, left_out=excluded, references=references
+            block,
+            _leaders(plan),
+            num_rows=rows,
+            left_out=excluded,
+            references=references,
+            centered=plan.centered_groups,
         ) as observer:
             output_BTD = run_block(block, hidden_BTD, inputs)
         statistics = observer.statistics
@@ -119,15 +127,48 @@ def solve_group(
     return results
 
 
+def correct_bias(
+    result: LinearResult,
+    weight_RC: torch.Tensor,
+    bias_R: torch.Tensor,
+    moments: Moments,
+    *,
+    num_tokens: int,
+) -> LinearResult:
+    """A result with the bias that goes with its codes, and how far it moved.
+
+    Args:
+        moments: Centered ones, with which the codes were chosen.
+        num_tokens: Tokens behind them.
+    """
+    assert moments.mean_C is not None and moments.reference_mean_C is not None
+    corrected_R = corrected_bias(
+        bias_R,
+        weight_RC,
+        result.quantized,
+        mean_C=moments.mean_C,
+        reference_mean_C=moments.reference_mean_C,
+    )
+    moved = (corrected_R.double() - bias_R.double()).square().sum().item() * num_tokens
+    change = share(moved, weight_energy(weight_RC.float(), moments.hessian_CC))
+    report = dataclasses.replace(result.report, bias_change=change)
+    return dataclasses.replace(result, report=report, bias_R=corrected_R)
+
+
 def dequantized_weights(
     plan: BlockPlan, packed: Mapping[str, torch.Tensor], packer: PackingFormat
 ) -> dict[str, torch.Tensor]:
-    """Weight name -> fp32 levels [R, C] of a block's quantized linears, read from the packed tensors."""
-    return {
+    """Weight name -> fp32 levels [R, C] of a block's quantized linears, and their biases where corrected.
+
+    All are read from the packed tensors.
+    """
+    levels = {
         f"{linear.name}.weight": packer.unpack(linear.name, packed, linear.scheme).dequantize()
         for linear in plan.linears
         if linear.scheme is not None
     }
+    biases = [f"{linear.name}.bias" for linear in plan.linears if linear.corrects_bias]
+    return levels | {name: packed[name] for name in biases}
 
 
 def stream_error(original_BTD: torch.Tensor, quantized_BTD: torch.Tensor) -> dict[str, float]:
@@ -227,8 +268,3 @@ def perplexity(nll: float, tokens: float) -> float:
     if not tokens:
         return math.nan
     return math.exp(nll / tokens) if nll / tokens < 700 else math.inf
-
-
-def report_rows(results: Mapping[str, LinearResult]) -> list[dict[str, Any]]:
-    """The reports of quantized linears as JSON values."""
-    return [result.report.to_dict() for result in results.values()]

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from quantlib.calibration.hessian import cross_product, gram_lower
+from quantlib.calibration.moments import with_sums
 
 
 @dataclass(slots=True)
@@ -18,8 +19,9 @@ class InputStatistics:
     """Partial statistics of one cell.
 
     Attributes:
-        grams: One fp32 [C, C] a group, lower triangle valid; None for a group that was not reached.
-        crosses: X_ref^T X of every group, fp32 [C, C], where there is a reference; otherwise empty.
+        grams: One fp32 [C, C] a group, lower triangle valid; None for a group that was not reached. With
+            sums beside them, [C + 1, C + 1], for groups that are to be centered (`moments.with_sums`).
+        crosses: X_ref^T X of every group, fp32, likewise, where there is a reference; otherwise empty.
         num_tokens: Tokens counted.
         bad_rows: Sequences of the cell in which some group saw a NaN or an infinity. When there are any,
             the grams are worthless and the cell is to be run again without these rows.
@@ -66,6 +68,7 @@ class InputObserver(_InputWatch):
         num_rows: Sequences in the cell.
         left_out: Sequences that are not to be counted.
         references: For each group what it read in the reference stream, [B, T, C].
+        centered: Groups whose sums are wanted beside their products.
     """
 
     def __init__(
@@ -76,7 +79,9 @@ class InputObserver(_InputWatch):
         num_rows: int,
         left_out: Collection[int],
         references: Sequence[torch.Tensor] = (),
+        centered: Collection[int] = (),
     ) -> None:
+        self._centered = centered
         self._kept = torch.tensor([row for row in range(num_rows) if row not in left_out], dtype=torch.long)
         self._num_rows = num_rows
         self._references = references
@@ -93,13 +98,18 @@ class InputObserver(_InputWatch):
         if not torch.isfinite(gram_CC.diagonal()).all():
             finite_B = torch.isfinite(x_BTC).flatten(1).all(dim=1).cpu()
             self.statistics.bad_rows |= set(self._kept[~finite_B].tolist())
-        self.statistics.grams[group] = gram_CC
+        is_centered = group in self._centered
+        self.statistics.grams[group] = with_sums(gram_CC, x_NC, x_NC) if is_centered else gram_CC
         self.statistics.num_tokens = x_NC.shape[0]
         if self._references:
             reference_BTC = self._counted(self._references[group])
             finite_B = torch.isfinite(reference_BTC).flatten(1).all(dim=1).cpu()
             self.statistics.bad_rows |= set(self._kept[~finite_B].tolist())
-            self.statistics.crosses[group] = cross_product(reference_BTC.flatten(0, 1), x_NC)
+            reference_NC = reference_BTC.flatten(0, 1)
+            cross_CC = cross_product(reference_NC, x_NC)
+            self.statistics.crosses[group] = (
+                with_sums(cross_CC, reference_NC, x_NC) if is_centered else cross_CC
+            )
 
     def _counted(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, C] without the sequences that are left out."""

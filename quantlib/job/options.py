@@ -91,6 +91,12 @@ class JobOptions:
     refit_scales: bool = declare(
         False, _HOW, "Fit scales to the codes by least squares after gptq.", in_identity=True
     )
+    correct_biases: bool = declare(
+        True,
+        _HOW,
+        "Let the biases that linears have make up for what gptq does to their mean output.",
+        in_identity=True,
+    )
     rules: tuple[Mapping[str, Any], ...] = declare(
         (),
         _HOW,

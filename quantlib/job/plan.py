@@ -16,7 +16,7 @@ from quantlib.errors import PlanMismatchError
 from quantlib.job.options import option_fields
 from quantlib.schemes import WeightScheme
 
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +38,7 @@ class LinearPlan:
         columns: In features.
         method: ``gptq`` or ``rtn``; None when the linear is kept as it is.
         scheme: None when the linear is kept as it is.
+        corrects_bias: Whether it has a bias that makes up for what rounding does to its mean output.
     """
 
     name: str
@@ -45,6 +46,7 @@ class LinearPlan:
     columns: int
     method: str | None
     scheme: WeightScheme | None
+    corrects_bias: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +66,12 @@ class BlockPlan:
     tensors: tuple[str, ...]
     linears: tuple[LinearPlan, ...]
     input_groups: tuple[tuple[str, ...], ...]
+
+    @property
+    def centered_groups(self) -> frozenset[int]:
+        """Numbers of the input groups whose means are gathered too, for biases that are corrected."""
+        corrected = {linear.name for linear in self.linears if linear.corrects_bias}
+        return frozenset(n for n, group in enumerate(self.input_groups) if corrected.intersection(group))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

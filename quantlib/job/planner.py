@@ -212,6 +212,10 @@ def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> 
                 columns=linear.columns,
                 method=method if scheme is not None else None,
                 scheme=scheme,
+                corrects_bias=options.correct_biases
+                and linear.has_bias
+                and scheme is not None
+                and method == "gptq",
             )
         )
     quantized = {linear.name for linear in linears if linear.scheme is not None}
@@ -237,16 +241,10 @@ def _plan_units(
         drafts.append(("prelude-00000", "prelude", None, [], first))
     for block in blocks:
         quantized = {f"{linear.name}.weight" for linear in block.linears if linear.scheme is not None}
-        copied = [name for name in block.tensors if name not in quantized]
-        drafts.append(
-            (
-                f"block-{block.index:05d}",
-                "block",
-                block.index,
-                _packed_specs(block, checkpoint, packer),
-                copied,
-            )
-        )
+        corrected = [f"{linear.name}.bias" for linear in block.linears if linear.corrects_bias]
+        copied = [name for name in block.tensors if name not in quantized and name not in corrected]
+        made = _packed_specs(block, checkpoint, packer) + [_source_spec(checkpoint, n) for n in corrected]
+        drafts.append((f"block-{block.index:05d}", "block", block.index, made, copied))
     if tail:
         drafts.append(("tail-00000", "tail", None, [], tail))
     units = []

@@ -245,12 +245,15 @@ def _worst(report: Mapping[str, Any]) -> str:
             number(linear.get("relative_error")),
             number(linear.get("predicted_error")),
             number(linear.get("clipped_fraction")),
+            number(linear.get("damping_fraction")),
+            number(linear.get("bias_change")),
             number(linear.get("dead_columns")),
             linear.get("fallback"),
         )
         for linear in figures.worst_linears(report, _LISTED)
     ]
-    heads = ("linear", "method", "#relative error", "#predicted", "#clipped", "#dead columns", "fallback")
+    errors = ("#relative error", "#predicted", "#clipped")
+    heads = ("linear", "method", *errors, "#damping", "#bias moved", "#dead columns", "fallback")
     return _section("Linears with the largest error", _table(heads, rows)) if rows else ""
 
 

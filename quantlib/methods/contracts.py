@@ -41,6 +41,9 @@ class LinearReport:
         bounded_scales: Groups whose scale did not fit the stored dtype and was moved to its bound.
         fallback: None, or what was done instead of the first choice: ``more_damping``, ``float64_factor``,
             ``shrinkage``, ``rtn_no_tokens``, ``rtn_not_factored``.
+        bias_change: How far the bias moved to keep the mean output: the square of that a token, over the
+            mean square of the output about its mean. None where it was not corrected. The two errors are
+            then about the mean.
     """
 
     name: str
@@ -55,6 +58,7 @@ class LinearReport:
     clipped_fraction: float
     bounded_scales: int
     fallback: str | None
+    bias_change: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values under the attribute names."""
@@ -63,10 +67,11 @@ class LinearReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearResult:
-    """A quantized linear and its report."""
+    """A quantized linear, its report, and its bias [R] in the stored dtype where that changed."""
 
     quantized: QuantizedLinear
     report: LinearReport
+    bias_R: torch.Tensor | None = None
 
 
 class Method(Protocol):

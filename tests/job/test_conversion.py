@@ -6,19 +6,39 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from quantlib.checkpoint.verify import verify_checkpoint
-from quantlib.errors import CorpusError, PackingError, PlanMismatchError, QuantError, RecipeError
+from quantlib.errors import (
+    CorpusError,
+    NumericsError,
+    PackingError,
+    PlanMismatchError,
+    QuantError,
+    RecipeError,
+)
 from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize
 from quantlib.job.conversion import Progress
 from quantlib.storage import normalize_uri, open_store
-from tests.support.tiny_jobs import shard_digests, tiny_options
+from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source
 
 
 def _output(options) -> Path:
     return Path(options.output)
+
+
+def _biased_source(folder: Path) -> Path:
+    return tiny_source(folder, attention_bias=True, mlp_bias=True)
+
+
+def _tensors(folder: str | Path) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for shard in Path(folder).glob("*.safetensors")
+        for name, tensor in load_file(shard).items()
+    }
 
 
 @pytest.mark.parametrize("output_format", ["compressed-tensors", "gptq"])
@@ -62,16 +82,76 @@ def test_conversion_gptq_has_smaller_layer_errors_than_rounding_to_nearest(tmp_p
 def test_conversion_everything_not_quantized_is_copied_byte_for_byte(tmp_path):
     options = tiny_options(tmp_path)
     quantize(options)
-    source, output = {}, {}
-    for folder, tensors in ((Path(options.source), source), (_output(options), output)):
-        for shard in folder.glob("*.safetensors"):
-            tensors.update(load_file(shard))
+    source, output = _tensors(options.source), _tensors(options.output)
     for name, tensor in source.items():
         if not name.endswith("_proj.weight"):
             assert torch.equal(output[name].view(torch.int16), tensor.view(torch.int16)), name
     copied = {"tokenizer.json", "tokenizer_config.json", "generation_config.json"}
     for name in copied:
         assert (_output(options) / name).read_bytes() == (Path(options.source) / name).read_bytes()
+
+
+@pytest.mark.parametrize("given", [{}, {"propagation": "quantized", "correct_targets": True}])
+def test_conversion_biases_keep_the_mean_output_of_every_linear(tmp_path, given):
+    biased = str(_biased_source(tmp_path / "biased"))
+    options = tiny_options(tmp_path, source=biased, scheme="W4A16", **given)
+    report = quantize(options)
+    before, after = _mean_outputs(options.source, options), _mean_outputs(options.output, options)
+    left = tiny_options(
+        tmp_path, source=biased, scheme="W4A16", correct_biases=False, output=str(tmp_path / "left"), **given
+    )
+    quantize(left)
+    uncorrected = _mean_outputs(left.output, left)
+    # The first block sees the same inputs in both models, the others only up to what rounding did before.
+    for name in (name for name in before if ".layers.0.self_attn" in name and "o_proj" not in name):
+        gap, gap_without = (before[name] - found[name] for found in (after, uncorrected))
+        assert gap.norm() < 0.1 * gap_without.norm(), name
+    rows = [row for block in report["blocks"] for row in block["linears"]]
+    assert len(rows) == 21 and all(row["bias_change"] > 0 for row in rows)
+    uri = normalize_uri(options.output)
+    verified = verify_checkpoint(open_store(uri), uri, source_uri=normalize_uri(options.source))
+    assert verified.findings == ()
+
+
+def test_conversion_leaves_biases_alone_where_nothing_is_known_of_the_inputs(tmp_path):
+    options = tiny_options(tmp_path, source=str(_biased_source(tmp_path / "biased")), method="rtn")
+    report = quantize(options)
+    source, output = _tensors(options.source), _tensors(options.output)
+    biases = [name for name in source if name.endswith(".bias")]
+    assert len(biases) == 21
+    assert all(torch.equal(source[name], output[name]) for name in biases)
+    assert all(row["bias_change"] is None for block in report["blocks"] for row in block["linears"])
+
+
+def _mean_outputs(folder: str, options) -> dict[str, torch.Tensor]:
+    """Linear -> mean of its output over the calibration rows, by transformers' own forward in fp32."""
+    tokenizer = AutoTokenizer.from_pretrained(options.source)
+    documents = [json.loads(line)["text"] for line in Path(options.calibration).read_text().splitlines()]
+    separator = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    ids = [token for text in documents for token in [*tokenizer(text)["input_ids"], separator]]
+    rows_BT = torch.tensor(ids[: options.sequences * 32]).reshape(options.sequences, 32)
+    config = AutoConfig.from_pretrained(options.source)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    source, stored = _tensors(options.source), _tensors(folder)
+    for name, parameter in model.named_parameters():
+        packed = f"{name}_packed"
+        if packed not in stored:
+            parameter.data.copy_(stored.get(name, source["model.embed_tokens.weight"]))
+            continue
+        shifts = torch.arange(0, 32, 4)
+        codes = (stored[packed][..., None].to(torch.int64) >> shifts) & 15
+        codes = codes.flatten(1)[:, : parameter.shape[1]] - 8
+        scales = stored[f"{name}_scale"].float().repeat_interleave(options.group_size, dim=1)
+        parameter.data.copy_(codes * scales)
+    means: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and ".layers." in name:
+            module.register_forward_hook(
+                lambda _m, _i, output, name=name: means.update({name: output.flatten(0, 1).mean(0)})
+            )
+    with torch.inference_mode():
+        model(rows_BT, use_cache=False)
+    return means
 
 
 def test_conversion_without_data_converts_unit_by_unit_to_the_same_bytes(tmp_path):
@@ -100,7 +180,10 @@ def test_conversion_without_data_converts_unit_by_unit_to_the_same_bytes(tmp_pat
     ],
     ids=["original", "quantized", "corrected", "corrected beside rtn"],
 )
-def test_conversion_interrupted_anywhere_is_finished_to_the_same_bytes(tmp_path, given):
+@pytest.mark.parametrize("is_biased", [False, True], ids=["plain", "biased"])
+def test_conversion_interrupted_anywhere_is_finished_to_the_same_bytes(tmp_path, given, is_biased):
+    if is_biased:
+        given = {**given, "source": str(_biased_source(tmp_path / "biased"))}
     undisturbed = tiny_options(tmp_path, output=str(tmp_path / "whole"), **given)
     expected = quantize(undisturbed)
     stopped = tiny_options(tmp_path, output=str(tmp_path / "stopped"), **given)
@@ -175,6 +258,23 @@ def _assert_refused(options, kind: type[QuantError], words: str) -> None:
         quantize(options)
     assert caught.value.before_work
     assert sorted(Path(options.output).parent.rglob("*")) == before
+
+
+def test_conversion_of_inputs_whose_squares_overflow_names_block_cell_and_linear(tmp_path):
+    options = tiny_options(tmp_path)
+    # The block's output stays what it was.
+    factors = {"post_attention_layernorm": 1e25, "mlp.gate_proj": 1e-25, "mlp.up_proj": 1e-25}
+    for shard in Path(options.source).glob("*.safetensors"):
+        tensors = load_file(shard)
+        for module, factor in factors.items():
+            name = f"model.layers.1.{module}.weight"
+            if name in tensors:
+                tensors[name] *= factor
+        save_file(tensors, shard, metadata={"format": "pt"})
+    wanted = r"model\.layers\.1, calibration cell 0 \(rows 0 to 9\): .*model\.layers\.1\.mlp\.gate_proj"
+    with pytest.raises(NumericsError, match=wanted) as caught:
+        quantize(options)
+    assert (caught.value.facts["block"], caught.value.facts["cell"]) == (1, 0)
 
 
 def test_conversion_refuses_gptq_without_calibration_text(tmp_path):

@@ -27,6 +27,7 @@ def test_options_from_minimal_request_takes_every_default():
         "column_order": "activation",
         "descent_passes": 0,
         "refit_scales": False,
+        "correct_biases": True,
         "rules": (),
         "calibration": None,
         "evaluation": None,
@@ -132,6 +133,7 @@ def test_identity_holds_what_is_asked_of_the_weights_and_nothing_of_where_and_by
         "column_order",
         "descent_passes",
         "refit_scales",
+        "correct_biases",
     }
 
 

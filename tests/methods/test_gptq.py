@@ -91,6 +91,7 @@ def test_gptq_report_states_what_was_used():
         "dead_columns": 1,
         "bounded_scales": 0,
         "fallback": None,
+        "bias_change": None,
     }
 
 

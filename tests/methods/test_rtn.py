@@ -52,6 +52,7 @@ def test_rtn_report_without_hessian_is_unweighted():
         "dead_columns": 0,
         "bounded_scales": 0,
         "fallback": None,
+        "bias_change": None,
     }
 
 

@@ -1,0 +1,58 @@
+"""The corrected bias is the exact minimum, for any codes; centered codes do not see a shift of the inputs."""
+
+import numpy as np
+import pytest
+import torch
+
+from quantlib.methods.bias_correction import corrected_bias
+from quantlib.methods.gptq import quantize_linears
+from quantlib.schemes import scheme_from_name
+
+ROWS, COLUMNS, TOKENS = 16, 64, 400
+SCHEME = scheme_from_name("W3A16", 32)
+
+
+def _problem(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x_NC = torch.randn(TOKENS, COLUMNS, generator=generator, dtype=torch.float64)
+    mixing_CC = torch.randn(COLUMNS, COLUMNS, generator=generator, dtype=torch.float64) / 8
+    x_NC = x_NC @ mixing_CC + torch.randn(COLUMNS, generator=generator, dtype=torch.float64)
+    weight_RC = torch.randn(ROWS, COLUMNS, generator=generator) * 0.05
+    return x_NC, weight_RC, torch.randn(ROWS, generator=generator)
+
+
+def _quantized(weight_RC: torch.Tensor, x_NC: torch.Tensor):
+    about_NC = x_NC - x_NC.mean(0)
+    return quantize_linears(
+        {"w": weight_RC},
+        {"w": SCHEME},
+        hessian_CC=(about_NC.T @ about_NC).float(),
+        num_tokens=TOKENS,
+        scale_dtype=torch.float32,
+    )["w"].quantized
+
+
+@pytest.mark.parametrize("disturbance", [0.0, 0.3])
+def test_corrected_bias_is_what_least_squares_gives(disturbance):
+    x_NC, weight_RC, bias_R = _problem(0)
+    shift_C = torch.randn(COLUMNS, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    reference_NC = x_NC + disturbance * shift_C
+    quantized = _quantized(weight_RC, x_NC)
+    found_R = corrected_bias(
+        bias_R.double(), weight_RC, quantized, mean_C=x_NC.mean(0), reference_mean_C=reference_NC.mean(0)
+    )
+    wanted_NR = reference_NC.numpy() @ weight_RC.double().numpy().T + bias_R.double().numpy()
+    left_NR = wanted_NR - x_NC.numpy() @ quantized.dequantize().double().numpy().T
+    solved, *_ = np.linalg.lstsq(np.ones((TOKENS, 1)), left_NR, rcond=None)
+    np.testing.assert_allclose(found_R.numpy(), solved[0], rtol=1e-9)
+    assert np.abs(found_R.numpy() - bias_R.double().numpy()).max() > 1e-3
+
+
+def test_corrected_bias_keeps_its_dtype():
+    x_NC, weight_RC, bias_R = _problem(1)
+    quantized = _quantized(weight_RC, x_NC)
+    mean_C = x_NC.mean(0)
+    exact_R = corrected_bias(bias_R.double(), weight_RC, quantized, mean_C=mean_C, reference_mean_C=mean_C)
+    stored_R = corrected_bias(bias_R.bfloat16(), weight_RC, quantized, mean_C=mean_C, reference_mean_C=mean_C)
+    assert stored_R.dtype == torch.bfloat16
+    np.testing.assert_allclose(stored_R.float(), exact_R, atol=2 * 2.0**-8 * bias_R.abs().max())
