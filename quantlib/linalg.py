@@ -138,20 +138,33 @@ def inverse_diagonal(factor: Factor) -> torch.Tensor:
 
     Numerics: with H = L L^T by position, entry i of the diagonal is the squared length of column i of L^-1.
 
-    Cost: C**3 / 3 multiply-adds in batches of columns; memory of such a batch, and of the part of the factor
-        below it, which torch copies.
+    Cost: C**3 / 3 multiply-adds; memory of a batch of columns.
     """
     columns = len(factor.pivots_C)
     by_position_C = torch.empty_like(factor.pivots_C)
     for start in range(0, columns, _INVERSE_BATCH):
         # Above its own rows a column of the inverse of a lower triangle is zero.
         below_CC = factor.feedback_CC[start:, start:]
-        width = min(_INVERSE_BATCH, columns - start)
-        unit_CB = torch.eye(len(below_CC), width, dtype=below_CC.dtype, device=below_CC.device)
-        solved_CB = torch.linalg.solve_triangular(below_CC, unit_CB, upper=False, unitriangular=True)
-        solved_CB.div_(factor.pivots_C[start:, None])
+        solved_CB = _first_columns_of_inverse(below_CC).div_(factor.pivots_C[start:, None])
         by_position_C[start : start + _INVERSE_BATCH] = solved_CB.square_().sum(0)
     return torch.empty_like(by_position_C).index_copy_(0, factor.order_C, by_position_C)
+
+
+def _first_columns_of_inverse(lower_CC: torch.Tensor) -> torch.Tensor:
+    """[C, B]: the first columns of the inverse of a unit lower triangle.
+
+    Panel by panel: torch copies a whole triangle that it is to solve with, unless it is small.
+    """
+    columns = len(lower_CC)
+    width = min(_INVERSE_BATCH, columns)
+    inverse_CB = torch.eye(columns, width, dtype=lower_CC.dtype, device=lower_CC.device)
+    for start in range(0, columns, _INVERSE_BATCH):
+        own = slice(start, start + _INVERSE_BATCH)
+        panel_PB = inverse_CB[own].addmm_(lower_CC[own, :start], inverse_CB[:start], alpha=-1.0)
+        inverse_CB[own] = torch.linalg.solve_triangular(
+            lower_CC[own, own], panel_PB, upper=False, unitriangular=True
+        )
+    return inverse_CB
 
 
 def _check(hessian_CC: torch.Tensor, diagonal_C: torch.Tensor) -> None:

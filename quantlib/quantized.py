@@ -37,6 +37,6 @@ class QuantizedLinear:
         width = self.scheme.columns_per_group(columns)
         scale_RC = self.scale_RG.float().repeat_interleave(width, dim=1)[:, :columns]
         if self.zero_RG is None:
-            return (self.codes_RC.float() - self.scheme.middle_code) * scale_RC
+            return self.codes_RC.float().sub_(self.scheme.middle_code).mul_(scale_RC)
         zero_RC = self.zero_RG.float().repeat_interleave(width, dim=1)[:, :columns]
-        return (self.codes_RC.float() - zero_RC) * scale_RC
+        return self.codes_RC.float().sub_(zero_RC).mul_(scale_RC)

@@ -46,16 +46,21 @@ def solve_codes(
     if filled_rows is not None:
         codes_RC, num_clipped_R = solve_codes(weight_RC[filled_rows], grid.rows(filled_rows), factor)
         return codes_RC[: len(weight_RC)], num_clipped_R[: len(weight_RC)]
-    rows, columns = weight_RC.shape
-    codes_RC = torch.empty(rows, columns, dtype=torch.uint8, device=weight_RC.device)
-    num_clipped_R = torch.empty(rows, dtype=torch.int64, device=weight_RC.device)
+    codes_RC = torch.empty_like(weight_RC, dtype=torch.uint8)
+    num_clipped_R = torch.empty(len(weight_RC), dtype=torch.int64, device=weight_RC.device)
     for part in row_tiles(weight_RC):
-        tile = ColumnTile(weight_RC[part], grid.rows(part), factor.order_C)
-        for end in range(columns, 0, -column_tile.BATCH_COLUMNS):
-            _solve_batch(tile, factor.feedback_CC, max(0, end - column_tile.BATCH_COLUMNS), end)
+        tile = _solved_tile(weight_RC[part], grid.rows(part), factor)
         codes_RC[part] = tile.codes_CR.T
         num_clipped_R[part] = tile.num_clipped_R
+        del tile  # before the next one is made
     return codes_RC, num_clipped_R
+
+
+def _solved_tile(weight_RC: torch.Tensor, grid: AffineGrid, factor: Factor) -> ColumnTile:
+    tile = ColumnTile(weight_RC, grid, factor.order_C)
+    for end in range(weight_RC.shape[1], 0, -column_tile.BATCH_COLUMNS):
+        _solve_batch(tile, factor.feedback_CC, max(0, end - column_tile.BATCH_COLUMNS), end)
+    return tile
 
 
 def _solve_batch(tile: ColumnTile, feedback_CC: torch.Tensor, start: int, end: int) -> None:

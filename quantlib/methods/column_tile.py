@@ -5,6 +5,8 @@ transposed, so that a column is contiguous and an operation vectorizes. Rows of 
 an order, the last being solved first, except in ``codes_CR``, which is in natural column order.
 """
 
+from collections.abc import Mapping
+
 import torch
 
 from quantlib.grids.affine import AffineGrid, is_clipped_, nearest_offsets, offset_bounds
@@ -21,6 +23,23 @@ def row_tiles(weight_RC: torch.Tensor) -> list[slice]:
     rows = len(weight_RC)
     step = _CPU_TILE_ROWS if weight_RC.device.type == "cpu" else rows
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def stacks(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Names of matrices to be solved as one.
+
+    Stacking copies the rows, so on a CPU a stack is kept smaller than the tile that works on it. Rows know
+    nothing of each other: this is about time and memory alone.
+    """
+    found: list[list[str]] = []
+    filled = 0
+    for name, weight_RC in weights.items():
+        filled += len(weight_RC)
+        if not found or (weight_RC.device.type == "cpu" and filled > _CPU_TILE_ROWS * 3 // 4):
+            found.append([])
+            filled = len(weight_RC)
+        found[-1].append(name)
+    return found
 
 
 class ColumnTile:
@@ -43,7 +62,10 @@ class ColumnTile:
         dtype, device = weight_RC.dtype, weight_RC.device
         lowest_RG, highest_RG = offset_bounds(grid, dtype)
         self._order_C = order_C
-        self.weight_CR = weight_RC.T.contiguous().index_select(0, order_C)
+        self.weight_CR = torch.empty(columns, rows, dtype=dtype, device=device)
+        for start in range(0, columns, BATCH_COLUMNS):
+            part = slice(start, start + BATCH_COLUMNS)
+            self.weight_CR[part] = weight_RC.index_select(1, order_C[part]).T
         self.error_CR = torch.zeros(columns, rows, dtype=dtype, device=device)
         self._target_BR = torch.empty(BATCH_COLUMNS, rows, dtype=dtype, device=device)
         self._offset_BR = torch.empty_like(self._target_BR)
@@ -64,11 +86,10 @@ class ColumnTile:
 
     def take_codes(self, codes_RC: torch.Tensor) -> None:
         """Start from codes that were chosen before."""
-        codes_CR = codes_RC.T.index_select(0, self._order_C)
-        for start in range(0, len(codes_CR), BATCH_COLUMNS):
+        for start in range(0, codes_RC.shape[1], BATCH_COLUMNS):
             part = slice(start, start + BATCH_COLUMNS)
             group_B = self._group_C[part]
-            offset_BR = codes_CR[part] + self._lowest_GR[group_B]
+            offset_BR = codes_RC.index_select(1, self._order_C[part]).T + self._lowest_GR[group_B]
             scale_BR = self._scale_GR[group_B]
             torch.addcmul(self.weight_CR[part], offset_BR, scale_BR, value=-1, out=self.error_CR[part])
 

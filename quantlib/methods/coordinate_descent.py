@@ -64,6 +64,7 @@ def descend(
             _solve_batch(tile, _feedback(hessian_CC, damping, order_C, start, end), start, end)
         better_RC[part] = tile.codes_CR.T
         num_clipped_R[part] = tile.num_clipped_R
+        del tile  # before the next one is made
     return better_RC, num_clipped_R
 
 

@@ -17,6 +17,7 @@ from quantlib.grids.affine import AffineGrid, with_codes
 from quantlib.grids.fit import fit_to_extremes, search_scales
 from quantlib.linalg import DAMPED, Factor, factor_hessian, inverse_diagonal
 from quantlib.methods.column_solver import solve_codes
+from quantlib.methods.column_tile import stacks
 from quantlib.methods.contracts import RTN_NO_TOKENS, RTN_NOT_FACTORED, LinearReport, LinearResult
 from quantlib.methods.coordinate_descent import descend
 from quantlib.methods.measures import check_weights, error_energy, expected_energy, share, weight_energy
@@ -71,7 +72,9 @@ def quantize_linears(
             )
         else:
             problem = _Problem(factor=factor, hessian_CC=hessian_CC, num_tokens=num_tokens, settings=solver)
-            results |= _quantize_stack(stack, scheme, problem, scale_dtype)
+            for names in stacks(stack):
+                part = {name: stack[name] for name in names}
+                results |= _quantize_stack(part, scheme, problem, scale_dtype)
     return {name: results[name] for name in weights}
 
 

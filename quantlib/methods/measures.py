@@ -13,8 +13,9 @@ import torch
 from quantlib.errors import NumericsError
 from quantlib.quantized import QuantizedLinear
 
-# Rows at a time: bounds temporary memory.
-_TILE_ROWS = 4096
+# A tile's rows: enough for a fast product, few enough that its temporary copies stay small beside a solve's.
+_FEWEST_TILE_ROWS, _MOST_TILE_ROWS = 512, 4096
+_TILE_ELEMENTS = 1 << 20
 # Columns at a time: only the lower triangle of the Hessian is used.
 _COLUMN_BATCH = 256
 
@@ -71,17 +72,16 @@ def weight_energy(weight_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> f
 
     Cost: R * C**2 multiply-adds; temporary memory of a row tile.
     """
-    tiles = weight_RC.split(_TILE_ROWS)
-    return sum(_energy(tile_RC, hessian_CC) for tile_RC in tiles)
+    return sum(_energy(tile_RC, hessian_CC) for tile_RC in weight_RC.split(_tile_rows(weight_RC)))
 
 
 def error_energy(
     weight_RC: torch.Tensor, quantized: QuantizedLinear, hessian_CC: torch.Tensor | None
 ) -> float:
     """tr(E H E^T) with E = W - levels; without a Hessian |E|**2. Cost as `weight_energy`."""
-    total = 0.0
-    for start in range(0, weight_RC.shape[0], _TILE_ROWS):
-        part = slice(start, start + _TILE_ROWS)
+    total, step = 0.0, _tile_rows(weight_RC)
+    for start in range(0, weight_RC.shape[0], step):
+        part = slice(start, start + step)
         tile = dataclasses.replace(
             quantized,
             codes_RC=quantized.codes_RC[part],
@@ -111,6 +111,11 @@ def expected_energy(
     squares_C = torch.zeros_like(pivots_C).index_copy_(0, order_C, pivots_C.square())
     squares_G = torch.stack([group.sum() for group in squares_C.double().split(width)])
     return (scale_RG.double().square() @ squares_G).sum().item() / 12.0
+
+
+def _tile_rows(weight_RC: torch.Tensor) -> int:
+    wanted = _TILE_ELEMENTS // weight_RC.shape[1]
+    return min(max(wanted, _FEWEST_TILE_ROWS), _MOST_TILE_ROWS)
 
 
 def _energy(x_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> float:

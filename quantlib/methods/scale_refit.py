@@ -13,7 +13,7 @@ from quantlib.grids.affine import AffineGrid, offset_bounds, whole_vectors
 from quantlib.grids.stored_scale import round_to_stored
 
 # Rows at a time: bounds the matrices of G x G, which are held in fp64, and three buffers of C numbers a row.
-_TILE_BYTES = 64 << 20
+_TILE_BYTES = 32 << 20
 # Relative to the mean of its diagonal: keeps a row's system solvable where groups say almost the same.
 _RIDGE = 1e-6
 # A scale that wants to leave this range of its old value sits in a system too ill-conditioned to be believed.

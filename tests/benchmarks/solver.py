@@ -1,15 +1,23 @@
 """CPU seconds of the stages of a solve, on the shapes of a small language model.
 
     python tests/benchmarks/solver.py [--threads 1] [--repeats 3]
+    python tests/benchmarks/solver.py --baseline 4096
 
-Each figure is the least of the repeats. Inputs are random, correlated and uneven like activations.
+Each figure is the least of the repeats. Inputs are random, correlated and uneven like activations. With
+``--baseline`` the column loop of one square matrix in groups of 128 runs beside the eager forms of
+`eager_columns`, once each; their codes are compared.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from eager_columns import column_by_column, in_batches, inverse_factor
 
 from quantlib.calibration.hessian import add_partial_, exponent_for, gram_lower, hessian_from
 from quantlib.grids.affine import with_codes
@@ -36,10 +44,10 @@ def cpu_seconds(work: Callable[[], object], repeats: int) -> float:
     return min(taken)
 
 
-def activations(columns: int) -> torch.Tensor:
-    """One cell of inputs, fp32 [N, C]."""
+def activations(columns: int, rows: int = TOKENS_PER_CELL) -> torch.Tensor:
+    """Inputs, fp32 [rows, C]; by default those of one cell."""
     generator = torch.Generator().manual_seed(columns)
-    x_NC = torch.randn(TOKENS_PER_CELL, columns, generator=generator)
+    x_NC = torch.randn(rows, columns, generator=generator)
     x_NC *= torch.exp(torch.randn(columns, generator=generator))
     return x_NC + x_NC.roll(1, dims=1)
 
@@ -104,12 +112,58 @@ def solve_seconds(rows: int, columns: int, scheme_name: str, repeats: int) -> di
     }
 
 
+def measure_baseline(size: int) -> None:
+    """The column loop beside eager ones, on the same grids."""
+    scheme = scheme_from_name("W4A16", 128)
+    gram_CC = gram_lower(activations(size, rows=2 * size)).tril()
+    hessian_CC = gram_CC + gram_CC.tril(-1).T
+    weight_RC = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * 0.02
+    grid = search_scales(weight_RC, scheme, scale_dtype=torch.bfloat16, importance_C=hessian_CC.diagonal())
+    factor = factor_hessian(hessian_CC, num_tokens=2 * size)
+    if factor is None:
+        raise SystemExit("the benchmark's Hessian could not be factored")
+    order_C = factor.order_C.flip(0)
+    damped_CC = hessian_CC[order_C][:, order_C]
+    damped_CC.diagonal().add_(factor.damping)
+    upper_CC = inverse_factor(damped_CC)
+    scale_RC = grid.scale_RG.float().repeat_interleave(128, dim=1)
+    ordered = (weight_RC[:, order_C].contiguous(), scale_RC[:, order_C].contiguous(), upper_CC)
+    found: dict[str, torch.Tensor] = {}
+
+    def ours() -> None:
+        codes_RC, _ = solve_codes(weight_RC, grid, factor)
+        found["solve_codes"] = with_codes(grid, codes_RC).dequantize()[:, order_C]
+
+    def eager(name: str, form: Callable[..., torch.Tensor]) -> None:
+        found[name] = form(*ordered)
+
+    def product() -> None:
+        torch.mm(weight_RC[:, : size // 2], hessian_CC[: size // 2])
+
+    spent = {"products of the loop alone": cpu_seconds(product, 3), "solve_codes": cpu_seconds(ours, 3)}
+    spent["eager, in batches"] = cpu_seconds(lambda: eager("eager, in batches", in_batches), 1)
+    spent["eager, column by column"] = cpu_seconds(
+        lambda: eager("eager, column by column", column_by_column), 1
+    )
+    for name, seconds in spent.items():
+        same = ""
+        if name in found:
+            same = f"  {(found[name] == found['solve_codes']).double().mean().item():8.2%} of the codes"
+        print(f"{name:28} {seconds:9.2f} CPU s {seconds / spent['solve_codes']:8.2f} x{same}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--baseline", type=int, metavar="SIZE", help="compare the column loop with eager ones"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.baseline:
+        measure_baseline(arguments.baseline)
+        return
     for columns in (576, 1536):
         for stage, seconds in statistics_seconds(columns, arguments.repeats).items():
             print(f"{f'[{TOKENS_PER_CELL}, {columns}]':14} {stage:18} {seconds:.4f}")

@@ -50,11 +50,15 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "symmetric": lambda row: "yes" if row["key"]["is_symmetric"] else "no",
     "seed": lambda row: "-" if row["key"]["seed"] is None else str(row["key"]["seed"]),
     "ratio of perplexities": lambda row: f"{row['ratio']:.4f}",
-    "standard error": lambda row: f"{row['ratio_standard_error']:.4f}",
+    "standard error": lambda row: _or_dash(row["ratio_standard_error"]),
     "mean relative error": lambda row: f"{row['mean_relative_error']:.6f}",
     "solve CPU s": lambda row: f"{row['solve_cpu_seconds']:.1f}",
     "fallbacks": lambda row: str(row["fallbacks"]),
 }
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def _section(setting: Mapping[str, int], rows: Sequence[Mapping[str, Any]], order: Sequence[str]) -> str:

@@ -7,13 +7,15 @@ original model in fp32, and kept in a cache folder. Every variant then solves al
 levels it chose are evaluated inside the plain transformers model (`dense_evaluation`). Beside the table,
 ``table.jsonl`` receives each row as soon as it is known; started again, only missing rows are made.
 
-Left out: file formats, calibration on quantized activations, and models with activations that are not finite.
+What calibrates on quantized activations has Hessians of its own at every bit width: the variants named
+``job-`` are whole jobs in this process (`whole_job`).
+
+Left out: models with activations that are not finite.
 
 B sequences, T positions, D hidden, R rows (out features), C columns (in features).
 """
 
 import argparse
-import dataclasses
 import hashlib
 import json
 import math
@@ -35,6 +37,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from captured_hessians import block_file, gather_hessians
 from dense_evaluation import evaluate
 from variant_rows import COLUMNS, Rows
+from whole_job import run_job
 
 from quantlib.calibration.corpus import load_tokenizer, rows_digest, token_rows
 from quantlib.calibration.documents import read_documents
@@ -58,10 +61,13 @@ MODELS = {
 }
 # Bits -> symmetry of the grids tried; of the four levels of 2 bits a symmetric grid wastes one.
 SYMMETRIES = {4: (True,), 3: (True, False), 2: (False,)}
+GRIDS = ("symmetric", "asymmetric")
 # Options that all rows of a section of the table have in common.
 SETTING = ("group_size", "sequences", "sequence_length", "evaluation_sequences")
 # No method of the product: nearest levels on scales weighted by diag(H).
 WEIGHTED_ROUNDING = "rtn-weighted"
+# No method either: a job from checkpoint to checkpoint.
+WHOLE_JOB = "job"
 _SOLVER_SOURCES = ("linalg.py", "column_order.py", "grids/*.py", "methods/*.py")
 
 
@@ -71,15 +77,15 @@ class Variant:
 
     Attributes:
         name: As in the table.
-        method: A name of `METHODS`, or ``WEIGHTED_ROUNDING``.
+        method: A name of `METHODS`, ``WEIGHTED_ROUNDING`` or ``WHOLE_JOB``.
         is_symmetric: Symmetry of the scheme; bits and group size come from the command line.
-        solver: The choices left to the method.
+        choices: Those left to the method that are not at their default; of a job, its options.
     """
 
     name: str
     method: str
     is_symmetric: bool
-    solver: SolverSettings
+    choices: Mapping[str, Any]
 
     @property
     def reads_data(self) -> bool:
@@ -87,34 +93,44 @@ class Variant:
         return self.method != "rtn"
 
 
-def _gptq(**settings: Any) -> tuple[str, SolverSettings]:
-    return "gptq", SolverSettings(**settings)
-
-
-SOLVERS: dict[str, tuple[str, SolverSettings]] = {
-    "rtn-minmax": ("rtn", SolverSettings(scale_search="minmax")),
-    "rtn-mse": ("rtn", SolverSettings(scale_search="mse")),
-    "rtn-hessian": (WEIGHTED_ROUNDING, SolverSettings(scale_search="hessian")),
-    "natural-minmax": _gptq(column_order="natural", scale_search="minmax"),
-    "activation-minmax": _gptq(scale_search="minmax"),
-    "activation-mse": _gptq(scale_search="mse"),
-    "activation-hessian": _gptq(scale_search="hessian"),
-    "activation-inverse-hessian": _gptq(scale_search="inverse-hessian"),
-    "group-aware-hessian": _gptq(column_order="group-aware", scale_search="hessian"),
-    "hessian-descent-1": _gptq(scale_search="hessian", descent_passes=1),
-    "hessian-descent-2": _gptq(scale_search="hessian", descent_passes=2),
-    "hessian-descent-4": _gptq(scale_search="hessian", descent_passes=4),
-    "hessian-refit": _gptq(scale_search="hessian", refits_scales=True),
-    "hessian-descent-2-refit": _gptq(scale_search="hessian", descent_passes=2, refits_scales=True),
+SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "rtn-minmax": ("rtn", {"scale_search": "minmax"}),
+    "rtn-mse": ("rtn", {"scale_search": "mse"}),
+    "rtn-hessian": (WEIGHTED_ROUNDING, {}),
+    "natural-minmax": ("gptq", {"column_order": "natural", "scale_search": "minmax"}),
+    "activation-minmax": ("gptq", {"scale_search": "minmax"}),
+    "activation-mse": ("gptq", {"scale_search": "mse"}),
+    "activation-hessian": ("gptq", {}),
+    "activation-inverse-hessian": ("gptq", {"scale_search": "inverse-hessian"}),
+    "group-aware-hessian": ("gptq", {"column_order": "group-aware"}),
+    "hessian-descent-1": ("gptq", {"descent_passes": 1}),
+    "hessian-descent-2": ("gptq", {"descent_passes": 2}),
+    "hessian-descent-4": ("gptq", {"descent_passes": 4}),
+    "hessian-refit": ("gptq", {"refits_scales": True}),
+    "hessian-descent-2-refit": ("gptq", {"descent_passes": 2, "refits_scales": True}),
+    "job-original": (WHOLE_JOB, {}),
+    "job-quantized": (WHOLE_JOB, {"propagation": "quantized"}),
+    "job-corrected": (WHOLE_JOB, {"propagation": "quantized", "correct_targets": True}),
+    "job-original-descent-2-refit": (WHOLE_JOB, {"descent_passes": 2, "refit_scales": True}),
+    "job-quantized-descent-2-refit": (
+        WHOLE_JOB,
+        {"propagation": "quantized", "descent_passes": 2, "refit_scales": True},
+    ),
+    "job-corrected-descent-2-refit": (
+        WHOLE_JOB,
+        {"propagation": "quantized", "correct_targets": True, "descent_passes": 2, "refit_scales": True},
+    ),
 }
 
 
-def variants_for(bits: int, names: Sequence[str]) -> Iterator[Variant]:
-    """All variants of these names at a bit width, on every kind of grid tried there."""
+def variants_for(bits: int, names: Sequence[str], grids: Sequence[str] = GRIDS) -> Iterator[Variant]:
+    """All variants of these names at a bit width, on those of the grids that are tried there."""
     for is_symmetric in SYMMETRIES[bits]:
+        if GRIDS[not is_symmetric] not in grids:
+            continue
         for name in names:
-            method, solver = SOLVERS[name]
-            yield Variant(name=name, method=method, is_symmetric=is_symmetric, solver=solver)
+            method, choices = SOLVERS[name]
+            yield Variant(name=name, method=method, is_symmetric=is_symmetric, choices=choices)
 
 
 class Bench:
@@ -122,12 +138,12 @@ class Bench:
 
     def __init__(self, name: str, arguments: argparse.Namespace) -> None:
         self.name, self.arguments = name, arguments
-        self._folder = MODELS.get(name, Path(name))
-        if not self._folder.is_dir():
+        self.folder = MODELS.get(name, Path(name))
+        if not self.folder.is_dir():
             raise SystemExit(
-                f"{name}: {self._folder} is no folder; README.md beside this file tells what makes it"
+                f"{name}: {self.folder} is no folder; README.md beside this file tells what makes it"
             )
-        uri = normalize_uri(str(self._folder))
+        uri = normalize_uri(str(self.folder))
         self.store = open_store(uri)
         self.checkpoint = open_checkpoint(self.store, uri)
         self.skeleton = load_skeleton(self.checkpoint.config, list(self.checkpoint.tensors))
@@ -137,7 +153,7 @@ class Bench:
     @cached_property
     def dense(self) -> PreTrainedModel:
         """The model that variants put their levels into; after the first it is never again the source."""
-        return AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32).eval()
+        return AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
 
     def inputs_digest(self, *rows: torch.Tensor) -> str:
         """Names the checkpoint's objects and these token rows."""
@@ -214,7 +230,7 @@ def _solved(
         hessian_CC=hessian_CC,
         num_tokens=num_tokens,
         scale_dtype=scale_dtype,
-        solver=variant.solver,
+        solver=SolverSettings(**variant.choices),
     )
     return {name: (result.quantized, result.report.fallback) for name, result in results.items()}
 
@@ -239,14 +255,13 @@ def _key(bench: Bench, name: str, inputs: str, **values: Any) -> dict[str, Any]:
 
 def _variant_key(bench: Bench, variant: Variant, bits: int, seed: int) -> dict[str, Any]:
     """What decides a row. Settings at their default do not show: a new one leaves old rows valid."""
-    chosen, defaults = (dataclasses.asdict(solver) for solver in (variant.solver, SolverSettings()))
     read = [bench.calibration_rows(seed)] if variant.reads_data else []
     return _key(
         bench,
         variant.name,
         bench.inputs_digest(*read, bench.evaluation_BT),
         method=variant.method,
-        solver={option: value for option, value in chosen.items() if value != defaults[option]},
+        solver=dict(variant.choices),
         bits=bits,
         is_symmetric=variant.is_symmetric,
         seed=seed if variant.reads_data else None,
@@ -286,16 +301,33 @@ def _variant_row(bench: Bench, variant: Variant, bits: int, hessians: Path, sour
     }
 
 
+def _job_row(bench: Bench, variant: Variant, bits: int, seed: int) -> dict[str, Any]:
+    """A row of a whole job, but for its key."""
+    arguments, digest = bench.arguments, solver_digest()
+    job = {option: getattr(arguments, option) for option in SETTING}
+    job |= {"calibration": str(arguments.calibration), "evaluation": str(arguments.evaluation)}
+    scheme = f"W{bits}A16" if variant.is_symmetric else f"W{bits}A16_ASYM"
+    job |= {"source": str(bench.folder), "scheme": scheme, "seed": seed, **variant.choices}
+    return run_job(job | {"threads_per_worker": arguments.threads}) | {"solver_digest": digest}
+
+
 def measure_model(bench: Bench, rows: Rows) -> None:
     """Make all missing rows of one model."""
     arguments, source = bench.arguments, _source_row(bench, rows)
     for seed in arguments.seeds:
-        wanted = [(variant, b) for b in arguments.bits for variant in variants_for(b, arguments.variants)]
+        wanted = [
+            (variant, b)
+            for b in arguments.bits
+            for variant in variants_for(b, arguments.variants, arguments.grids)
+        ]
         keys = [_variant_key(bench, variant, bits, seed) for variant, bits in wanted]
         missing = [number for number, key in enumerate(keys) if rows.find(key) is None]
         print(f"{bench.name}, seed {seed}: {len(missing)} of {len(keys)} rows to make", flush=True)
         for number in missing:
-            found = _variant_row(bench, *wanted[number], bench.hessians(seed), source["row_losses"])
+            if wanted[number][0].method == WHOLE_JOB:
+                found = _job_row(bench, *wanted[number], seed)
+            else:
+                found = _variant_row(bench, *wanted[number], bench.hessians(seed), source["row_losses"])
             row = {"key": keys[number], **found}
             rows.add(row)
             print("  " + ", ".join(cell(row) for cell in COLUMNS.values()), flush=True)
@@ -307,6 +339,7 @@ def parsed_arguments() -> argparse.Namespace:
     parser.add_argument("--bits", nargs="+", type=int, choices=list(SYMMETRIES), default=list(SYMMETRIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration rows")
     parser.add_argument("--variants", nargs="+", choices=list(SOLVERS), default=list(SOLVERS), metavar="NAME")
+    parser.add_argument("--grids", nargs="+", choices=GRIDS, default=GRIDS)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--sequences", type=int, default=64, help="of calibration")
     parser.add_argument("--sequence-length", type=int, default=512)
