@@ -12,7 +12,8 @@ from typing import Any
 from quantlib.errors import RecipeError
 from quantlib.job.option_table import REQUIRED, Option, check_value, declare, fields_of
 from quantlib.job.rules import Rule, rule_values, rules_from
-from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW
+from quantlib.job.scheme_defaults import FOLLOWING, with_scheme_defaults
+from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES
 
 _WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evaluation", "Execution"
@@ -20,7 +21,10 @@ _WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evalua
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class JobOptions:
-    """A validated request. ``None`` means: decided by the plan from the model or the machine."""
+    """A validated request. ``None`` means: decided by the plan from the model or the machine.
+
+    `options_from` leaves none of the choices that follow the scheme (`scheme_defaults`) at None.
+    """
 
     source: str = declare(REQUIRED, _WHAT, "Checkpoint to convert: s3://, file:// or a path.")
     output: str = declare(REQUIRED, _WHAT, "Where the quantized checkpoint goes: s3://, file:// or a path.")
@@ -52,18 +56,19 @@ class JobOptions:
         choices=("compressed-tensors", "gptq"),
         in_identity=True,
     )
-    propagation: str = declare(
-        "original",
+    propagation: str | None = declare(
+        None,
         _HOW,
-        "Which activations calibrate block k+1: those of the original or of the quantized blocks.",
+        "Which activations calibrate block k+1: those of the original or of the quantized blocks; by default"
+        " of the quantized ones below 4 bits.",
         choices=("original", "quantized"),
         in_identity=True,
     )
-    correct_targets: bool = declare(
-        False,
+    correct_targets: bool | None = declare(
+        None,
         _HOW,
         "Fit the codes to the outputs of the original block while the activations are those of quantized"
-        " blocks; needs propagation quantized.",
+        " blocks; needs propagation quantized; by default below 4 bits.",
         in_identity=True,
     )
     scale_search: str = declare(
@@ -81,15 +86,19 @@ class JobOptions:
         choices=COLUMN_ORDERS,
         in_identity=True,
     )
-    descent_passes: int = declare(
-        0,
+    descent_passes: int | None = declare(
+        None,
         _HOW,
-        "Passes of coordinate descent after gptq; each costs one to two more solves.",
+        "Passes of coordinate descent after gptq; each costs one to two more solves; by default 2 below"
+        " 4 bits, else 0.",
         minimum=0,
         in_identity=True,
     )
-    refit_scales: bool = declare(
-        False, _HOW, "Fit scales to the codes by least squares after gptq.", in_identity=True
+    refit_scales: bool | None = declare(
+        None,
+        _HOW,
+        "Fit scales to the codes by least squares after gptq; by default below 4 bits.",
+        in_identity=True,
     )
     correct_biases: bool = declare(
         True,
@@ -175,7 +184,9 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
     for name, value in values.items():
         check_value(name, value, known[name][0])
     rules = rules_from(values.get("rules", ()))
-    options = JobOptions(**{**values, "rules": tuple(rule_values(rule) for rule in rules)})
+    options = _with_scheme_defaults(
+        JobOptions(**{**values, "rules": tuple(rule_values(rule) for rule in rules)})
+    )
     _refuse_missing_calibration(options, rules)
     if options.correct_targets and options.propagation != "quantized":
         raise RecipeError(
@@ -184,6 +195,13 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
             option="correct_targets",
         )
     return options
+
+
+def _with_scheme_defaults(options: JobOptions) -> JobOptions:
+    bits = scheme_from_name(options.scheme, options.group_size).bits
+    choices = {name: getattr(options, name) for name in FOLLOWING}
+    made = with_scheme_defaults(choices, bits=bits, uses_data=options.method == "gptq")
+    return dataclasses.replace(options, **made)
 
 
 def refuse_unknown(values: Mapping[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""The control is its source in another basis, and the evaluation's loss is transformers' own."""
+"""Control and biased copy are functions of their source; the evaluation's loss is that of transformers."""
 
 import math
 
@@ -7,6 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from quantlib.errors import UnsupportedModelError
+from tests.benchmarks.biased import write_biased
 from tests.benchmarks.control import orthogonal_basis, rotated_model, write_control
 from tests.benchmarks.dense_evaluation import evaluate
 from tests.support.tiny_jobs import tiny_source
@@ -84,3 +85,17 @@ def test_dense_loss_equals_loss_of_transformers(rows_at_once, monkeypatch):
 def test_dense_loss_of_soft_capped_logits_is_refused():
     with pytest.raises(UnsupportedModelError, match="gemma2"):
         evaluate(tiny_model(tiny_config("gemma2")), some_ids(1, 8))
+
+
+def test_biased_copy_is_the_same_function_with_a_bias_in_every_linear(tmp_path):
+    source = tiny_source(tmp_path / "source")
+    assert write_biased(source, tmp_path / "biased") == 21
+    first, second = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        for folder in (source, tmp_path / "biased")
+    )
+    linears = [m for n, m in second.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
+    assert all(linear.bias is not None and not linear.bias.any() for linear in linears)
+    ids_BT = some_ids(2, 20)
+    with torch.inference_mode():
+        assert torch.equal(first(input_ids=ids_BT).logits, second(input_ids=ids_BT).logits)

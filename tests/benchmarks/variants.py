@@ -58,6 +58,7 @@ DEMO = REPOSITORY / ".demo"
 MODELS = {
     "smollm2": DEMO / "source" / "SmolLM2-135M-Instruct",
     "control": DEMO / "control" / "SmolLM2-135M-Instruct",
+    "biased": DEMO / "biased" / "SmolLM2-135M-Instruct",
 }
 # Bits -> symmetry of the grids tried; of the four levels of 2 bits a symmetric grid wastes one.
 SYMMETRIES = {4: (True,), 3: (True, False), 2: (False,)}
@@ -335,7 +336,9 @@ def measure_model(bench: Bench, rows: Rows) -> None:
 
 def parsed_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="+", default=list(MODELS), help="smollm2, control, or folders")
+    parser.add_argument(
+        "--models", nargs="+", default=list(MODELS)[:2], help="smollm2, control, biased, or folders"
+    )
     parser.add_argument("--bits", nargs="+", type=int, choices=list(SYMMETRIES), default=list(SYMMETRIES))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of the calibration rows")
     parser.add_argument("--variants", nargs="+", choices=list(SOLVERS), default=list(SOLVERS), metavar="NAME")

@@ -137,6 +137,34 @@ def test_identity_holds_what_is_asked_of_the_weights_and_nothing_of_where_and_by
     }
 
 
+_PLAIN = ("original", False, 0, False)
+_CAREFUL = ("quantized", True, 2, True)
+
+
+@pytest.mark.parametrize(
+    ("given", "wanted"),
+    [
+        ({"scheme": "W4A16"}, _PLAIN),
+        ({"scheme": "W8A16_ASYM"}, _PLAIN),
+        ({"scheme": "W3A16"}, _CAREFUL),
+        ({"scheme": "W2A16_ASYM"}, _CAREFUL),
+        ({"scheme": "W3A16", "method": "rtn"}, _PLAIN),
+        ({"scheme": "W3A16", "propagation": "original"}, ("original", False, 2, True)),
+        ({"scheme": "W3A16", "correct_targets": False, "descent_passes": 0}, ("quantized", False, 0, True)),
+        ({"scheme": "W4A16", "propagation": "quantized"}, ("quantized", False, 0, False)),
+    ],
+)
+def test_options_choices_that_nobody_made_follow_the_scheme(given, wanted):
+    found = options_from({**REQUEST, "method": "gptq", "calibration": "text.jsonl", **given})
+    names = ("propagation", "correct_targets", "descent_passes", "refit_scales")
+    assert tuple(getattr(found, name) for name in names) == wanted
+
+
+def test_options_corrected_targets_are_refused_on_original_activations_below_4_bits_too():
+    with pytest.raises(RecipeError, match="correct_targets needs propagation quantized, found original"):
+        options_from({**REQUEST, "scheme": "W3A16", "propagation": "original", "correct_targets": True})
+
+
 def test_options_cannot_be_changed():
     with pytest.raises(dataclasses.FrozenInstanceError):
         options_from(REQUEST).scheme = "W8A16"  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,44 @@
+"""Choices of the solver that follow from the bits asked for, where nobody made them.
+
+Below 4 bits the quantized blocks disturb the activations enough for corrected targets to be worth a second
+stream, and a descent and a refit gain many times what they gain at 4 bits. What each is worth and costs, row
+by row: ``tests/benchmarks/variants.md``.
+"""
+
+from typing import Any
+
+_CAREFUL: dict[str, Any] = {
+    "propagation": "quantized",
+    "correct_targets": True,
+    "descent_passes": 2,
+    "refit_scales": True,
+}
+_PLAIN: dict[str, Any] = {
+    "propagation": "original",
+    "correct_targets": False,
+    "descent_passes": 0,
+    "refit_scales": False,
+}
+FOLLOWING = tuple(_PLAIN)
+_FEWEST_PLAIN_BITS = 4
+
+
+def with_scheme_defaults(choices: dict[str, Any], *, bits: int, uses_data: bool) -> dict[str, Any]:
+    """The choices with those made that are None.
+
+    Args:
+        choices: Values of `FOLLOWING`.
+        bits: Of the job's scheme, whatever its rules say.
+        uses_data: Whether the job's method calibrates; one without data has no use for any of them.
+
+    >>> with_scheme_defaults(dict.fromkeys(FOLLOWING), bits=4, uses_data=True)["descent_passes"]
+    0
+    >>> with_scheme_defaults(dict.fromkeys(FOLLOWING), bits=3, uses_data=True)["propagation"]
+    'quantized'
+    """
+    defaults = _CAREFUL if uses_data and bits < _FEWEST_PLAIN_BITS else _PLAIN
+    made = {name: defaults[name] if value is None else value for name, value in choices.items()}
+    if choices["correct_targets"] is None and made["propagation"] == "original":
+        # With original activations there is nothing to correct.
+        made["correct_targets"] = False
+    return made
