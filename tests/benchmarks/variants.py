@@ -94,6 +94,12 @@ class Variant:
         return self.method != "rtn"
 
 
+def _job(propagation: str, *, correct: bool, passes: int) -> dict[str, Any]:
+    """Options of a job, none left to follow the bits; passes go with a refit."""
+    solver = {"descent_passes": passes, "refit_scales": passes > 0}
+    return {"propagation": propagation, "correct_targets": correct, **solver}
+
+
 SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "rtn-minmax": ("rtn", {"scale_search": "minmax"}),
     "rtn-mse": ("rtn", {"scale_search": "mse"}),
@@ -109,18 +115,12 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "hessian-descent-4": ("gptq", {"descent_passes": 4}),
     "hessian-refit": ("gptq", {"refits_scales": True}),
     "hessian-descent-2-refit": ("gptq", {"descent_passes": 2, "refits_scales": True}),
-    "job-original": (WHOLE_JOB, {}),
-    "job-quantized": (WHOLE_JOB, {"propagation": "quantized"}),
-    "job-corrected": (WHOLE_JOB, {"propagation": "quantized", "correct_targets": True}),
-    "job-original-descent-2-refit": (WHOLE_JOB, {"descent_passes": 2, "refit_scales": True}),
-    "job-quantized-descent-2-refit": (
-        WHOLE_JOB,
-        {"propagation": "quantized", "descent_passes": 2, "refit_scales": True},
-    ),
-    "job-corrected-descent-2-refit": (
-        WHOLE_JOB,
-        {"propagation": "quantized", "correct_targets": True, "descent_passes": 2, "refit_scales": True},
-    ),
+    "job-original": (WHOLE_JOB, _job("original", correct=False, passes=0)),
+    "job-quantized": (WHOLE_JOB, _job("quantized", correct=False, passes=0)),
+    "job-corrected": (WHOLE_JOB, _job("quantized", correct=True, passes=0)),
+    "job-original-descent-2-refit": (WHOLE_JOB, _job("original", correct=False, passes=2)),
+    "job-quantized-descent-2-refit": (WHOLE_JOB, _job("quantized", correct=False, passes=2)),
+    "job-corrected-descent-2-refit": (WHOLE_JOB, _job("quantized", correct=True, passes=2)),
 }
 
 
