@@ -6,8 +6,8 @@ that come ready from a file. The head and the embeddings are kept.
 B sequences, T positions.
 """
 
-import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,13 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
+sys.path.insert(0, str(Path(__file__).parent))
+from peer_arguments import driver_arguments
+
 
 def main() -> None:
     """Load, quantize and save; the CPU seconds of each go to ``--report`` as JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("source", type=Path)
-    parser.add_argument("output", type=Path)
-    parser.add_argument("--rows", type=Path, required=True, help="safetensors with input_ids, int32 [B, T]")
-    parser.add_argument("--report", type=Path, required=True)
-    parser.add_argument("--bits", type=int, required=True)
-    parser.add_argument("--group-size", type=int, required=True)
-    parser.add_argument("--threads", type=int, required=True)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), required=True, help="of the model")
-    arguments = parser.parse_args()
+    arguments = driver_arguments(__doc__)
     # Not at the top: this file must be importable where the tool is not installed.
     from llmcompressor import oneshot  # pyright: ignore[reportMissingImports]
     from llmcompressor.modifiers.gptq import GPTQModifier  # pyright: ignore[reportMissingImports]
