@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
 from quantlib.job.option_table import REQUIRED, Option, fields_of, is_optional, kind_of
-from quantlib.job.options import JobOptions, options_from
+from quantlib.job.options import JobOptions, default_of, options_from
 from quantlib.job.provenance import with_replayed_values
 from quantlib.job.rules import Rule
 
@@ -116,8 +116,8 @@ def params_from(options: JobOptions) -> QuantizeParams:
     """
     values = {
         name: getattr(options, name)
-        for name, (found, _) in fields_of(JobOptions).items()
-        if getattr(options, name) != found.default
+        for name in fields_of(JobOptions)
+        if getattr(options, name) != default_of(options, name)
     }
     if "rules" in values:
         values["rules"] = list(values["rules"])

@@ -33,6 +33,7 @@ from quantlib.job.publish import publish
 from quantlib.machine import refuse_other_device
 from quantlib.model.skeleton import Skeleton, load_skeleton, run_block
 from quantlib.packing import FORMATS
+from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
 from quantlib.steps import (
     dequantized_weights,
@@ -108,7 +109,8 @@ class BlockRunner:
             device=self._device,
             go_on=self._refuse_if_stopped,
         )
-        self._solver = GroupSolver(plan, self._packer, self._device)
+        settings = SolverSettings.from_options(plan.options)
+        self._solver = GroupSolver(self._packer, settings, self._device)
         self._statistics = BlockStatistics(plan, self._cells, self._device, self._refuse_if_stopped)
         self._captured = self._advanced = self._loaded = None
         return {"rows": sum(len(cell.ids_BT) for cell in self._cells.calibration)}

@@ -53,6 +53,9 @@ class BlockStatistics:
 
         Args:
             excluded_rows: Calibration rows left out in blocks before.
+
+        Raises:
+            NumericsError: The cell's sums are not finite; names the cell, its rows and the linear.
         """
         if not self._cells.calibration:
             return None
@@ -65,13 +68,17 @@ class BlockStatistics:
         num_cells = -(-self._plan.options["sequences"] // self._plan.sequences_per_cell)
         peaks = [float(gram.diagonal().max()) for gram in observed.grams]
         peaks += [float(cross.abs().max()) for cross in observed.crosses]
-        return [exponent_for(peak, num_cells) for peak in peaks]
+        plan, exponents = self._plan.blocks[block], []
+        for number, peak in enumerate(peaks):
+            with _naming(first, plan, number):
+                exponents.append(exponent_for(peak, num_cells))
+        return exponents
 
     def gather(self, module: nn.Module, block: int, exponents: Sequence[int]) -> Gathered:
         """Observe the other cells, add all up exactly, and move the streams to the next block.
 
         Raises:
-            NumericsError: A cell's sums cannot be added; names the cell and its rows.
+            NumericsError: A cell's sums cannot be added; names the cell, its rows and the linear.
         """
         plan = self._plan.blocks[block]
         sizes = _total_sizes(plan)
@@ -82,8 +89,8 @@ class BlockStatistics:
         for cell in self._cells.calibration:
             observed = self._observed(module, block, cell)
             sums = [*observed.grams, *observed.crosses]
-            with _naming(cell, plan):
-                for number, (total, partial_CC) in enumerate(zip(totals, sums, strict=True)):
+            for number, (total, partial_CC) in enumerate(zip(totals, sums, strict=True)):
+                with _naming(cell, plan, number):
                     add_partial_(total, partial_CC, exponents[number], is_whole=number >= num_groups)
             self._excluded |= {cell.first_row + row for row in observed.left_out}
             tokens += observed.num_tokens
@@ -143,17 +150,22 @@ class _Observed:
 def _total_sizes(plan: BlockPlan) -> list[int]:
     """Rows of the totals of every input group."""
     columns = {linear.name: linear.columns for linear in plan.linears}
-    return [columns[group[0]] + (n in plan.centered_groups) for n, group in enumerate(plan.input_groups)]
+    centered = plan.centered_groups
+    return [columns[group[0]] + (n in centered) for n, group in enumerate(plan.input_groups)]
 
 
 @contextmanager
-def _naming(cell: Cell, plan: BlockPlan) -> Iterator[None]:
-    """Let an error say in which rows of the calibration text to look."""
+def _naming(cell: Cell, plan: BlockPlan, total: int | None = None) -> Iterator[None]:
+    """Let an error say in which rows of the calibration text to look, and at the input of which linear."""
     try:
         yield
     except NumericsError as error:
         first, last = cell.first_row, cell.first_row + len(cell.ids_BT) - 1
+        facts: dict[str, object] = {"block": plan.index, "cell": cell.number}
+        place = plan.prefix
+        if total is not None:
+            facts["linear"] = place = plan.input_groups[total % len(plan.input_groups)][0]
         raise NumericsError(
-            f"{plan.prefix}, calibration cell {cell.number} (rows {first} to {last}): {error.message}",
-            **{**error.facts, "block": plan.index, "cell": cell.number},
+            f"{place}, calibration cell {cell.number} (rows {first} to {last}): {error.message}",
+            **{**error.facts, **facts},
         ) from error

@@ -1,27 +1,38 @@
 """From the partial sums of an input group to the packed tensors of its linears."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from quantlib.calibration.hessian import add_total_
-from quantlib.calibration.moments import Moments, Total, centered_moments, moments_from, without_sums
-from quantlib.job.plan import BlockPlan, LinearPlan, Plan
-from quantlib.methods.contracts import LinearResult
+from quantlib.calibration.moments import (
+    Moments,
+    Total,
+    about_zero,
+    centered_moments,
+    moments_from,
+    without_sums,
+)
+from quantlib.job.plan import BlockPlan, LinearPlan
+from quantlib.methods.contracts import COARSE_BIAS, LinearResult
 from quantlib.packing.contracts import PackingFormat
 from quantlib.solver_settings import SolverSettings
 from quantlib.steps import correct_bias, solve_group
 
 Tensors = Mapping[str, torch.Tensor]
 
+# Of the whole error: where rounding a bias to its stored dtype costs more than this, codes that need less of
+# the bias may be better.
+_COARSE_SHARE = 0.02
+
 
 class GroupSolver:
-    """Quantizes and packs input groups as a plan says."""
+    """Quantizes and packs input groups, all in one way."""
 
-    def __init__(self, plan: Plan, packer: PackingFormat, device: torch.device) -> None:
-        self._packer, self._device = packer, device
-        self._settings = SolverSettings.from_options(plan.options)
+    def __init__(self, packer: PackingFormat, settings: SolverSettings, device: torch.device) -> None:
+        self._packer, self._settings, self._device = packer, settings, device
 
     def solve(
         self, block: BlockPlan, group: int, tensors: Tensors, statistics: Sequence[Any], tokens: int
@@ -38,20 +49,13 @@ class GroupSolver:
         Returns:
             Packed tensors on the CPU, by name, and the rows of the report.
         """
-        totals, exponent, *crosses = statistics
-        total = cross = None
-        if totals:
-            total = self._total(totals, exponent)
-        if crosses:
-            cross = self._total(*crosses, is_whole=True)
         linears = [linear for linear in block.linears if linear.name in block.input_groups[group]]
+        kinds = sorted({linear.corrects_bias for linear in linears})
+        moments = self._moments(statistics, kinds, is_extended=group in block.centered_groups)
         results: dict[str, LinearResult] = {}
-        for is_centered in (False, True):
+        for is_centered in kinds:
             chosen = [linear for linear in linears if linear.corrects_bias == is_centered]
-            if chosen:
-                is_extended = group in block.centered_groups
-                moments = _moments(total, cross, is_extended=is_extended, is_centered=is_centered)
-                results |= self._solved(chosen, tensors, moments, tokens)
+            results |= self._solved(chosen, tensors, moments[is_centered], tokens)
         results = {linear.name: results[linear.name] for linear in linears}
         packed: dict[str, torch.Tensor] = {}
         for name, result in results.items():
@@ -60,12 +64,59 @@ class GroupSolver:
                 packed[f"{name}.bias"] = result.bias_R.cpu()
         return packed, [result.report.to_dict() for result in results.values()]
 
+    def _moments(
+        self, statistics: Sequence[Any], kinds: Sequence[bool], *, is_extended: bool
+    ) -> dict[bool, Moments | None]:
+        """Is centered -> moments; the totals, twice as large, are let go of before anything is solved."""
+        totals, exponent, *crosses = statistics
+        if not totals:
+            return dict.fromkeys(kinds)
+        total = self._total(totals, exponent)
+        cross = self._total(*crosses, is_whole=True) if crosses else None
+        found: dict[bool, Moments | None] = {}
+        for is_centered in kinds:
+            if is_centered:
+                found[is_centered] = centered_moments(total, cross)
+            elif is_extended:
+                about_inputs = None if cross is None else without_sums(cross)
+                found[is_centered] = moments_from(without_sums(total), about_inputs)
+            else:
+                found[is_centered] = moments_from(total, cross)
+        return found
+
     def _solved(
         self, linears: Sequence[LinearPlan], tensors: Tensors, moments: Moments | None, tokens: int
     ) -> dict[str, LinearResult]:
         weights = {linear.name: tensors[f"{linear.name}.weight"].to(self._device) for linear in linears}
-        stored = tensors[f"{linears[0].name}.weight"].dtype
-        results = solve_group(
+        results = self._quantized(linears, weights, moments, tokens)
+        if moments is None or moments.mean_C is None:
+            return results
+        biases = {name: tensors[f"{name}.bias"].to(self._device) for name in weights}
+        corrected = {
+            name: correct_bias(result, weights[name], biases[name], moments, num_tokens=tokens)
+            for name, result in results.items()
+        }
+        coarse = [name for name, (_, left, whole) in corrected.items() if left > _COARSE_SHARE * whole]
+        if coarse:
+            again = [linear for linear in linears if linear.name in coarse]
+            kept = {name: weights[name] for name in coarse}
+            plain = self._quantized(again, kept, about_zero(moments, tokens), tokens)
+            for name, result in plain.items():
+                other = correct_bias(result, weights[name], biases[name], moments, num_tokens=tokens)
+                if other[2] < corrected[name][2]:
+                    report = dataclasses.replace(other[0].report, fallback=COARSE_BIAS)
+                    corrected[name] = (dataclasses.replace(other[0], report=report), *other[1:])
+        return {name: result for name, (result, _, _) in corrected.items()}
+
+    def _quantized(
+        self,
+        linears: Sequence[LinearPlan],
+        weights: Tensors,
+        moments: Moments | None,
+        tokens: int,
+    ) -> dict[str, LinearResult]:
+        stored = next(iter(weights.values())).dtype
+        return solve_group(
             weights,
             linears,
             hessian_CC=None if moments is None else moments.hessian_CC,
@@ -74,32 +125,12 @@ class GroupSolver:
             scale_dtype=self._packer.scale_dtype(stored),
             solver=self._settings,
         )
-        if moments is None or moments.mean_C is None:
-            return results
-        return {
-            name: correct_bias(
-                result, weights[name], tensors[f"{name}.bias"].to(self._device), moments, num_tokens=tokens
-            )
-            for name, result in results.items()
-        }
 
     def _total(self, totals: Sequence[torch.Tensor], exponent: int, *, is_whole: bool = False) -> Total:
         """The sum over all workers; what they gave may be mapped read-only and stays."""
         sum_CC = totals[0].to(self._device)
-        if len(totals) > 1:
+        if len(totals) > 1 and sum_CC is totals[0]:
             sum_CC = sum_CC.clone()
         for other_CC in totals[1:]:
             add_total_(sum_CC, other_CC.to(self._device), exponent, is_whole=is_whole)
         return Total(sum_CC=sum_CC, exponent=exponent)
-
-
-def _moments(
-    total: Total | None, cross: Total | None, *, is_extended: bool, is_centered: bool
-) -> Moments | None:
-    if total is None:
-        return None
-    if is_centered:
-        return centered_moments(total, cross)
-    if is_extended:
-        total, cross = without_sums(total), None if cross is None else without_sums(cross)
-    return moments_from(total, cross)

@@ -16,7 +16,7 @@ class QuantizedLinear:
     """Codes and fitted grid of one linear.
 
     Shapes:
-        codes_RC: uint8 [R, C], 0 .. 2**bits - 1.
+        codes_RC: uint8 [R, C], 0 .. 2**bits - 1; not floating, so that a conversion is a copy.
         scale_RG: floating [R, G], already in the dtype that is stored, positive and finite.
         zero_RG: uint8 [R, G], the code that means zero; None when the scheme is symmetric
             (then it is 2**(bits-1) everywhere).
@@ -26,6 +26,13 @@ class QuantizedLinear:
     scale_RG: torch.Tensor
     zero_RG: torch.Tensor | None
     scheme: WeightScheme
+
+    def rows(self, part: slice) -> "QuantizedLinear":
+        """Some rows, as views."""
+        zero_RG = None if self.zero_RG is None else self.zero_RG[part]
+        return QuantizedLinear(
+            codes_RC=self.codes_RC[part], scale_RG=self.scale_RG[part], zero_RG=zero_RG, scheme=self.scheme
+        )
 
     def dequantize(self) -> torch.Tensor:
         """The levels: scale * (code - zero), fp32 [R, C].

@@ -15,9 +15,9 @@ from quantlib.calibration.moments import Moments
 from quantlib.errors import NumericsError
 from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.methods import METHODS
-from quantlib.methods.bias_correction import corrected_bias
+from quantlib.methods.bias_correction import exact_bias
 from quantlib.methods.contracts import LinearResult
-from quantlib.methods.measures import share, weight_energy
+from quantlib.methods.measures import error_energy, share, weight_energy
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
 from quantlib.schemes import WeightScheme
@@ -134,25 +134,34 @@ def correct_bias(
     moments: Moments,
     *,
     num_tokens: int,
-) -> LinearResult:
-    """A result with the bias that goes with its codes, and how far it moved.
+) -> tuple[LinearResult, float, float]:
+    """A result with the bias that goes with its codes.
 
     Args:
-        moments: Centered ones, with which the codes were chosen.
+        moments: Centered ones.
         num_tokens: Tokens behind them.
+
+    Returns:
+        The result, its report about the mean; what rounding the bias to its dtype leaves as an error; and the
+        error of codes and bias together: both as shares of tr(W H W^T) about the mean.
+
+    Cost: 2 * R * C**2 multiply-adds.
     """
     assert moments.mean_C is not None and moments.reference_mean_C is not None
-    corrected_R = corrected_bias(
-        bias_R,
-        weight_RC,
-        result.quantized,
-        mean_C=moments.mean_C,
-        reference_mean_C=moments.reference_mean_C,
+    weight_RC = weight_RC.float()
+    means = {"mean_C": moments.mean_C, "reference_mean_C": moments.reference_mean_C}
+    exact_R = exact_bias(bias_R, weight_RC, result.quantized, **means)
+    stored_R = exact_R.to(bias_R.dtype)
+    energy = weight_energy(weight_RC, moments.hessian_CC)
+    change, left = (
+        share((stored_R.double() - other_R.double()).square().sum().item() * num_tokens, energy)
+        for other_R in (bias_R, exact_R)
     )
-    moved = (corrected_R.double() - bias_R.double()).square().sum().item() * num_tokens
-    change = share(moved, weight_energy(weight_RC.float(), moments.hessian_CC))
-    report = dataclasses.replace(result.report, bias_change=change)
-    return dataclasses.replace(result, report=report, bias_R=corrected_R)
+    whole = share(error_energy(weight_RC, result.quantized, moments.hessian_CC), energy) + left
+    report = dataclasses.replace(
+        result.report, bias_change=change, relative_error=result.report.relative_error + left
+    )
+    return dataclasses.replace(result, report=report, bias_R=stored_R), left, whole
 
 
 def dequantized_weights(

@@ -7,6 +7,7 @@ eliminating it leaves the covariance. So totals of such a group have one row and
 C columns (in features), E = C + 1, N tokens of one cell.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,8 @@ from quantlib.calibration.hessian import cross_from, hessian_from
 
 # Rows converted to fp64 at a time.
 _PANEL_ROWS = 256
+# Of a column's mean square: a spread below it is what rounding left of partial sums in fp32.
+_LEAST_SPREAD = 2.0**-20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,36 +80,59 @@ def without_sums(total: Total) -> Total:
 def centered_moments(total: Total, cross: Total | None) -> Moments:
     """Moments about the mean, from extended totals.
 
+    A column whose spread drowns in the rounding of its mean is a dead column: its row and column are zero.
+
     Numerics: the means are taken off in fp64, before anything is rounded to fp32: where a mean is large
         beside the spread, a difference of fp32 matrices would leave little but rounding.
+
+    Cost: memory of the results and of two panels in 64 bits.
     """
-    # Scales cancel: the count has the exponent of the sums. Without a token there is nothing to divide.
-    mean_C = total.sum_CC[-1, :-1].double() / total.sum_CC[-1, -1].double().clamp_min(1.0)
-    hessian_CC = _centered(total, mean_C, mean_C)
-    lower_CC = hessian_CC.tril()
-    moments = Moments(
-        hessian_CC=lower_CC + lower_CC.tril(-1).T, cross_CC=None, mean_C=mean_C, reference_mean_C=mean_C
-    )
-    if cross is None:
-        return moments
-    reference_mean_C = cross.sum_CC[:-1, -1].double() / cross.sum_CC[-1, -1].double().clamp_min(1.0)
+    # Without a token there is nothing to divide.
+    count = max(math.ldexp(total.sum_CC[-1, -1].item(), -total.exponent), 1.0)
+    mean_C = total.sum_CC[-1, :-1].double().mul_(2.0**-total.exponent).div_(count)
+    reference_mean_C, cross_CC = mean_C, None
+    hessian_CC = _centered(total, mean_C, mean_C, count)
+    _mirror_(hessian_CC)
+    is_constant_C = hessian_CC.diagonal() <= _LEAST_SPREAD * count * mean_C.square()
+    hessian_CC[is_constant_C] = 0.0
+    hessian_CC[:, is_constant_C] = 0.0
+    if cross is not None:
+        reference_mean_C = cross.sum_CC[:-1, -1].double().mul_(2.0**-cross.exponent).div_(count)
+        cross_CC = _centered(cross, reference_mean_C, mean_C, count)
+        cross_CC[:, is_constant_C] = 0.0
+    return Moments(hessian_CC=hessian_CC, cross_CC=cross_CC, mean_C=mean_C, reference_mean_C=reference_mean_C)
+
+
+def about_zero(centered: Moments, num_tokens: int) -> Moments:
+    """Centered moments with their means put back, in fp32."""
+    assert centered.mean_C is not None and centered.reference_mean_C is not None
+    mean_C, reference_mean_C = centered.mean_C.float(), centered.reference_mean_C.float()
+    cross_CC = centered.cross_CC
     return Moments(
-        hessian_CC=moments.hessian_CC,
-        cross_CC=_centered(cross, reference_mean_C, mean_C),
-        mean_C=mean_C,
-        reference_mean_C=reference_mean_C,
+        hessian_CC=torch.addr(centered.hessian_CC, mean_C, mean_C, alpha=num_tokens),
+        cross_CC=None
+        if cross_CC is None
+        else torch.addr(cross_CC, reference_mean_C, mean_C, alpha=num_tokens),
     )
 
 
-def _centered(total: Total, left_mean_C: torch.Tensor, right_mean_C: torch.Tensor) -> torch.Tensor:
+def _centered(
+    total: Total, left_mean_C: torch.Tensor, right_mean_C: torch.Tensor, count: float
+) -> torch.Tensor:
     """fp32 [C, C]: the total less count * left_mean right_mean^T; of a lower triangle only that is right."""
     columns = len(left_mean_C)
-    scale = 2.0**-total.exponent
-    count = total.sum_CC[-1, -1].double() * scale
     centered_CC = torch.empty(columns, columns, dtype=torch.float32, device=total.sum_CC.device)
     for start in range(0, columns, _PANEL_ROWS):
         part = slice(start, min(start + _PANEL_ROWS, columns))
-        panel_PC = total.sum_CC[part, :columns].double().mul_(scale)
-        panel_PC.addr_(left_mean_C[part], right_mean_C, alpha=-float(count))
-        centered_CC[part] = panel_PC
+        panel_PC = total.sum_CC[part, :columns].double().mul_(2.0**-total.exponent)
+        centered_CC[part] = panel_PC.addr_(left_mean_C[part], right_mean_C, alpha=-count)
     return centered_CC
+
+
+def _mirror_(matrix_CC: torch.Tensor) -> None:
+    """Make the upper triangle that of the transpose."""
+    for start in range(0, len(matrix_CC), _PANEL_ROWS):
+        part = slice(start, start + _PANEL_ROWS)
+        matrix_CC[:start, part] = matrix_CC[part, :start].T
+        corner_PP = matrix_CC[part, part].tril()
+        matrix_CC[part, part] = corner_PP + corner_PP.tril(-1).T

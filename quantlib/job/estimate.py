@@ -9,6 +9,7 @@ from typing import Any
 
 from quantlib.checkpoint.layout import layout_shard
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
+from quantlib.job.scheme_defaults import FOLLOWING
 
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -34,6 +35,7 @@ def describe_plan(plan: Plan, *, num_workers: int, flops_per_second: float) -> d
         "group_size": plan.options["group_size"],
         "method": plan.options["method"],
         "format": plan.options["format"],
+        "solver": {name: plan.options[name] for name in FOLLOWING},
         "blocks": len(plan.blocks),
         "units": len(plan.units),
         "shards": [unit.shard for unit in plan.units],
@@ -62,6 +64,7 @@ def format_plan(described: dict[str, Any]) -> str:
         f"{described['model_type']}: {described['blocks']} blocks,"
         f" {described['linears_quantized']} linears to {described['scheme']} g{described['group_size']}"
         f" by {described['method']}, {described['format']}",
+        *_solver_lines(described),
         f"kept as they are: {', '.join(described['linears_kept']) or 'nothing'}",
         f"{described['units']} units in {len(described['shards'])} shards,"
         f" {_mb(described['bytes_in'])} in, {_mb(described['bytes_out'])} out",
@@ -74,6 +77,17 @@ def format_plan(described: dict[str, Any]) -> str:
         f"computation about {described['rough_seconds']:.0f} s at the rate measured here",
     ]
     return "\n".join(lines)
+
+
+def _solver_lines(described: dict[str, Any]) -> list[str]:
+    if described["method"] == "rtn":
+        return []
+    solver = described["solver"]
+    words = [f"calibrated on {solver['propagation']} activations"]
+    words += ["with corrected targets"] * solver["correct_targets"]
+    words += [f"{solver['descent_passes']} passes of descent"] * (solver["descent_passes"] > 0)
+    words += ["scales refitted"] * solver["refit_scales"]
+    return [", ".join(words)]
 
 
 def _mb(size_bytes: float) -> str:

@@ -23,7 +23,7 @@ _WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evalua
 class JobOptions:
     """A validated request. ``None`` means: decided by the plan from the model or the machine.
 
-    `options_from` leaves none of the choices that follow the scheme (`scheme_defaults`) at None.
+    Choices that follow the scheme (`scheme_defaults`) have been made by `options_from`; none of them is None.
     """
 
     source: str = declare(REQUIRED, _WHAT, "Checkpoint to convert: s3://, file:// or a path.")
@@ -184,8 +184,9 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
     for name, value in values.items():
         check_value(name, value, known[name][0])
     rules = rules_from(values.get("rules", ()))
-    options = _with_scheme_defaults(
-        JobOptions(**{**values, "rules": tuple(rule_values(rule) for rule in rules)})
+    options = JobOptions(**{**values, "rules": tuple(rule_values(rule) for rule in rules)})
+    options = dataclasses.replace(
+        options, **_following(options, {name: getattr(options, name) for name in FOLLOWING})
     )
     _refuse_missing_calibration(options, rules)
     if options.correct_targets and options.propagation != "quantized":
@@ -197,11 +198,16 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
     return options
 
 
-def _with_scheme_defaults(options: JobOptions) -> JobOptions:
+def default_of(options: JobOptions, name: str) -> Any:
+    """What an option is where nobody names it, beside the other values of a validated request."""
+    if name in FOLLOWING:
+        return _following(options, dict.fromkeys(FOLLOWING))[name]
+    return option_fields()[name][0].default
+
+
+def _following(options: JobOptions, choices: Mapping[str, Any]) -> dict[str, Any]:
     bits = scheme_from_name(options.scheme, options.group_size).bits
-    choices = {name: getattr(options, name) for name in FOLLOWING}
-    made = with_scheme_defaults(choices, bits=bits, uses_data=options.method == "gptq")
-    return dataclasses.replace(options, **made)
+    return with_scheme_defaults(choices, bits=bits, uses_data=options.method == "gptq")
 
 
 def refuse_unknown(values: Mapping[str, Any]) -> None:

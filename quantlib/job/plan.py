@@ -46,7 +46,7 @@ class LinearPlan:
     columns: int
     method: str | None
     scheme: WeightScheme | None
-    corrects_bias: bool = False
+    corrects_bias: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -26,7 +26,7 @@ from quantlib.job.options import option_fields
 from quantlib.job.plan import Plan
 from quantlib.storage import normalize_uri, open_store
 
-SCHEMA = 1
+SCHEMA = 2
 PROVENANCE_NAME = "quantmill_provenance.json"
 
 # Where and by how many a job is run is for whoever repeats it to say.

@@ -5,6 +5,7 @@ stream, and a descent and a refit gain many times what they gain at 4 bits. What
 by row: ``tests/benchmarks/variants.md``.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 _CAREFUL: dict[str, Any] = {
@@ -23,8 +24,8 @@ FOLLOWING = tuple(_PLAIN)
 _FEWEST_PLAIN_BITS = 4
 
 
-def with_scheme_defaults(choices: dict[str, Any], *, bits: int, uses_data: bool) -> dict[str, Any]:
-    """The choices with those made that are None.
+def with_scheme_defaults(choices: Mapping[str, Any], *, bits: int, uses_data: bool) -> dict[str, Any]:
+    """The choices, with those that are None made; corrected targets choose what they need.
 
     Args:
         choices: Values of `FOLLOWING`.
@@ -36,6 +37,8 @@ def with_scheme_defaults(choices: dict[str, Any], *, bits: int, uses_data: bool)
     >>> with_scheme_defaults(dict.fromkeys(FOLLOWING), bits=3, uses_data=True)["propagation"]
     'quantized'
     """
+    if choices["correct_targets"] and choices["propagation"] is None:
+        choices = {**choices, "propagation": "quantized"}
     defaults = _CAREFUL if uses_data and bits < _FEWEST_PLAIN_BITS else _PLAIN
     made = {name: defaults[name] if value is None else value for name, value in choices.items()}
     if choices["correct_targets"] is None and made["propagation"] == "original":

@@ -7,8 +7,11 @@ import torch
 
 from quantlib.quantized import QuantizedLinear
 
+# Rows at a time: they are held in fp64.
+_TILE_ROWS = 512
 
-def corrected_bias(
+
+def exact_bias(
     bias_R: torch.Tensor,
     weight_RC: torch.Tensor,
     quantized: QuantizedLinear,
@@ -18,8 +21,8 @@ def corrected_bias(
 ) -> torch.Tensor:
     """The bias with which the mean output on the inputs equals that of the weight on the reference inputs.
 
-    Together with codes chosen for the centered inputs it is the exact minimum of the squared error over
-    biases.
+    With codes chosen for the centered inputs it minimizes the squared error over biases. What rounding it to
+    a stored dtype costs is for the caller to see: a bias of 100 in bf16 has steps of a half.
 
     Shapes:
         bias_R: floating [R].
@@ -27,8 +30,13 @@ def corrected_bias(
         mean_C, reference_mean_C: fp64 [C].
 
     Returns:
-        [R] in the dtype of ``bias_R``; computed in fp64.
+        fp64 [R].
+
+    Cost: temporary memory of a few tiles of rows in fp64.
     """
-    wanted_R = weight_RC.double() @ reference_mean_C
-    given_R = quantized.dequantize().double() @ mean_C
-    return (bias_R.double() + wanted_R - given_R).to(bias_R.dtype)
+    exact_R = bias_R.double()
+    for start in range(0, len(weight_RC), _TILE_ROWS):
+        part = slice(start, start + _TILE_ROWS)
+        exact_R[part] += weight_RC[part].double() @ reference_mean_C
+        exact_R[part] -= quantized.rows(part).dequantize().double() @ mean_C
+    return exact_R

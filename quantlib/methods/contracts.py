@@ -17,7 +17,9 @@ from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
 
 # Kinds of `LinearReport.fallback` beside the rungs of `linalg` below the first.
 RTN_NO_TOKENS = "rtn_no_tokens"
+RTN_CONSTANT_INPUTS = "rtn_constant_inputs"
 RTN_NOT_FACTORED = "rtn_not_factored"
+COARSE_BIAS = "coarse_bias"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,10 +42,11 @@ class LinearReport:
         clipped_fraction: Share of the weights (after feedback) more than half a step outside the grid.
         bounded_scales: Groups whose scale did not fit the stored dtype and was moved to its bound.
         fallback: None, or what was done instead of the first choice: ``more_damping``, ``float64_factor``,
-            ``shrinkage``, ``rtn_no_tokens``, ``rtn_not_factored``.
-        bias_change: How far the bias moved to keep the mean output: the square of that a token, over the
-            mean square of the output about its mean. None where it was not corrected. The two errors are
-            then about the mean.
+            ``shrinkage``, ``rtn_no_tokens``, ``rtn_constant_inputs`` (all zero, or about the mean),
+            ``rtn_not_factored``, ``coarse_bias`` (codes about zero, as the bias cannot take up the mean).
+        bias_change: The change of the bias squared and summed over the rows, over the mean square of the
+            weight's outputs about their mean. None where it was not corrected. The two errors are then about
+            the mean (but for ``coarse_bias``), and ``relative_error`` holds what rounding left of the bias.
     """
 
     name: str

@@ -18,7 +18,13 @@ from quantlib.grids.fit import fit_to_extremes, search_scales
 from quantlib.linalg import DAMPED, Factor, factor_hessian, inverse_diagonal
 from quantlib.methods.column_solver import solve_codes
 from quantlib.methods.column_tile import stacks
-from quantlib.methods.contracts import RTN_NO_TOKENS, RTN_NOT_FACTORED, LinearReport, LinearResult
+from quantlib.methods.contracts import (
+    RTN_CONSTANT_INPUTS,
+    RTN_NO_TOKENS,
+    RTN_NOT_FACTORED,
+    LinearReport,
+    LinearResult,
+)
 from quantlib.methods.coordinate_descent import descend
 from quantlib.methods.measures import check_weights, error_energy, expected_energy, share, weight_energy
 from quantlib.methods.rtn import round_linear
@@ -40,8 +46,8 @@ def quantize_linears(
 ) -> dict[str, LinearResult]:
     """Quantize the linears of one input group with error feedback (see `contracts.Method` for arguments).
 
-    Without a single token (an expert nobody was routed to), or when no rung of the ladder in `linalg` gives
-    a factor, the linears are rounded to nearest and their reports say so.
+    Without a single token (an expert nobody was routed to), without any signal, or when no rung of the ladder
+    in `linalg` gives a factor, the linears are rounded to nearest and their reports say so.
 
     Raises:
         NumericsError: A weight or the Hessian is not finite, shapes do not fit, or tokens were counted
@@ -53,7 +59,8 @@ def quantize_linears(
             f"gptq needs the Hessian of its {num_tokens} tokens, found none; use rtn for a run without data"
         )
     if hessian_CC is None or num_tokens == 0 or not bool(hessian_CC.any()):
-        return _round_all(weights, schemes, None, num_tokens, scale_dtype, solver, RTN_NO_TOKENS)
+        fallback = RTN_CONSTANT_INPUTS if num_tokens else RTN_NO_TOKENS
+        return _round_all(weights, schemes, None, num_tokens, scale_dtype, solver, fallback)
     if cross_CC is not None:
         weights = corrected_weights(weights, hessian_CC, cross_CC)
     factors: dict[int | None, Factor | None] = {}

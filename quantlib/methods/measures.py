@@ -4,7 +4,6 @@ R rows (out features), C columns (in features). The error is taken from the code
 packer, not from the solver's own books, so a solver's mistake shows in it.
 """
 
-import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -82,13 +81,7 @@ def error_energy(
     total, step = 0.0, _tile_rows(weight_RC)
     for start in range(0, weight_RC.shape[0], step):
         part = slice(start, start + step)
-        tile = dataclasses.replace(
-            quantized,
-            codes_RC=quantized.codes_RC[part],
-            scale_RG=quantized.scale_RG[part],
-            zero_RG=None if quantized.zero_RG is None else quantized.zero_RG[part],
-        )
-        total += _energy(weight_RC[part] - tile.dequantize(), hessian_CC)
+        total += _energy(weight_RC[part] - quantized.rows(part).dequantize(), hessian_CC)
     return total
 
 

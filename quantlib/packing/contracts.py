@@ -1,8 +1,8 @@
 """What every output format does. A format is a module with these names; nothing else of it is used.
 
 Names of linears are full module names (``model.layers.0.mlp.down_proj``), names of tensors are full
-checkpoint names. A format writes the weight of a linear only: its bias, where there is one, is copied under
-``<linear>.bias`` by whoever copies the other tensors.
+checkpoint names. A format writes the weight of a linear only: its bias, where there is one, is written under
+``<linear>.bias`` by whoever writes the other tensors.
 """
 
 from collections.abc import Mapping, Sequence

@@ -61,7 +61,7 @@ MODELS = {
     "biased": DEMO / "biased" / "SmolLM2-135M-Instruct",
 }
 # Bits -> symmetry of the grids tried; of the four levels of 2 bits a symmetric grid wastes one.
-SYMMETRIES = {4: (True,), 3: (True, False), 2: (False,)}
+SYMMETRIES = {4: (True, False), 3: (True, False), 2: (False,)}
 GRIDS = ("symmetric", "asymmetric")
 # Options that all rows of a section of the table have in common.
 SETTING = ("group_size", "sequences", "sequence_length", "evaluation_sequences")
@@ -115,12 +115,20 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
     "hessian-descent-4": ("gptq", {"descent_passes": 4}),
     "hessian-refit": ("gptq", {"refits_scales": True}),
     "hessian-descent-2-refit": ("gptq", {"descent_passes": 2, "refits_scales": True}),
+    "inverse-hessian-descent-2-refit": (
+        "gptq",
+        {"scale_search": "inverse-hessian", "descent_passes": 2, "refits_scales": True},
+    ),
     "job-original": (WHOLE_JOB, _job("original", correct=False, passes=0)),
     "job-quantized": (WHOLE_JOB, _job("quantized", correct=False, passes=0)),
     "job-corrected": (WHOLE_JOB, _job("quantized", correct=True, passes=0)),
     "job-original-descent-2-refit": (WHOLE_JOB, _job("original", correct=False, passes=2)),
     "job-quantized-descent-2-refit": (WHOLE_JOB, _job("quantized", correct=False, passes=2)),
     "job-corrected-descent-2-refit": (WHOLE_JOB, _job("quantized", correct=True, passes=2)),
+    "job-corrected-inverse-hessian-descent-2-refit": (
+        WHOLE_JOB,
+        _job("quantized", correct=True, passes=2) | {"scale_search": "inverse-hessian"},
+    ),
 }
 
 

@@ -1,13 +1,15 @@
 """Statistics of a block's inputs: what is observed, and rows that are not finite."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
 from quantlib.errors import NumericsError
-from quantlib.job.plan import BlockPlan
+from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.model.skeleton import BlockInputs
-from quantlib.steps import observe_cell
+from quantlib.steps import observe_cell, record_inputs
 
 
 class _Block(nn.Module):
@@ -84,3 +86,24 @@ def test_observe_cell_keeps_rows_out_that_were_left_out_before():
 def test_observe_cell_finite_inputs_that_overflow_are_an_error_that_names_the_linear():
     with pytest.raises(NumericsError, match=r"layers\.0\.a"):
         observe_cell(_Block(), _PLAN, _hidden() * 1e25, _INPUTS, ())
+
+
+@torch.inference_mode()
+def test_observe_cell_gives_the_sums_of_groups_that_are_to_be_centered():
+    """Of what the groups read and of what they read in the reference, without the row that is left out."""
+    block, hidden = _Block(), _hidden()
+    reference = hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
+    kept = LinearPlan(name="layers.0.a", rows=4, columns=6, method=None, scheme=None, corrects_bias=False)
+    corrected = LinearPlan(name="layers.0.b", rows=4, columns=6, method=None, scheme=None, corrects_bias=True)
+    plan = dataclasses.replace(_PLAN, linears=(kept, corrected))
+    _, read = record_inputs(block, plan, reference, _INPUTS)
+    _, statistics, _ = observe_cell(block, plan, hidden, _INPUTS, {4}, read)
+    x, its = (rows[:4].double().reshape(-1, 6) for rows in (hidden, reference))
+    ones = torch.ones(12, 1, dtype=torch.float64)
+    x1, its1 = torch.cat([x, ones], 1), torch.cat([its, ones], 1)
+    gram = statistics.grams[0]
+    assert gram is not None
+    torch.testing.assert_close(gram.tril().double(), (x1.T @ x1).tril(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics.crosses[0].double(), its1.T @ x1, rtol=1e-5, atol=1e-5)
+    # The other group has no bias that changes.
+    assert [len(product) for product in (statistics.grams[1], statistics.crosses[1])] == [4, 4]  # pyright: ignore[reportArgumentType]

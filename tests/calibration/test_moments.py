@@ -8,6 +8,7 @@ from quantlib.calibration.hessian import add_partial_, cross_product, exponent_f
 from quantlib.calibration.moments import (
     Moments,
     Total,
+    about_zero,
     centered_moments,
     moments_from,
     with_sums,
@@ -53,6 +54,42 @@ def test_centered_moments_equal_the_float64_covariance(offset):
     np.testing.assert_allclose(found.mean_C, x_NC.mean(0), rtol=1e-6, atol=1e-6)
     np.testing.assert_allclose(found.reference_mean_C, reference_NC.mean(0), rtol=1e-6, atol=1e-6)
     assert torch.equal(found.hessian_CC, found.hessian_CC.T)
+
+
+def test_centered_moments_take_means_off_before_anything_is_rounded():
+    """Multiples of 1/8 about 64: partial sums are exact in fp32, but not the total of all cells."""
+    generator = torch.Generator().manual_seed(4)
+    x = [64.0 + torch.randint(-2, 3, (16, COLUMNS), generator=generator) / 8 for _ in range(32)]
+    sum_EE, exponent = torch.zeros(COLUMNS + 1, COLUMNS + 1, dtype=torch.int64), 20
+    for x_NC in x:
+        add_partial_(sum_EE, with_sums(gram_lower(x_NC), x_NC, x_NC), exponent)
+    found = centered_moments(Total(sum_CC=sum_EE, exponent=exponent), None)
+    x_NC = _float64(x)
+    np.testing.assert_allclose(found.hessian_CC, (x_NC - x_NC.mean(0)).T @ (x_NC - x_NC.mean(0)), rtol=1e-5)
+
+
+def test_centered_moments_of_columns_that_hardly_vary_are_dead():
+    x = _inputs(0, 1.0)
+    for part_NC in x:
+        part_NC[:, 2] = 1.7
+        part_NC[:, 5] = 300.0 + 1e-4 * part_NC[:, 5]
+    found = centered_moments(_total(x, x, is_whole=False), _total(x, x, is_whole=True))
+    diagonal_C = found.hessian_CC.diagonal()
+    assert (diagonal_C == 0).nonzero().flatten().tolist() == [2, 5]
+    assert (diagonal_C >= 0).all()
+    assert not found.hessian_CC[2].any() and not found.hessian_CC[:, 5].any()
+    assert found.cross_CC is not None and not found.cross_CC[:, [2, 5]].any()
+
+
+def test_moments_about_zero_are_those_the_means_were_taken_off():
+    x, reference = _inputs(0, 1.0), _inputs(1, 1.0)
+    total, cross = _total(x, x, is_whole=False), _total(reference, x, is_whole=True)
+    found = about_zero(centered_moments(total, cross), CELLS * TOKENS)
+    wanted = moments_from(without_sums(total), without_sums(cross))
+    np.testing.assert_allclose(found.hessian_CC, wanted.hessian_CC, rtol=1e-5, atol=1e-3)
+    np.testing.assert_allclose(
+        torch.as_tensor(found.cross_CC), torch.as_tensor(wanted.cross_CC), rtol=1e-5, atol=1e-3
+    )
 
 
 def test_centered_moments_without_a_reference_take_the_inputs_mean_for_its():

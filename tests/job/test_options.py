@@ -56,7 +56,6 @@ def test_options_from_minimal_request_takes_every_default():
         ({"sequences": 64.0}, "sequences must be a whole number, found 64.0"),
         ({"sequences": True}, "sequences must be a whole number, found True"),
         ({"sequences": None}, "sequences must be a whole number, found None"),
-        ({"correct_targets": True}, "correct_targets needs propagation quantized, found original"),
         ({"correct_targets": 1}, "correct_targets must be true or false, found 1"),
         ({"group_size": 4}, "group_size must be at least 8 or -1, found 4"),
         ({"group_size": -2}, "group_size must be at least 8 or -1, found -2"),
@@ -152,6 +151,7 @@ _CAREFUL = ("quantized", True, 2, True)
         ({"scheme": "W3A16", "propagation": "original"}, ("original", False, 2, True)),
         ({"scheme": "W3A16", "correct_targets": False, "descent_passes": 0}, ("quantized", False, 0, True)),
         ({"scheme": "W4A16", "propagation": "quantized"}, ("quantized", False, 0, False)),
+        ({"scheme": "W4A16", "correct_targets": True}, ("quantized", True, 0, False)),
     ],
 )
 def test_options_choices_that_nobody_made_follow_the_scheme(given, wanted):

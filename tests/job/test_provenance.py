@@ -85,7 +85,7 @@ def test_a_run_stores_it_beside_its_shards_and_it_can_be_repeated_from_there(roo
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"schema": 2}, "has schema 2, this version replays 1"),
+        ({"schema": 1}, "has schema 1, this version replays 2"),
         ({"schema": ...}, "has schema None"),
         ({"versions": ...}, "versions is missing"),
         ({"machine": {"threads": True}}, "machine.threads is True"),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 PROVENANCE: dict[str, Any] = {
-    "schema": 1,
+    "schema": 2,
     "tool": "quantmill 0.1.0",
     "identity": "0" * 64,
     "model_type": "llama",
