@@ -20,6 +20,8 @@ _TOTAL_BITS = 62
 _LIMIT = 2**_TOTAL_BITS
 # By this many bits all cells together may exceed num_cells times the first one.
 _HEADROOM_BITS = 10
+# Part of what the output bits depend on, as the sum of a cell is taken over such pieces.
+_CONVERTED_TOKENS = 1024
 # A cell without any signal says nothing about the next; take 1 for its largest diagonal entry.
 _DEFAULT_DIAGONAL = 1.0
 
@@ -34,29 +36,41 @@ def gram_lower(x_NC: torch.Tensor) -> torch.Tensor:
         fp32 [C, C]. Valid on and below the diagonal; above it, part of the entries are zero.
 
     Numerics: products of bf16 or fp16 inputs are exact in fp32; sums are taken in fp32 on every device. On a
-        CPU 16-bit inputs are converted first, as torch would return a product rounded to 16 bits.
+        CPU torch would return a product rounded to 16 bits: such inputs are converted, some tokens at a time.
 
-    Cost: N * C**2 * (1/2 + 1/32) multiply-adds from 2048 columns up; memory of the result, and on a CPU a
-        fp32 copy of 16-bit inputs.
+    Cost: N * C**2 * (1/2 + 1/32) multiply-adds from 2048 columns up; memory of the result, and on a CPU of
+        1024 tokens in fp32.
     """
     columns = x_NC.shape[1]
-    is_converted = x_NC.device.type == "cuda" or x_NC.dtype == torch.float32
-    x_NC = x_NC if is_converted else x_NC.float()
     gram_CC = torch.zeros(columns, columns, dtype=torch.float32, device=x_NC.device)
-    for start, end in _panels(columns):
-        panel_NP, left_NL = x_NC[:, start:end], x_NC[:, :end]
-        if x_NC.dtype == torch.float32:
-            torch.mm(panel_NP.T, left_NL, out=gram_CC[start:end, :end])
-        else:
-            gram_CC[start:end, :end] = torch.mm(panel_NP.T, left_NL, out_dtype=torch.float32)
+    for part_NC in _multipliable(x_NC):
+        for start, end in _panels(columns):
+            _add_product_(gram_CC[start:end, :end], part_NC[:, start:end], part_NC[:, :end])
     return gram_CC
 
 
 def cross_product(reference_NC: torch.Tensor, x_NC: torch.Tensor) -> torch.Tensor:
     """X_ref^T X of one cell, whole: fp32 [C, C]; otherwise as `gram_lower`."""
-    if x_NC.dtype == torch.float32 or x_NC.device.type == "cpu":
-        return torch.mm(reference_NC.float().T, x_NC.float())
-    return torch.mm(reference_NC.T, x_NC, out_dtype=torch.float32)
+    columns = x_NC.shape[1]
+    cross_CC = torch.zeros(columns, columns, dtype=torch.float32, device=x_NC.device)
+    for its_NC, part_NC in zip(_multipliable(reference_NC), _multipliable(x_NC), strict=True):
+        _add_product_(cross_CC, its_NC, part_NC)
+    return cross_CC
+
+
+def _multipliable(x_NC: torch.Tensor) -> Iterator[torch.Tensor]:
+    """The inputs as they are, or in pieces of fp32 where a product of them would be rounded."""
+    if x_NC.device.type == "cuda" or x_NC.dtype == torch.float32:
+        yield x_NC
+    else:
+        yield from (piece_NC.float() for piece_NC in x_NC.split(_CONVERTED_TOKENS))
+
+
+def _add_product_(sum_LC: torch.Tensor, left_NL: torch.Tensor, right_NC: torch.Tensor) -> None:
+    if left_NL.dtype == torch.float32:
+        sum_LC.addmm_(left_NL.T, right_NC)
+    else:
+        sum_LC += torch.mm(left_NL.T, right_NC, out_dtype=torch.float32)
 
 
 def exponent_for(max_diagonal: float, num_cells: int) -> int:
