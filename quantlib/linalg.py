@@ -98,7 +98,8 @@ def factor_hessian(
             would hide these, not cure them.
 
     Numerics: dead columns (zero diagonal) are cut loose from all others and take no part in the mean, so
-        they end up rounded to nearest. Multiplying the Hessian by a power of two changes no bit of the feedback.
+        they end up rounded to nearest. Multiplying the Hessian by a power of two changes no bit of the
+        feedback.
 
     Cost: C**3 / 3 multiply-adds; one buffer of C x C beside the input.
     """

@@ -84,6 +84,7 @@ def _solver_lines(described: dict[str, Any]) -> list[str]:
         return []
     solver = described["solver"]
     words = [f"calibrated on {solver['propagation']} activations"]
+    words += [f"scales by {solver['scale_search']}"]
     words += ["with corrected targets"] * solver["correct_targets"]
     words += [f"{solver['descent_passes']} passes of descent"] * (solver["descent_passes"] > 0)
     words += ["scales refitted"] * solver["refit_scales"]

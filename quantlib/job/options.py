@@ -71,11 +71,11 @@ class JobOptions:
         " blocks; needs propagation quantized; by default below 4 bits.",
         in_identity=True,
     )
-    scale_search: str = declare(
-        "hessian",
+    scale_search: str | None = declare(
+        None,
         _HOW,
         "What a scale is searched for: to cover the extremes, for least squared error, or for least error as"
-        " the calibration text weighs it.",
+        " the calibration text weighs it; by default hessian, at 3 bits inverse-hessian.",
         choices=SCALE_SEARCHES,
         in_identity=True,
     )

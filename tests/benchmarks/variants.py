@@ -96,7 +96,7 @@ class Variant:
 
 def _job(propagation: str, *, correct: bool, passes: int) -> dict[str, Any]:
     """Options of a job, none left to follow the bits; passes go with a refit."""
-    solver = {"descent_passes": passes, "refit_scales": passes > 0}
+    solver = {"descent_passes": passes, "refit_scales": passes > 0, "scale_search": "hessian"}
     return {"propagation": propagation, "correct_targets": correct, **solver}
 
 

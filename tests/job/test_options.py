@@ -136,7 +136,7 @@ def test_identity_holds_what_is_asked_of_the_weights_and_nothing_of_where_and_by
     }
 
 
-_PLAIN = ("original", False, 0, False)
+_PLAIN = ("original", False, 0, False, "hessian")
 _CAREFUL = ("quantized", True, 2, True)
 
 
@@ -145,18 +145,22 @@ _CAREFUL = ("quantized", True, 2, True)
     [
         ({"scheme": "W4A16"}, _PLAIN),
         ({"scheme": "W8A16_ASYM"}, _PLAIN),
-        ({"scheme": "W3A16"}, _CAREFUL),
-        ({"scheme": "W2A16_ASYM"}, _CAREFUL),
+        ({"scheme": "W3A16"}, (*_CAREFUL, "inverse-hessian")),
+        ({"scheme": "W2A16_ASYM"}, (*_CAREFUL, "hessian")),
+        ({"scheme": "W3A16", "scale_search": "mse"}, (*_CAREFUL, "mse")),
         ({"scheme": "W3A16", "method": "rtn"}, _PLAIN),
-        ({"scheme": "W3A16", "propagation": "original"}, ("original", False, 2, True)),
-        ({"scheme": "W3A16", "correct_targets": False, "descent_passes": 0}, ("quantized", False, 0, True)),
-        ({"scheme": "W4A16", "propagation": "quantized"}, ("quantized", False, 0, False)),
-        ({"scheme": "W4A16", "correct_targets": True}, ("quantized", True, 0, False)),
+        ({"scheme": "W3A16", "propagation": "original"}, ("original", False, 2, True, "inverse-hessian")),
+        (
+            {"scheme": "W3A16", "correct_targets": False, "descent_passes": 0},
+            ("quantized", False, 0, True, "inverse-hessian"),
+        ),
+        ({"scheme": "W4A16", "propagation": "quantized"}, ("quantized", False, 0, False, "hessian")),
+        ({"scheme": "W4A16", "correct_targets": True}, ("quantized", True, 0, False, "hessian")),
     ],
 )
 def test_options_choices_that_nobody_made_follow_the_scheme(given, wanted):
     found = options_from({**REQUEST, "method": "gptq", "calibration": "text.jsonl", **given})
-    names = ("propagation", "correct_targets", "descent_passes", "refit_scales")
+    names = ("propagation", "correct_targets", "descent_passes", "refit_scales", "scale_search")
     assert tuple(getattr(found, name) for name in names) == wanted
 
 
