@@ -101,7 +101,7 @@ class JobOptions:
         in_identity=True,
     )
     correct_biases: bool = declare(
-        True,
+        False,
         _HOW,
         "Let the biases that linears have make up for what gptq does to their mean output.",
         in_identity=True,

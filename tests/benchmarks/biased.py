@@ -2,8 +2,8 @@
 
     python tests/benchmarks/biased.py SOURCE OUTPUT
 
-With ``--no-correct-biases`` a job on it chooses the codes it chooses on the source; what it gains otherwise
-is what corrected biases are worth.
+By default a job on it chooses the codes it chooses on the source; what changes with ``--correct-biases`` is
+what corrected biases are worth.
 """
 
 import argparse

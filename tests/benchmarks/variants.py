@@ -120,6 +120,7 @@ SOLVERS: dict[str, tuple[str, dict[str, Any]]] = {
         {"scale_search": "inverse-hessian", "descent_passes": 2, "refits_scales": True},
     ),
     "job-original": (WHOLE_JOB, _job("original", correct=False, passes=0)),
+    "job-original-biases": (WHOLE_JOB, _job("original", correct=False, passes=0) | {"correct_biases": True}),
     "job-quantized": (WHOLE_JOB, _job("quantized", correct=False, passes=0)),
     "job-corrected": (WHOLE_JOB, _job("quantized", correct=True, passes=0)),
     "job-original-descent-2-refit": (WHOLE_JOB, _job("original", correct=False, passes=2)),

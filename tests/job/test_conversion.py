@@ -94,12 +94,10 @@ def test_conversion_everything_not_quantized_is_copied_byte_for_byte(tmp_path):
 @pytest.mark.parametrize("given", [{}, {"propagation": "quantized", "correct_targets": True}])
 def test_conversion_biases_keep_the_mean_output_of_every_linear(tmp_path, given):
     biased = str(_biased_source(tmp_path / "biased"))
-    options = tiny_options(tmp_path, source=biased, scheme="W4A16", **given)
+    options = tiny_options(tmp_path, source=biased, correct_biases=True, **given)
     report = quantize(options)
     before, after = _mean_outputs(options.source, options), _mean_outputs(options.output, options)
-    left = tiny_options(
-        tmp_path, source=biased, scheme="W4A16", correct_biases=False, output=str(tmp_path / "left"), **given
-    )
+    left = tiny_options(tmp_path, source=biased, output=str(tmp_path / "left"), **given)
     quantize(left)
     uncorrected = _mean_outputs(left.output, left)
     # The first block sees the same inputs in both models, the others only up to what rounding did before.
@@ -114,7 +112,8 @@ def test_conversion_biases_keep_the_mean_output_of_every_linear(tmp_path, given)
 
 
 def test_conversion_leaves_biases_alone_where_nothing_is_known_of_the_inputs(tmp_path):
-    options = tiny_options(tmp_path, source=str(_biased_source(tmp_path / "biased")), method="rtn")
+    biased = str(_biased_source(tmp_path / "biased"))
+    options = tiny_options(tmp_path, source=biased, method="rtn", correct_biases=True)
     report = quantize(options)
     source, output = _tensors(options.source), _tensors(options.output)
     biases = [name for name in source if name.endswith(".bias")]
@@ -183,7 +182,7 @@ def test_conversion_without_data_converts_unit_by_unit_to_the_same_bytes(tmp_pat
 @pytest.mark.parametrize("is_biased", [False, True], ids=["plain", "biased"])
 def test_conversion_interrupted_anywhere_is_finished_to_the_same_bytes(tmp_path, given, is_biased):
     if is_biased:
-        given = {**given, "source": str(_biased_source(tmp_path / "biased"))}
+        given = {**given, "source": str(_biased_source(tmp_path / "biased")), "correct_biases": True}
     undisturbed = tiny_options(tmp_path, output=str(tmp_path / "whole"), **given)
     expected = quantize(undisturbed)
     stopped = tiny_options(tmp_path, output=str(tmp_path / "stopped"), **given)

@@ -27,7 +27,7 @@ def test_options_from_minimal_request_takes_every_default():
         "column_order": "activation",
         "descent_passes": 0,
         "refit_scales": False,
-        "correct_biases": True,
+        "correct_biases": False,
         "rules": (),
         "calibration": None,
         "evaluation": None,
