@@ -60,7 +60,7 @@ class JobOptions:
         None,
         _HOW,
         "Which activations calibrate block k+1: those of the original or of the quantized blocks; by default"
-        " of the quantized ones below 4 bits.",
+        " of the quantized ones at 3 bits.",
         choices=("original", "quantized"),
         in_identity=True,
     )
@@ -68,7 +68,7 @@ class JobOptions:
         None,
         _HOW,
         "Fit the codes to the outputs of the original block while the activations are those of quantized"
-        " blocks; needs propagation quantized; by default below 4 bits.",
+        " blocks; needs propagation quantized; by default at 3 bits.",
         in_identity=True,
     )
     scale_search: str | None = declare(

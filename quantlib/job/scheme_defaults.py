@@ -1,21 +1,14 @@
 """Choices of the solver that follow from the bits asked for, where nobody made them.
 
-Below 4 bits the quantized blocks disturb the activations enough for corrected targets to be worth a second
-stream, and a descent and a refit gain many times what they gain at 4 bits. Scales weighted by the inverse of
-the Hessian are better at 3 bits; at 2 and 4 it depends on the model. What each is worth and costs, row by
-row: ``tests/benchmarks/variants.md``.
+Below 4 bits descent and refit gain many times what they gain at 4 bits. At 3 bits the quantized blocks
+disturb the activations enough for corrected targets to be worth a second stream, and scales weighted by the
+inverse of the Hessian are better. A choice is a default where rows of ``tests/benchmarks/variants.md`` show
+what it is worth on more than one model.
 """
 
 from collections.abc import Mapping
 from typing import Any
 
-_CAREFUL: dict[str, Any] = {
-    "propagation": "quantized",
-    "correct_targets": True,
-    "descent_passes": 2,
-    "refit_scales": True,
-    "scale_search": "hessian",
-}
 _PLAIN: dict[str, Any] = {
     "propagation": "original",
     "correct_targets": False,
@@ -23,7 +16,14 @@ _PLAIN: dict[str, Any] = {
     "refit_scales": False,
     "scale_search": "hessian",
 }
-_BY_BITS = {2: _CAREFUL, 3: {**_CAREFUL, "scale_search": "inverse-hessian"}, 4: _PLAIN, 8: _PLAIN}
+_POLISHED = {**_PLAIN, "descent_passes": 2, "refit_scales": True}
+_CORRECTED = {
+    **_POLISHED,
+    "propagation": "quantized",
+    "correct_targets": True,
+    "scale_search": "inverse-hessian",
+}
+_BY_BITS = {2: _POLISHED, 3: _CORRECTED, 4: _PLAIN, 8: _PLAIN}
 FOLLOWING = tuple(_PLAIN)
 
 

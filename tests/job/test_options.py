@@ -137,7 +137,8 @@ def test_identity_holds_what_is_asked_of_the_weights_and_nothing_of_where_and_by
 
 
 _PLAIN = ("original", False, 0, False, "hessian")
-_CAREFUL = ("quantized", True, 2, True)
+_POLISHED = ("original", False, 2, True, "hessian")
+_CORRECTED = ("quantized", True, 2, True, "inverse-hessian")
 
 
 @pytest.mark.parametrize(
@@ -145,9 +146,9 @@ _CAREFUL = ("quantized", True, 2, True)
     [
         ({"scheme": "W4A16"}, _PLAIN),
         ({"scheme": "W8A16_ASYM"}, _PLAIN),
-        ({"scheme": "W3A16"}, (*_CAREFUL, "inverse-hessian")),
-        ({"scheme": "W2A16_ASYM"}, (*_CAREFUL, "hessian")),
-        ({"scheme": "W3A16", "scale_search": "mse"}, (*_CAREFUL, "mse")),
+        ({"scheme": "W3A16"}, _CORRECTED),
+        ({"scheme": "W2A16_ASYM"}, _POLISHED),
+        ({"scheme": "W3A16", "scale_search": "mse"}, (*_CORRECTED[:4], "mse")),
         ({"scheme": "W3A16", "method": "rtn"}, _PLAIN),
         ({"scheme": "W3A16", "propagation": "original"}, ("original", False, 2, True, "inverse-hessian")),
         (
