@@ -7,9 +7,11 @@ process. Exit codes: 0 done, 2 the request is wrong (nothing was written), 1 fai
 
 import argparse
 import json
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 from flows.child_process import run_quantlib
@@ -75,10 +77,17 @@ def _quantize(options: JobOptions, arguments: argparse.Namespace) -> int:
     from flows.quantize_model import quantize_model
     from quantlib.job.progress_bar import progress_bar
 
+    # Not Python's own handler: while asyncio runs it puts another in that one's place (in no other's), and an
+    # interrupt at the end of one of Prefect's many short runs is lost.
+    signal.signal(signal.SIGINT, _interrupt)
     with progress_bar() as show, progress_heard_by(show):
         report = quantize_model(params_from(options))
     _print_report(report, is_json=arguments.json)
     return 0
+
+
+def _interrupt(_number: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
 
 
 def _print_report(report: dict[str, Any], *, is_json: bool) -> None:
