@@ -77,17 +77,24 @@ def _quantize(options: JobOptions, arguments: argparse.Namespace) -> int:
     from flows.quantize_model import quantize_model
     from quantlib.job.progress_bar import progress_bar
 
-    # Not Python's own handler: while asyncio runs it puts another in that one's place (in no other's), and an
-    # interrupt at the end of one of Prefect's many short runs is lost.
-    signal.signal(signal.SIGINT, _interrupt)
+    hear_interrupts()
     with progress_bar() as show, progress_heard_by(show):
         report = quantize_model(params_from(options))
     _print_report(report, is_json=arguments.json)
     return 0
 
 
-def _interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+def hear_interrupts() -> None:
+    """Have an interrupt raise KeyboardInterrupt wherever it comes.
+
+    In place of Python's own handler, and of no other, asyncio puts one while it runs that cancels instead;
+    what swallows the cancellation then swallows the interrupt.
+    """
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, interrupt)
 
 
 def _print_report(report: dict[str, Any], *, is_json: bool) -> None:

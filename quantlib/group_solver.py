@@ -19,7 +19,7 @@ from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.methods.contracts import COARSE_BIAS, LinearResult
 from quantlib.packing.contracts import PackingFormat
 from quantlib.solver_settings import SolverSettings
-from quantlib.steps import correct_bias, solve_group
+from quantlib.steps import CorrectedResult, correct_bias, solve_group
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -91,22 +91,19 @@ class GroupSolver:
         results = self._quantized(linears, weights, moments, tokens)
         if moments is None or moments.mean_C is None:
             return results
-        biases = {name: tensors[f"{name}.bias"].to(self._device) for name in weights}
-        corrected = {
-            name: correct_bias(result, weights[name], biases[name], moments, num_tokens=tokens)
-            for name, result in results.items()
-        }
-        coarse = [name for name, (_, left, whole) in corrected.items() if left > _COARSE_SHARE * whole]
+
+        def with_bias(name: str, result: LinearResult) -> CorrectedResult:
+            bias_R = tensors[f"{name}.bias"].to(self._device)
+            return correct_bias(result, weights[name], bias_R, moments, num_tokens=tokens)
+
+        found = {name: with_bias(name, result) for name, result in results.items()}
+        coarse = [linear for linear in linears if _is_coarse(found[linear.name])]
         if coarse:
-            again = [linear for linear in linears if linear.name in coarse]
-            kept = {name: weights[name] for name in coarse}
-            plain = self._quantized(again, kept, about_zero(moments, tokens), tokens)
-            for name, result in plain.items():
-                other = correct_bias(result, weights[name], biases[name], moments, num_tokens=tokens)
-                if other[2] < corrected[name][2]:
-                    report = dataclasses.replace(other[0].report, fallback=COARSE_BIAS)
-                    corrected[name] = (dataclasses.replace(other[0], report=report), *other[1:])
-        return {name: result for name, (result, _, _) in corrected.items()}
+            chosen = {linear.name: weights[linear.name] for linear in coarse}
+            plain = self._quantized(coarse, chosen, about_zero(moments, tokens), tokens)
+            others = {name: with_bias(name, result) for name, result in plain.items()}
+            found |= {name: _marked(x) for name, x in others.items() if x.error < found[name].error}
+        return {name: corrected.result for name, corrected in found.items()}
 
     def _quantized(
         self,
@@ -134,3 +131,12 @@ class GroupSolver:
         for other_CC in totals[1:]:
             add_total_(sum_CC, other_CC.to(self._device), exponent, is_whole=is_whole)
         return Total(sum_CC=sum_CC, exponent=exponent)
+
+
+def _is_coarse(corrected: CorrectedResult) -> bool:
+    return corrected.rounding_error > _COARSE_SHARE * corrected.error
+
+
+def _marked(corrected: CorrectedResult) -> CorrectedResult:
+    report = dataclasses.replace(corrected.result.report, fallback=COARSE_BIAS)
+    return dataclasses.replace(corrected, result=dataclasses.replace(corrected.result, report=report))

@@ -6,6 +6,7 @@ B sequences, T positions, D hidden, C columns, V vocabulary. Nothing here knows 
 import dataclasses
 import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -127,6 +128,21 @@ def solve_group(
     return results
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CorrectedResult:
+    """A result with the bias that goes with its codes.
+
+    Attributes:
+        result: Its report is about the mean.
+        rounding_error: What rounding the bias to its dtype leaves, as a share of tr(W H W^T) about the mean.
+        error: Of codes and bias together, as a share of the same.
+    """
+
+    result: LinearResult
+    rounding_error: float
+    error: float
+
+
 def correct_bias(
     result: LinearResult,
     weight_RC: torch.Tensor,
@@ -134,16 +150,16 @@ def correct_bias(
     moments: Moments,
     *,
     num_tokens: int,
-) -> tuple[LinearResult, float, float]:
-    """A result with the bias that goes with its codes.
+) -> CorrectedResult:
+    """Find the bias for the codes of a result.
+
+    Shapes:
+        weight_RC: floating [R, C], the original weight.
+        bias_R: floating [R], the original bias.
 
     Args:
         moments: Centered ones.
         num_tokens: Tokens behind them.
-
-    Returns:
-        The result, its report about the mean; what rounding the bias to its dtype leaves as an error; and the
-        error of codes and bias together: both as shares of tr(W H W^T) about the mean.
 
     Cost: 2 * R * C**2 multiply-adds.
     """
@@ -161,7 +177,9 @@ def correct_bias(
     report = dataclasses.replace(
         result.report, bias_change=change, relative_error=result.report.relative_error + left
     )
-    return dataclasses.replace(result, report=report, bias_R=stored_R), left, whole
+    return CorrectedResult(
+        result=dataclasses.replace(result, report=report, bias_R=stored_R), rounding_error=left, error=whole
+    )
 
 
 def dequantized_weights(

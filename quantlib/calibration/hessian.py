@@ -175,10 +175,16 @@ def hessian_from(total_CC: torch.Tensor, exponent: int) -> torch.Tensor:
     hessian_CC = torch.empty(columns, columns, dtype=torch.float32, device=total_CC.device)
     for start, end in _panels(columns):
         hessian_CC[start:end, :end] = total_CC[start:end, :end].double().mul_(2.0**-exponent)
-        hessian_CC[:start, start:end] = hessian_CC[start:end, :start].T
-        corner_PP = hessian_CC[start:end, start:end].tril()
-        hessian_CC[start:end, start:end] = corner_PP + corner_PP.tril(-1).T
+    mirror_(hessian_CC)
     return hessian_CC
+
+
+def mirror_(matrix_CC: torch.Tensor) -> None:
+    """Make the upper triangle of a matrix [C, C] that of its transpose; temporary memory of a panel."""
+    for start, end in _panels(len(matrix_CC)):
+        matrix_CC[:start, start:end] = matrix_CC[start:end, :start].T
+        corner_PP = matrix_CC[start:end, start:end].tril()
+        matrix_CC[start:end, start:end] = corner_PP + corner_PP.tril(-1).T
 
 
 def cross_from(total_CC: torch.Tensor, exponent: int) -> torch.Tensor:

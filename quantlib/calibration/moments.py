@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from quantlib.calibration.hessian import cross_from, hessian_from
+from quantlib.calibration.hessian import cross_from, hessian_from, mirror_
 
 # Rows converted to fp64 at a time.
 _PANEL_ROWS = 256
@@ -92,7 +92,7 @@ def centered_moments(total: Total, cross: Total | None) -> Moments:
     mean_C = total.sum_CC[-1, :-1].double().mul_(2.0**-total.exponent).div_(count)
     reference_mean_C, cross_CC = mean_C, None
     hessian_CC = _centered(total, mean_C, mean_C, count)
-    _mirror_(hessian_CC)
+    mirror_(hessian_CC)
     is_constant_C = hessian_CC.diagonal() <= _LEAST_SPREAD * count * mean_C.square()
     hessian_CC[is_constant_C] = 0.0
     hessian_CC[:, is_constant_C] = 0.0
@@ -127,12 +127,3 @@ def _centered(
         panel_PC = total.sum_CC[part, :columns].double().mul_(2.0**-total.exponent)
         centered_CC[part] = panel_PC.addr_(left_mean_C[part], right_mean_C, alpha=-count)
     return centered_CC
-
-
-def _mirror_(matrix_CC: torch.Tensor) -> None:
-    """Make the upper triangle that of the transpose."""
-    for start in range(0, len(matrix_CC), _PANEL_ROWS):
-        part = slice(start, start + _PANEL_ROWS)
-        matrix_CC[:start, part] = matrix_CC[part, :start].T
-        corner_PP = matrix_CC[part, part].tril()
-        matrix_CC[part, part] = corner_PP + corner_PP.tril(-1).T

@@ -3,7 +3,7 @@
 Below 4 bits descent and refit gain many times what they gain at 4 bits. At 3 bits the quantized blocks
 disturb the activations enough for corrected targets to be worth a second stream, and scales weighted by the
 inverse of the Hessian are better. A choice is a default where rows of ``tests/benchmarks/variants.md`` show
-what it is worth on more than one model.
+what it is worth.
 """
 
 from collections.abc import Mapping

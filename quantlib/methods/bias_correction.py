@@ -34,7 +34,7 @@ def exact_bias(
 
     Cost: temporary memory of a few tiles of rows in fp64.
     """
-    exact_R = bias_R.double()
+    exact_R = bias_R.to(torch.float64, copy=True)
     for start in range(0, len(weight_RC), _TILE_ROWS):
         part = slice(start, start + _TILE_ROWS)
         exact_R[part] += weight_RC[part].double() @ reference_mean_C

@@ -114,6 +114,32 @@ def test_termination_reaches_the_child_process(tmp_path):
         stop(process)
 
 
+_SWALLOWS_CANCELLATION = """
+import asyncio, os, signal
+from flows.cli import hear_interrupts
+
+async def deaf():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        await asyncio.sleep(60)
+    except asyncio.CancelledError:
+        pass
+
+hear_interrupts()
+try:
+    asyncio.run(deaf())
+except KeyboardInterrupt:
+    print("heard")
+"""
+
+
+def test_interrupt_is_heard_where_asyncio_runs_what_swallows_cancellation():
+    done = subprocess.run(
+        [sys.executable, "-c", _SWALLOWS_CANCELLATION], capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout == "heard\n", done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("line", ["serve", "quantize a b --method rtn"])
 def test_a_server_that_does_not_answer_exits_2(line, tmp_path):

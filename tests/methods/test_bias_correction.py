@@ -41,6 +41,10 @@ def test_corrected_bias_is_what_least_squares_gives(disturbance):
     found_R = exact_bias(
         bias_R, weight_RC, quantized, mean_C=x_NC.mean(0), reference_mean_C=reference_NC.mean(0)
     )
+    in_fp64 = {"mean_C": x_NC.mean(0), "reference_mean_C": reference_NC.mean(0)}
+    given_R = bias_R.double()
+    assert torch.equal(exact_bias(given_R, weight_RC, quantized, **in_fp64), found_R)
+    assert torch.equal(given_R, bias_R.double()), "the bias that was given changed"
     wanted_NR = reference_NC.numpy() @ weight_RC.double().numpy().T + bias_R.double().numpy()
     left_NR = wanted_NR - x_NC.numpy() @ quantized.dequantize().double().numpy().T
     solved, *_ = np.linalg.lstsq(np.ones((TOKENS, 1)), left_NR, rcond=None)
