@@ -68,7 +68,8 @@ class Echo(BaseHTTPRequestHandler):
 def upstream():
     Echo.seen = []
     server = ThreadingHTTPServer(("127.0.0.1", 0), Echo)
-    server.daemon_threads = True
+    # Closing it waits for requests under way: one that was cut would tell the next test's list.
+    server.daemon_threads = False
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
     yield f"http://127.0.0.1:{server.server_address[1]}"
