@@ -8,8 +8,8 @@ block being worked on; everything else comes in as arguments and goes out as sma
 import resource
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import accumulate
 from typing import Any
 
@@ -31,19 +31,17 @@ from quantlib.job.options import JobOptions
 from quantlib.job.plan import Plan
 from quantlib.job.publish import publish
 from quantlib.machine import refuse_other_device
-from quantlib.model.skeleton import Skeleton, load_skeleton, run_block
+from quantlib.model.skeleton import OuterModel, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
-from quantlib.steps import (
-    dequantized_weights,
-    score_streams,
-    stream_error,
-)
+from quantlib.steps import dequantized_weights, score_streams, stream_error
 from quantlib.storage import join_uri, open_store
-from quantlib.worker_cells import WorkerCells
+from quantlib.worker_cells import WorkerCells, following_stream
 
 Tensors = Mapping[str, torch.Tensor]
+
+_ORIGINAL, _QUANTIZED = "original", "quantized"
 
 
 class BlockRunner:
@@ -58,9 +56,8 @@ class BlockRunner:
         self._stopped = threading.Event()
         self._clock = StageClock()
         self._prepared: planner.Prepared | None = None
-        self._captured: tuple[int, dict[str, Any]] | None = None
-        self._advanced: tuple[int, dict[int, dict[str, float]]] | None = None
-        self._loaded: tuple[int, nn.Module, Tensors] | None = None
+        self._modules: dict[str, tuple[int, nn.Module]] = {}
+        self._outer: OuterModel | None = None
 
     def prepare(self, options: JobOptions, threads: int) -> dict[str, Any]:
         """Plan the job; see `quantlib.job.planner.prepare`."""
@@ -76,11 +73,10 @@ class BlockRunner:
             self._prepared = None
             return planner.begin(prepared, options)
 
-    def open(self, plan: Plan, number: int, num_workers: int, run_id: str | None = None) -> dict[str, Any]:
-        """Take up a plan and this worker's share of its cells.
+    def open(self, plan: Plan, run_id: str | None = None) -> None:
+        """Take up a plan.
 
         Args:
-            number: Which worker this is, from 0.
             run_id: The run that holds the lease of the work prefix; it is checked before a unit is recorded.
 
         Raises:
@@ -88,7 +84,6 @@ class BlockRunner:
         """
         refuse_other_device(plan.device_kind)
         torch.set_num_threads(plan.threads)
-        self._number = number
         self._run_id = run_id
         self._plan = plan
         self._units = {unit.name: unit for unit in plan.units}
@@ -101,27 +96,19 @@ class BlockRunner:
         self._work_store = open_store(plan.work, engine)
         self._checkpoint: Checkpoint = planner.open_planned_source(self._source_store, plan)
         self._skeleton: Skeleton = load_skeleton(self._checkpoint.config, list(self._checkpoint.tensors))
-        self._cells = WorkerCells(
-            plan,
-            self._work_store,
-            number=number,
-            num_workers=num_workers,
-            device=self._device,
-            go_on=self._refuse_if_stopped,
-        )
+        self._cells = WorkerCells(plan, self._work_store, self._device)
         settings = SolverSettings.from_options(plan.options)
         self._solver = GroupSolver(self._packer, settings, self._device)
-        self._statistics = BlockStatistics(plan, self._cells, self._device, self._refuse_if_stopped)
-        self._captured = self._advanced = self._loaded = None
-        return {"rows": sum(len(cell.ids_BT) for cell in self._cells.calibration)}
+        self._statistics = BlockStatistics(plan, self._cells, self._device)
+        self._modules, self._outer = {}, None
 
     def abort_uploads(self) -> int:
         """Give up what lost workers were writing, and tell how many uploads; no living one may be writing."""
         output, work = self._plan.output, self._plan.work
         return self._output_store.abort_uploads(output) + self._work_store.abort_uploads(work)
 
-    def read(self, names: Sequence[str], num_parts: int = 1) -> dict[str, torch.Tensor]:
-        """This worker's part of some source tensors, in their stored dtype, on the CPU.
+    def read(self, names: Sequence[str], part: int = 0, num_parts: int = 1) -> dict[str, torch.Tensor]:
+        """A part of some source tensors, in their stored dtype, on the CPU.
 
         Parts are runs of neighbours of about equal bytes: tensors between those asked for would be fetched
         along with them.
@@ -134,7 +121,7 @@ class BlockRunner:
                 min(num_parts - 1, int((end - size / 2) / share))
                 for end, size in zip(accumulate(sizes), sizes, strict=True)
             ]
-            mine = [entry.name for entry, part in zip(entries, parts, strict=True) if part == self._number]
+            mine = [entry.name for entry, found in zip(entries, parts, strict=True) if found == part]
             return read_tensors(self._source_store, self._checkpoint, mine)
 
     def read_packed(self, unit_name: str) -> dict[str, torch.Tensor]:
@@ -159,12 +146,20 @@ class BlockRunner:
                     intact[record.unit] = standing
         return intact, damaged
 
-    def embed(self, parts: Sequence[Tensors]) -> None:
-        """Turn this worker's token cells into the inputs of block 0."""
+    def embed(self, parts: Sequence[Tensors], keys: Sequence[str]) -> None:
+        """Turn the token ids of some cells, which are this worker's from now on, into inputs of block 0."""
         with self._clock.computing("embed"), torch.inference_mode():
-            self._cells.embed(
-                self._skeleton.build_outer(_merged(parts), dtype=self._dtype, device=self._device)
-            )
+            outer = self._skeleton.build_outer(_merged(parts), dtype=self._dtype, device=self._device)
+            self._cells.embed(outer, keys)
+
+    def give(self, key: str) -> dict[str, tuple[torch.Tensor, int]]:
+        """Part with a cell; what `take` wants."""
+        return self._cells.give(key)
+
+    def take(self, key: str, streams: Mapping[str, tuple[torch.Tensor, int]]) -> None:
+        """Have a cell that another worker gave."""
+        with self._clock.computing("exchange"):
+            self._cells.take(key, streams)
 
     def activation_bytes(self) -> int:
         """Bytes of all streams of this worker's cells."""
@@ -193,69 +188,64 @@ class BlockRunner:
     def load(self, block: int, parts: Sequence[Tensors]) -> None:
         """Make a block live on the device, in place of the one before."""
         with self._clock.computing("load"):
-            self._loaded = None
-            if self._captured is not None and self._captured[0] != block:
-                # Its statistics are the largest thing a worker holds.
-                self._captured = None
+            self._modules.pop(_ORIGINAL, None)
+            module = self._skeleton.build_block(block, _merged(parts), dtype=self._dtype, device=self._device)
+            self._modules[_ORIGINAL] = (block, module)
+
+    def load_quantized(self, block: int, parts: Sequence[Tensors], packed: Sequence[Tensors]) -> None:
+        """Make a block live as it was packed, in place of the one before."""
+        with self._clock.computing("load"), torch.inference_mode():
+            self._modules.pop(_QUANTIZED, None)
             tensors = _merged(parts)
+            tensors |= dequantized_weights(self._plan.blocks[block], _merged(packed), self._packer)
             module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
-            self._loaded = (block, module, tensors)
+            self._modules[_QUANTIZED] = (block, module)
 
-    def begin_capture(self, block: int, excluded_rows: Sequence[int]) -> dict[str, Any]:
-        """Observe this worker's first cell; the worker of cell 0 gives the exponents of all sums.
+    def load_head(self, parts: Sequence[Tensors]) -> None:
+        """Make what stands after the last block live, in place of all blocks."""
+        with self._clock.computing("load"):
+            self._modules.clear()
+            # fp32: the losses of two close models are compared, and bf16 logits carry a noise of 2^-9.
+            self._outer = self._skeleton.build_outer(_merged(parts), dtype=torch.float32, device=self._device)
 
-        Args:
-            excluded_rows: Calibration rows left out in blocks before.
-        """
-        with self._clock.computing("capture"), torch.inference_mode():
-            module = self._block(block)[1]
-            return {"exponents": self._statistics.begin(module, block, excluded_rows)}
+    def observe(
+        self,
+        block: int,
+        key: str,
+        _needed: Sequence[Any],
+        excluded_rows: Sequence[int],
+        exponents: Sequence[int] | None,
+    ) -> dict[str, Any]:
+        """Move a calibration cell through the loaded block; see `BlockStatistics.observe`."""
+        with self._working("capture"):
+            module = self._module(_ORIGINAL, block)
+            return self._statistics.observe(module, block, key, excluded_rows, exponents)
 
-    def capture(self, block: int, exponents: Sequence[int]) -> dict[str, Any]:
-        """Observe the other cells, add all up exactly, and move the streams to the next block.
+    def totals(self, block: int, exponents: Sequence[int]) -> list[Any]:
+        """The sums over the cells observed here, for other workers; see `BlockStatistics.totals`."""
+        with self._working("capture"):
+            return [self._share(total.cpu()) for total in self._statistics.totals(block, exponents)]
 
-        Asked again for the same block it gives the same answer without doing anything.
-        """
-        if self._captured is not None and self._captured[0] == block:
-            return self._captured[1]
-        with self._clock.computing("capture"), torch.inference_mode():
-            module = self._block(block)[1]
-            gathered = self._statistics.gather(module, block, exponents)
-            self._cells.move_main(module, block, self._cells.evaluation)
-            captured = {
-                "totals": [self._share(total.cpu()) for total in gathered.totals],
-                "tokens": gathered.num_tokens,
-                "excluded": gathered.excluded_rows,
-            }
-            self._captured = (block, captured)
-            return captured
-
-    def forward(self, block: int) -> None:
-        """Move the original streams through a block without statistics."""
-        with self._clock.computing("forward"), torch.inference_mode():
-            module = self._block(block)[1]
-            if self._plan.options["correct_targets"] or self._plan.options["propagation"] == "original":
-                self._cells.move_followers(module, block)
-            self._cells.move_main(module, block, self._cells.evaluation)
+    def forward(self, block: int, key: str, _needed: Sequence[Any]) -> None:
+        """Move the stream of a cell that follows the original blocks through the loaded one."""
+        with self._working("forward"):
+            cell = self._cells[key]
+            self._cells.move(following_stream(cell), cell, self._module(_ORIGINAL, block), block)
 
     def solve(
-        self, block: int, groups: Sequence[int], statistics: Sequence[Sequence[Any]], tokens: int
+        self, block: int, group: int, parts: Sequence[Tensors], statistics: Sequence[Any], tokens: int
     ) -> dict[str, Any]:
-        """Quantize and pack some input groups of the loaded block.
+        """Quantize and pack an input group.
 
         Args:
-            statistics: For each group what `GroupSolver.solve` takes.
+            parts: The block's source tensors.
+            statistics: What `GroupSolver.solve` takes.
             tokens: Calibration tokens behind the sums.
         """
-        with self._clock.computing("solve"), torch.inference_mode():
-            plan, tensors = self._plan.blocks[block], self._block(block)[2]
-            packed: dict[str, torch.Tensor] = {}
-            rows: list[dict[str, Any]] = []
-            for group, given in zip(groups, statistics, strict=True):
-                self._refuse_if_stopped()
-                done = self._solver.solve(plan, group, tensors, given, tokens)
-                packed |= done[0]
-                rows += done[1]
+        with self._working("solve"):
+            packed, rows = self._solver.solve(
+                self._plan.blocks[block], group, _merged(parts), statistics, tokens
+            )
             return {"packed": self._share(packed), "linears": rows}
 
     def write(
@@ -290,42 +280,29 @@ class BlockRunner:
             self._refuse_taken_over()
             return store_record(self._work_store, self._plan.work, record)
 
-    def advance(self, block: int, parts: Sequence[Tensors]) -> dict[int, dict[str, float]]:
-        """Move the quantized streams through the block as packed; cell number -> sums of `stream_error`.
+    def advance(self, block: int, key: str, _needed: Sequence[Any]) -> dict[str, float] | None:
+        """Move the quantized stream of a cell through the block as packed.
 
-        Asked again for the same block it gives the same answer without doing anything.
+        Returns:
+            Of an evaluation cell, the sums of `stream_error`.
         """
-        if self._advanced is not None and self._advanced[0] == block:
-            return self._advanced[1]
-        with self._clock.computing("evaluate"), torch.inference_mode():
-            tensors = dict(self._block(block)[2])
-            tensors |= dequantized_weights(self._plan.blocks[block], _merged(parts), self._packer)
-            module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
-            del tensors
-            if self._plan.options["propagation"] == "quantized":
-                self._cells.move_main(module, block, self._cells.calibration)
-            sums = {}
-            for cell in self._cells.evaluation:
-                self._refuse_if_stopped()
-                original, quantized = cell.streams
-                inputs = self._cells.inputs_of(cell, block)
-                quantized.move(block, partial(run_block, module, block_inputs=inputs))
-                sums[cell.number] = stream_error(original.hidden_BTD, quantized.hidden_BTD)
-            self._advanced = (block, sums)
-            return sums
+        with self._working("evaluate"):
+            cell, module = self._cells[key], self._module(_QUANTIZED, block)
+            stream = cell.quantized or cell.main
+            assert stream is not None
+            self._cells.move(stream, cell, module, block)
+            if cell.quantized is None:
+                return None
+            original, quantized = cell.streams
+            return stream_error(original.hidden_BTD, quantized.hidden_BTD)
 
-    def head(self, parts: Sequence[Tensors]) -> dict[int, dict[str, float]]:
-        """Score this worker's evaluation cells in both streams."""
-        with self._clock.computing("head"), torch.inference_mode():
-            self._loaded = None
-            # fp32: the losses of two close models are compared, and bf16 logits carry a noise of 2^-9.
-            outer = self._skeleton.build_outer(_merged(parts), dtype=torch.float32, device=self._device)
-            sums = {}
-            for cell in self._cells.evaluation:
-                self._refuse_if_stopped()
-                hidden = [stream.hidden_BTD.float() for stream in cell.streams]
-                sums[cell.number] = score_streams(outer, cell.ids_BT, *hidden)
-            return sums
+    def score(self, _block: int, key: str, _needed: Sequence[Any]) -> dict[str, float]:
+        """Losses of both streams of an evaluation cell."""
+        with self._working("head"):
+            assert self._outer is not None
+            cell = self._cells[key]
+            hidden = [stream.hidden_BTD.float() for stream in cell.streams]
+            return score_streams(self._outer, cell.ids_BT, *hidden)
 
     def convert_unit(self, unit_name: str) -> DoneRecord:
         """Read, quantize without data, and write one unit."""
@@ -376,9 +353,16 @@ class BlockRunner:
         if self._stopped.is_set():
             raise WorkerError("the job was stopped; the same command continues it")
 
-    def _block(self, block: int) -> tuple[int, nn.Module, Tensors]:
-        assert self._loaded is not None and self._loaded[0] == block, f"block {block} is not loaded"
-        return self._loaded
+    @contextmanager
+    def _working(self, stage: str) -> Iterator[None]:
+        self._refuse_if_stopped()
+        with self._clock.computing(stage), torch.inference_mode():
+            yield
+
+    def _module(self, kind: str, block: int) -> nn.Module:
+        loaded, module = self._modules[kind]
+        assert loaded == block, f"block {loaded} is loaded, not {block}"
+        return module
 
 
 def _merged(parts: Sequence[Tensors]) -> dict[str, torch.Tensor]:

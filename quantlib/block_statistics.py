@@ -1,8 +1,9 @@
 """What one worker sees of the inputs of a block's linears: exact sums over its calibration cells."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -10,108 +11,118 @@ from torch import nn
 from quantlib.calibration.hessian import add_partial_, exponent_for
 from quantlib.cells import Cell
 from quantlib.errors import NumericsError
+from quantlib.job.activations import CALIBRATION, cells_of
 from quantlib.job.plan import BlockPlan, Plan
 from quantlib.steps import observe_cell, record_inputs
 from quantlib.worker_cells import WorkerCells, following_stream
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Gathered:
-    """A worker's share of a block's statistics.
-
-    Attributes:
-        totals: int64 [C, C] of X^T X for every input group, then of X_ref^T X where targets are corrected;
-            one row and column more where a group's biases are (`calibration.moments`).
-        num_tokens: Tokens counted.
-        excluded_rows: All rows left out so far.
-    """
-
-    totals: list[torch.Tensor]
-    num_tokens: int
-    excluded_rows: list[int]
-
-
 class BlockStatistics:
-    """Observes the cells of a worker, block after block.
+    """Observes cells of a worker, block after block.
 
     Args:
-        go_on: Asked before every cell; raises when the job was stopped.
+        cells: What the worker has.
+        device: Where the sums are.
     """
 
-    def __init__(
-        self, plan: Plan, cells: WorkerCells, device: torch.device, go_on: Callable[[], None]
-    ) -> None:
-        self._plan, self._cells, self._device, self._go_on = plan, cells, device, go_on
+    def __init__(self, plan: Plan, cells: WorkerCells, device: torch.device) -> None:
+        self._plan, self._cells, self._device = plan, cells, device
         self._corrects: bool = plan.options["correct_targets"]
-        self._excluded: set[int] = set()
-        self._begun: tuple[int, _Observed] | None = None
+        self._sums: _Sums | None = None
 
-    def begin(self, module: nn.Module, block: int, excluded_rows: Sequence[int]) -> list[int] | None:
-        """Observe the first cell; with cell 0 also the exponents of all sums, in the order of the totals.
+    def observe(
+        self,
+        module: nn.Module,
+        block: int,
+        key: str,
+        excluded_rows: Sequence[int],
+        exponents: Sequence[int] | None,
+    ) -> dict[str, Any]:
+        """One forward of a cell: its partial sums join the others, and its stream goes on to the next block.
 
-        The exponents come from one fixed cell so that they do not depend on how many workers there are.
+        Asked again about a cell that was counted, it gives the same answer without doing anything.
 
         Args:
+            key: Of the cell.
             excluded_rows: Calibration rows left out in blocks before.
+            exponents: Of all sums, in the order of the totals; None as long as cell 0 is not observed. They
+                come from that one cell so that they do not depend on who observed which cell; until they are
+                there the partial sums are kept.
+
+        Returns:
+            ``excluded``, rows left out now; ``tokens``; from cell 0 ``exponents``.
 
         Raises:
-            NumericsError: The cell's sums are not finite; names the cell, its rows and the linear.
+            NumericsError: The cell's sums are not finite or cannot be added; names the cell, its rows and
+                the linear.
         """
-        if not self._cells.calibration:
-            return None
-        first = self._cells.calibration[0]
-        self._excluded = set(excluded_rows)
-        observed = self._observe(module, block, first)
-        self._begun = (block, observed)
-        if first.number != 0:
-            return None
-        num_cells = -(-self._plan.options["sequences"] // self._plan.sequences_per_cell)
+        if self._sums is None or self._sums.block != block:
+            self._sums = _Sums(block=block)
+        sums, plan = self._sums, self._plan.blocks[block]
+        if key not in sums.summaries:
+            cell = self._cells[key]
+            observed = self._observe(module, plan, cell, excluded_rows)
+            summary: dict[str, Any] = {
+                "excluded": sorted(cell.first_row + row for row in observed.left_out),
+                "tokens": observed.num_tokens,
+                "exponents": self._exponents(plan, cell, observed) if cell.number == 0 else None,
+            }
+            sums.pending.append((cell, observed))
+            self._add_pending(sums, exponents or summary["exponents"])
+            sums.summaries[key] = summary
+            followed_BTD = observed.followed_BTD
+            if followed_BTD is not None:
+                following_stream(cell).move(block, lambda _: followed_BTD)
+        return sums.summaries[key]
+
+    def totals(self, block: int, exponents: Sequence[int]) -> list[torch.Tensor]:
+        """What the observed cells of a block sum up to, from now on someone else's: of X^T X for every input
+        group, then of X_ref^T X where targets are corrected; int64 [C, C], one row and column more where a
+        group's biases are (`calibration.moments`).
+
+        Raises:
+            NumericsError: As `observe`.
+        """
+        assert self._sums is not None and self._sums.block == block
+        sums, self._sums = self._sums, None
+        self._add_pending(sums, exponents)
+        return sums.totals
+
+    def _exponents(self, plan: BlockPlan, cell: Cell, observed: "_Observed") -> list[int]:
+        num_cells = len(cells_of(self._plan)[CALIBRATION])
         peaks = [float(gram.diagonal().max()) for gram in observed.grams]
         peaks += [float(cross.abs().max()) for cross in observed.crosses]
-        plan, exponents = self._plan.blocks[block], []
+        exponents = []
         for number, peak in enumerate(peaks):
-            with _naming(first, plan, number):
+            with _naming(cell, plan, number):
                 exponents.append(exponent_for(peak, num_cells))
         return exponents
 
-    def gather(self, module: nn.Module, block: int, exponents: Sequence[int]) -> Gathered:
-        """Observe the other cells, add all up exactly, and move the streams to the next block.
-
-        Raises:
-            NumericsError: A cell's sums cannot be added; names the cell, its rows and the linear.
-        """
-        plan = self._plan.blocks[block]
+    def _add_pending(self, sums: "_Sums", exponents: Sequence[int] | None) -> None:
+        if exponents is None:
+            return
+        plan = self._plan.blocks[sums.block]
         sizes = _total_sizes(plan)
         num_groups = len(sizes)
-        sizes = sizes * 2 if self._corrects else sizes
-        totals = [torch.zeros(size, size, dtype=torch.int64, device=self._device) for size in sizes]
-        tokens = 0
-        for cell in self._cells.calibration:
-            observed = self._observed(module, block, cell)
-            sums = [*observed.grams, *observed.crosses]
-            for number, (total, partial_CC) in enumerate(zip(totals, sums, strict=True)):
+        if not sums.totals:
+            sizes = sizes * 2 if self._corrects else sizes
+            sums.totals = [torch.zeros(size, size, dtype=torch.int64, device=self._device) for size in sizes]
+        for cell, observed in sums.pending:
+            partials = [*observed.grams, *observed.crosses]
+            for number, (total, partial_CC) in enumerate(zip(sums.totals, partials, strict=True)):
                 with _naming(cell, plan, number):
                     add_partial_(total, partial_CC, exponents[number], is_whole=number >= num_groups)
-            self._excluded |= {cell.first_row + row for row in observed.left_out}
-            tokens += observed.num_tokens
-            if observed.followed_BTD is not None:
-                following_stream(cell).move(block, lambda _, moved=observed.followed_BTD: moved)
-        return Gathered(totals=totals, num_tokens=tokens, excluded_rows=sorted(self._excluded))
+        sums.pending.clear()
 
-    def _observed(self, module: nn.Module, block: int, cell: Cell) -> "_Observed":
-        if self._begun is not None and self._begun[0] == block and cell is self._cells.calibration[0]:
-            observed, self._begun = self._begun[1], None
-            return observed
-        return self._observe(module, block, cell)
-
-    def _observe(self, module: nn.Module, block: int, cell: Cell) -> "_Observed":
-        self._go_on()
-        assert cell.main is not None and cell.main.position == block
-        excluded = {row - cell.first_row for row in self._excluded} & set(range(len(cell.ids_BT)))
-        inputs, plan = self._cells.inputs_of(cell, block), self._plan.blocks[block]
+    def _observe(
+        self, module: nn.Module, plan: BlockPlan, cell: Cell, excluded_rows: Sequence[int]
+    ) -> "_Observed":
+        assert cell.main is not None and cell.main.position == plan.index
+        excluded = {row - cell.first_row for row in excluded_rows} & set(range(len(cell.ids_BT)))
+        inputs = self._cells.inputs_of(cell, plan.index)
         followed_BTD, references = None, []
         if self._corrects:
-            assert cell.reference is not None and cell.reference.position == block
+            assert cell.reference is not None and cell.reference.position == plan.index
             followed_BTD, references = record_inputs(module, plan, cell.reference.hidden_BTD, inputs)
         with _naming(cell, plan):
             output_BTD, statistics, left_out = observe_cell(
@@ -126,6 +137,22 @@ class BlockStatistics:
             left_out=left_out,
             followed_BTD=followed_BTD,
         )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Sums:
+    """A worker's share of a block's statistics.
+
+    Attributes:
+        totals: Exact sums over the cells that were added.
+        pending: Cells observed before the exponents were known.
+        summaries: Key of every observed cell -> what was told of it.
+    """
+
+    block: int
+    totals: list[torch.Tensor] = field(default_factory=list)
+    pending: list[tuple[Cell, "_Observed"]] = field(default_factory=list)
+    summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -16,6 +16,8 @@ from quantlib.machine import default_threads
 
 T = TypeVar("T")
 
+# Stages only wait for the worker; at most the next block, a write and a few units are under way at a time.
+_MOST_STAGES = 16
 # Storage work that may run beside the computation.
 _IO_METHODS = ("read", "read_packed", "write", "check_finished")
 
@@ -43,6 +45,13 @@ class LocalTransport:
         """Wait for a method."""
         return handle.result()
 
+    def when_done(self, handle: Future[Any], call: Callable[[], None]) -> None:
+        """Call once a method has ended."""
+        handle.add_done_callback(lambda _: call())
+
+    def feel_pulses(self) -> None:
+        """This process lives."""
+
     def renew(self) -> None:
         """There is one worker and it is this process: nothing can be started in its place."""
         raise WorkerError("the only worker is this process; start the same command again")
@@ -61,27 +70,20 @@ class LocalTransport:
 
 
 class DirectStages:
-    """Runs every stage where it is submitted, except writes, which may overlap with what follows.
-
-    Stages are tried again as `quantlib.job.failures` says.
-    """
+    """Runs stages in threads of this process, tried again as `quantlib.job.failures` says."""
 
     def __init__(self) -> None:
-        self._writes = ThreadPoolExecutor(1, thread_name_prefix="stage")
+        self._threads = ThreadPoolExecutor(_MOST_STAGES, thread_name_prefix="stage")
         self._stopped = threading.Event()
 
-    def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Run a stage; the future carries its result or its error."""
-        if name.endswith(": write"):
-            return self._writes.submit(retrying, self._stopped.wait, function, *arguments)
-        future: Future[T] = Future()
-        future.set_result(retrying(self._stopped.wait, function, *arguments))
-        return future
+    def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> Future[T]:  # noqa: ARG002
+        """Start a stage; the future carries its result or its error."""
+        return self._threads.submit(retrying, self._stopped.wait, function, *arguments)
 
     def close(self, *, waits: bool = True) -> None:
         """Try nothing again, and wait for stages still running."""
         self._stopped.set()
-        self._writes.shutdown(wait=waits, cancel_futures=True)
+        self._threads.shutdown(wait=waits, cancel_futures=True)
 
 
 def _resolved(argument: Any) -> Any:

@@ -3,7 +3,7 @@
 B sequences, T positions, D hidden.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from torch import nn
 
 from quantlib.cell_store import read_cell, write_cell
 from quantlib.cells import Cell, Stream, cut_into_cells
-from quantlib.job.activations import ActivationCheckpoint, cell_key
+from quantlib.job.activations import CALIBRATION, EVALUATION, ActivationCheckpoint, cell_key
 from quantlib.job.manifest import tokens_uri
 from quantlib.job.plan import Plan
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
@@ -20,51 +20,68 @@ from quantlib.tokens import read_rows
 
 
 class WorkerCells:
-    """Every ``num_workers``-th cell of a plan's rows, from ``number`` on.
+    """The cells of a plan's rows that a worker has.
 
     Args:
         store: Of the work prefix.
-        go_on: Asked before every cell; raises when the job was stopped.
-
-    Attributes:
-        calibration: Cells that are observed.
-        evaluation: Cells that are scored.
     """
 
-    def __init__(
-        self,
-        plan: Plan,
-        store: Store,
-        *,
-        number: int,
-        num_workers: int,
-        device: torch.device,
-        go_on: Callable[[], None],
-    ) -> None:
-        self._plan, self._store, self._device, self._go_on = plan, store, device, go_on
-        mine = slice(number, None, num_workers)
-        self.calibration = self._cells(plan.calibration_digest)[mine]
-        self.evaluation = self._cells(plan.evaluation_digest)[mine]
+    def __init__(self, plan: Plan, store: Store, device: torch.device) -> None:
+        self._plan, self._store, self._device = plan, store, device
+        digests = {CALIBRATION: plan.calibration_digest, EVALUATION: plan.evaluation_digest}
+        self._all = {
+            cell_key(corpus, cell.number): cell
+            for corpus, digest in digests.items()
+            for cell in self._cut(digest)
+        }
+        self._mine: dict[str, Cell] = {}
         self._inputs: dict[tuple[int, ...], list[BlockInputs]] = {}
 
-    def embed(self, outer: OuterModel) -> None:
-        """Turn token ids into the inputs of block 0."""
-        for cells, is_evaluation in ((self.calibration, False), (self.evaluation, True)):
-            for cell in cells:
-                hidden_BTD, inputs = outer.embed(cell.ids_BT.to(self._device))
-                has_reference = self._plan.options["correct_targets"] and not is_evaluation
-                cell.start(hidden_BTD, compares=is_evaluation, has_reference=has_reference)
-                self._inputs.setdefault(tuple(cell.ids_BT.shape), inputs)
+    def __getitem__(self, key: str) -> Cell:
+        return self._mine[key]
+
+    def embed(self, outer: OuterModel, keys: Sequence[str]) -> None:
+        """Turn the token ids of some cells into inputs of block 0; these and no others are this worker's."""
+        self._mine = {}
+        for key in keys:
+            cell = self._all[key]
+            hidden_BTD, inputs = outer.embed(cell.ids_BT.to(self._device))
+            is_evaluation = key.startswith(EVALUATION)
+            has_reference = self._plan.options["correct_targets"] and not is_evaluation
+            cell.start(hidden_BTD, compares=is_evaluation, has_reference=has_reference)
+            self._mine[key] = cell
+            self._inputs.setdefault(tuple(cell.ids_BT.shape), inputs)
+        # Any cell may come here later, and with it only its streams.
+        for cell in self._all.values():
+            if tuple(cell.ids_BT.shape) not in self._inputs:
+                self._inputs[tuple(cell.ids_BT.shape)] = outer.embed(cell.ids_BT.to(self._device))[1]
+
+    def give(self, key: str) -> dict[str, tuple[torch.Tensor, int]]:
+        """Part with a cell: its streams on the CPU and where they stand."""
+        cell = self._mine.pop(key)
+        return {name: (stream.hidden_BTD.cpu(), stream.position) for name, stream in cell.named_streams}
+
+    def take(self, key: str, streams: Mapping[str, tuple[torch.Tensor, int]]) -> None:
+        """Have a cell that another worker gave."""
+        cell = self._all[key]
+        main_BTD, _ = streams["main"]
+        cell.start(main_BTD, compares="quantized" in streams, has_reference="reference" in streams)
+        for name, stream in cell.named_streams:
+            hidden_BTD, position = streams[name]
+            # What was given may be mapped from memory that others read too.
+            stream.place(hidden_BTD.to(self._device, copy=True), position)
+        self._mine[key] = cell
 
     @property
     def num_bytes(self) -> int:
         """Bytes of all streams."""
-        return sum(stream.hidden_BTD.nbytes for _, cell in self._keyed() for _, stream in cell.named_streams)
+        streams = [stream for cell in self._mine.values() for _, stream in cell.named_streams]
+        return sum(stream.hidden_BTD.nbytes for stream in streams)
 
     def save(self, block: int) -> dict[str, tuple[str, int]]:
         """Store the streams, which stand before a block; cell key -> sha256 and size of its object."""
         saved = {}
-        for key, cell in self._keyed():
+        for key, cell in self._mine.items():
             assert all(stream.position == block for _, stream in cell.named_streams)
             streams = {name: stream.hidden_BTD for name, stream in cell.named_streams}
             saved[key] = write_cell(self._store, self._plan.work, block, key, streams)
@@ -76,7 +93,7 @@ class WorkerCells:
         Raises:
             ChecksumError: What is stored is not what was recorded; the streams are as they were.
         """
-        for key, cell in self._keyed():
+        for key, cell in self._mine.items():
             stored = read_cell(self._store, self._plan.work, checkpoint, key)
             for name, stream in cell.named_streams:
                 stream.place(stored[name].to(self._device), checkpoint.block)
@@ -85,26 +102,11 @@ class WorkerCells:
         """What a block is called with beside the hidden states of a cell."""
         return self._inputs[tuple(cell.ids_BT.shape)][block]
 
-    def move_main(self, module: nn.Module, block: int, cells: Sequence[Cell]) -> None:
-        """Run the main streams of some cells through a block."""
-        for cell in cells:
-            self._go_on()
-            assert cell.main is not None
-            cell.main.move(block, partial(run_block, module, block_inputs=self.inputs_of(cell, block)))
+    def move(self, stream: Stream, cell: Cell, module: nn.Module, block: int) -> None:
+        """Run a stream of a cell through a block."""
+        stream.move(block, partial(run_block, module, block_inputs=self.inputs_of(cell, block)))
 
-    def move_followers(self, module: nn.Module, block: int) -> None:
-        """Run the calibration streams that follow the original blocks through one."""
-        for cell in self.calibration:
-            self._go_on()
-            run = partial(run_block, module, block_inputs=self.inputs_of(cell, block))
-            following_stream(cell).move(block, run)
-
-    def _keyed(self) -> Iterator[tuple[str, Cell]]:
-        for corpus, cells in (("calibration", self.calibration), ("evaluation", self.evaluation)):
-            for cell in cells:
-                yield cell_key(corpus, cell.number), cell
-
-    def _cells(self, digest: str | None) -> list[Cell]:
+    def _cut(self, digest: str | None) -> list[Cell]:
         if digest is None:
             return []
         rows_BT = read_rows(self._store, tokens_uri(self._plan.work, digest))

@@ -1,4 +1,4 @@
-"""The actor: one device, one `BlockRunner`, two lanes (computation, storage).
+"""The actor: one device, one `BlockRunner`, lanes for computation, storage and exchange.
 
 Large results are put in Ray's object store, where the workers of a node map one copy; the driver only ever
 holds references to them.
@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-_STORAGE_LANE, _PULSE_LANE = "storage", "pulse"
+_STORAGE_LANE, _EXCHANGE_LANE, _PULSE_LANE = "storage", "exchange", "pulse"
 
 
 class BlockWorker:
@@ -44,6 +44,11 @@ class BlockWorker:
         """The same in the lane that may run beside computation: reads and writes."""
         return getattr(self._runner, method)(*(_resolved(argument) for argument in arguments))
 
+    @ray.method(concurrency_group=_EXCHANGE_LANE)
+    def give(self, arguments: tuple[Any, ...]) -> Any:
+        """Part with a cell, whatever the other lanes do: another worker has nothing to do without it."""
+        return self._runner.give(*arguments)
+
 
 def _resolved(argument: Any) -> Any:
     if isinstance(argument, ray.ObjectRef):
@@ -58,6 +63,6 @@ def start_worker(*, threads: int, num_gpus: int) -> Any:
 
     Ray does not restart it when it dies: its activations would be gone, and only the job can rebuild them.
     """
-    lanes = {_STORAGE_LANE: 1, _PULSE_LANE: 1}
+    lanes = {_STORAGE_LANE: 1, _EXCHANGE_LANE: 1, _PULSE_LANE: 1}
     actor: Any = ray.remote(concurrency_groups=lanes)(BlockWorker)  # pyright: ignore[reportCallIssue]
     return actor.options(num_cpus=threads, num_gpus=num_gpus, max_restarts=0).remote()

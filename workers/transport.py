@@ -6,6 +6,7 @@ a small question in a lane of its own, which every worker must answer within `SI
 
 import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray
@@ -55,8 +56,14 @@ class RayTransport:
         fetches each where it is used.
         """
         actor = self._pool.actors[worker]
+        if method == "give":
+            return actor.give.remote(arguments)
         lane = actor.store if method in _STORAGE_METHODS else actor.compute
         return lane.remote(method, arguments)
+
+    def when_done(self, handle: ray.ObjectRef, call: Callable[[], None]) -> None:
+        """Call, from a thread of Ray's, once a method has ended; small values only, they are fetched."""
+        handle.future().add_done_callback(lambda _: call())
 
     def result(self, handle: ray.ObjectRef) -> Any:
         """Wait for a method.
@@ -65,7 +72,7 @@ class RayTransport:
             QuantError: Of the worker's own raising, or WorkerLostError when a worker is gone or silent.
         """
         while not ray.wait([handle], timeout=PULSE_S)[0]:
-            self._feel_pulses()
+            self.feel_pulses()
         try:
             return ray.get(handle)
         except exceptions.RayTaskError as error:
@@ -85,7 +92,12 @@ class RayTransport:
             self._asked.clear()
         self._pool.renew()
 
-    def _feel_pulses(self) -> None:
+    def feel_pulses(self) -> None:
+        """Ask every worker for a sign of life.
+
+        Raises:
+            WorkerLostError: One has not answered for `SILENCE_LIMIT_S`.
+        """
         now = time.monotonic()
         with self._lock:
             for number, actor in enumerate(self._pool.actors):

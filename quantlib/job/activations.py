@@ -17,6 +17,7 @@ from quantlib.job.plan import Plan
 from quantlib.storage import Store, join_uri, uri_name
 
 SCHEMA = 1
+CALIBRATION, EVALUATION = "calibration", "evaluation"
 _MANIFEST = re.compile(r"block-(\d{5,})\.json")
 
 
@@ -40,6 +41,19 @@ class ActivationCheckpoint:
     cells: Mapping[str, tuple[str, int]]
     block_errors: Mapping[int, Mapping[str, Any]]
     excluded_rows: tuple[int, ...]
+
+
+def cells_of(plan: Plan) -> dict[str, list[str]]:
+    """Keys of all cells: ``calibration`` and ``evaluation`` -> those of the corpus, in order."""
+    rows = {CALIBRATION: plan.options["sequences"], EVALUATION: plan.options["evaluation_sequences"]}
+    if plan.calibration_digest is None:
+        rows[CALIBRATION] = 0
+    if plan.evaluation_digest is None:
+        rows[EVALUATION] = 0
+    return {
+        corpus: [cell_key(corpus, number) for number in range(-(-count // plan.sequences_per_cell))]
+        for corpus, count in rows.items()
+    }
 
 
 def cell_key(corpus: str, number: int) -> str:

@@ -7,12 +7,12 @@ stage is `quantlib.job.crew`, what happens on a worker `quantlib.block_runner`.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 from quantlib.errors import (
     ChecksumError,
@@ -67,6 +67,16 @@ class Progress:
     label: str
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Begun(Generic[T]):
+    """A stage of a block that is under way."""
+
+    block: int
+    kind: str
+    started: float
+    future: StageFuture[T]
+
+
 @dataclass(slots=True)
 class _Run:
     """What the loop keeps while it runs."""
@@ -85,6 +95,7 @@ class _Run:
     seconds: dict[int, dict[str, float]] = field(default_factory=dict)
     errors: dict[int, dict[str, Any]] = field(default_factory=dict)
     writing: StageFuture[DoneRecord] | None = None
+    ahead: _Begun[dict[str, Any] | None] | None = None
     units: list[StageFuture[DoneRecord]] = field(default_factory=list)
     is_taken_up: bool = False
     is_converted: bool = False
@@ -99,12 +110,20 @@ class _Run:
         self.on_progress(Progress(done=self.done, total=self.total, label=name))
         return self.submit(name, function, *arguments).result()
 
-    def stage(self, block: int, kind: str, function: Callable[..., T], *arguments: Any) -> T:
-        started = time.monotonic()
-        outcome = self.call(self.name_of(block, kind), function, *arguments)
-        self.seconds.setdefault(block, {})[kind] = time.monotonic() - started
-        self.done += _WEIGHTS[kind]
+    def start(self, block: int, kind: str, function: Callable[..., T], *arguments: Any) -> "_Begun[T]":
+        name, started = self.name_of(block, kind), time.monotonic()
+        self.on_progress(Progress(done=self.done, total=self.total, label=name))
+        future = self.submit(name, function, *arguments)
+        return _Begun(block=block, kind=kind, started=started, future=future)
+
+    def end(self, begun: "_Begun[T]") -> T:
+        outcome = begun.future.result()
+        self.seconds.setdefault(begun.block, {})[begun.kind] = time.monotonic() - begun.started
+        self.done += _WEIGHTS[begun.kind]
         return outcome
+
+    def stage(self, block: int, kind: str, function: Callable[..., T], *arguments: Any) -> T:
+        return self.end(self.start(block, kind, function, *arguments))
 
     def name_of(self, block: int, kind: str) -> str:
         return f"block {block + 1}/{len(self.plan.blocks)}: {kind}"
@@ -119,13 +138,20 @@ class _Run:
 
     def settle(self, timeout: float | None = None) -> None:
         """Let what was begun come to its end: what was solved is not to be solved again."""
+        self.crew.drop_waiting()
         begun = [*self.units, *([self.writing] if self.writing is not None else [])]
-        self.units, self.writing = [], None
+        ahead, self.units, self.writing, self.ahead = self.ahead, [], None, None
         deadline = None if timeout is None else time.monotonic() + timeout
+
+        def left_s() -> float | None:
+            return None if deadline is None else max(0.0, deadline - time.monotonic())
+
         for future in begun:
-            left = None if deadline is None else max(0.0, deadline - time.monotonic())
             with suppress(QuantError, TimeoutError):
-                self.note(future.result(left))
+                self.note(future.result(left_s()))
+        if ahead is not None:
+            with suppress(QuantError, TimeoutError):
+                ahead.future.result(left_s())
 
 
 def _counted(history: History, name: str, function: Callable[..., T]) -> Callable[..., T]:
@@ -166,7 +192,7 @@ def convert(
         store = open_store(plan.work, options.storage_engine)
         acquire = _counted(history, "lease", Lease.acquire)
         lease = stages.submit("lease", acquire, store, plan.work, tell, new_record()).result()
-    with lease:
+    with lease, closing(crew):
         run = _Run(plan, crew, stages, on_progress, lease, history)
         # What an earlier start left is another job's: this one has not begun.
         with _before_work(PlanMismatchError):
@@ -217,6 +243,7 @@ def _attempt(run: _Run, records: Sequence[DoneRecord], started: datetime, clock:
         run.figures = _with_streams(run) if run.plan.has_streams else _without_streams(run)
         run.is_converted = True
     excluded = {row for record in run.records.values() for row in record.excluded_rows}
+    run.history.moved_cells = run.crew.moved_cells
     report = build_report(
         plan=run.plan,
         records=run.records,
@@ -272,10 +299,11 @@ def _with_streams(run: _Run) -> list[dict[str, float]] | None:
     cadence = Cadence(plan.options["checkpoint_every"], crew.activation_bytes())
     for block, following in zip_longest(blocks, blocks[1:]):
         crew.prefetch(block.index)
+        keeps = following is not None and cadence.is_due(following.index)
         if following is not None:
             crew.prefetch(following.index)
-        _convert_block(run, block)
-        if block.index + 1 < len(plan.blocks) and cadence.is_due(block.index + 1):
+        _convert_block(run, block, None if keeps else following)
+        if keeps:
             cadence.kept(_keep_activations(run, block.index + 1))
     run.finish_writing()
     if blocks:
@@ -327,15 +355,19 @@ def _keep_activations(run: _Run, block: int) -> float:
     return time.monotonic() - started
 
 
-def _convert_block(run: _Run, block: BlockPlan) -> None:
+def _convert_block(run: _Run, block: BlockPlan, following: BlockPlan | None) -> None:
+    """One block, from the streams before it to its shard.
+
+    Args:
+        following: The next block, if it may be begun while workers are left over; `_Run.ahead` is then its
+            first stage.
+    """
     plan, crew, index = run.plan, run.crew, block.index
     unit = plan.block_units[index]
-    tokens = 0
-    if unit.name not in run.records and _needs_statistics(block):
-        captured = run.stage(index, "capture", crew.capture, index, run.excluded_rows)
-        run.excluded_rows, tokens = captured["excluded_rows"], captured["tokens"]
-    else:
-        run.stage(index, "forward", crew.forward, index)
+    moving, run.ahead = run.ahead or _move_streams(run, block), None
+    captured = run.end(moving)
+    if captured is not None:
+        run.excluded_rows = captured["excluded_rows"]
     run.finish_writing()
     if index > 0:
         crew.release(index - 1)
@@ -343,22 +375,44 @@ def _convert_block(run: _Run, block: BlockPlan) -> None:
         run.history.replayed_blocks.append(index)
         run.excluded_rows = sorted({*run.excluded_rows, *run.records[unit.name].excluded_rows})
     else:
-        linears = run.stage(index, "solve", crew.solve, index, tokens)
+        tokens = 0 if captured is None else captured["tokens"]
+        solving = run.start(index, "solve", crew.solve, index, tokens)
+        if following is not None and _overlaps(run):
+            run.ahead = _move_streams(run, following, is_ahead=True)
+        linears = run.end(solving)
         notes = (list(run.excluded_rows), dict(run.seconds[index]))
         run.writing = run.submit(run.name_of(index, "write"), crew.write, unit, linears, *notes)
     if _runs_quantized(plan):
         run.errors[index] = run.stage(index, "evaluate", crew.advance, index)
 
 
+def _move_streams(run: _Run, block: BlockPlan, *, is_ahead: bool = False) -> _Begun[dict[str, Any] | None]:
+    """Start the first stage of a block: with statistics if codes are still to be found.
+
+    Args:
+        is_ahead: Whether the block before is not evaluated yet.
+    """
+    after_evaluation = is_ahead and run.plan.evaluation_digest is not None
+    is_pending = run.plan.block_units[block.index].name not in run.records
+    if is_pending and _needs_statistics(block):
+        arguments = (block.index, run.excluded_rows, after_evaluation)
+        return run.start(block.index, "capture", run.crew.capture, *arguments)
+    return run.start(block.index, "forward", run.crew.forward, block.index, after_evaluation)
+
+
+def _overlaps(run: _Run) -> bool:
+    """Whether a block may be begun before the one before it is quantized."""
+    return run.crew.num_workers > 1 and run.plan.options["propagation"] == "original"
+
+
 def _without_streams(run: _Run) -> None:
     """Every unit on its own, as many at a time as there are workers."""
     pending = [unit for unit in run.plan.units if unit.name not in run.records]
     run.total = float(max(1, len(pending)))
-    for number, unit in enumerate(pending):
+    for unit in pending:
         while len(run.units) >= run.crew.num_workers:
             _note_unit(run)
-        worker = number % run.crew.num_workers
-        run.units.append(run.submit(f"unit {unit.name}", run.crew.convert_unit, unit, worker))
+        run.units.append(run.submit(f"unit {unit.name}", run.crew.convert_unit, unit))
     while run.units:
         _note_unit(run)
 

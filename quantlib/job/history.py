@@ -18,6 +18,7 @@ class History:
         retries: Stage -> how often it was tried again.
         renewals: Why the workers were started anew, and how many there were afterwards.
         aborted_uploads: Unfinished uploads of runs and workers that died.
+        moved_cells: How often a worker that had nothing to do took over a cell of a busy one.
     """
 
     reused_units: list[str] = field(default_factory=list)
@@ -29,3 +30,4 @@ class History:
     retries: dict[str, int] = field(default_factory=dict)
     renewals: list[dict[str, Any]] = field(default_factory=list)
     aborted_uploads: int = 0
+    moved_cells: int = 0

@@ -2,10 +2,13 @@
 
     python tests/benchmarks/solver.py [--threads 1] [--repeats 3]
     python tests/benchmarks/solver.py --baseline 4096
+    python tests/benchmarks/solver.py --experts 8
 
 Each figure is the least of the repeats. Inputs are random, correlated and uneven like activations. With
 ``--baseline`` the column loop of one square matrix in groups of 128 runs beside the eager forms of
-`eager_columns`, once each; their codes are compared.
+`eager_columns`, once each; their codes are compared. With ``--experts`` the experts of small models are
+solved one after the other and as rows of one matrix with one factor: what solving experts of unlike inputs as
+one batch could gain at most, as it would need more products besides.
 """
 
 import argparse
@@ -20,9 +23,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from eager_columns import column_by_column, in_batches, inverse_factor
 
 from quantlib.calibration.hessian import add_partial_, exponent_for, gram_lower, hessian_from
-from quantlib.grids.affine import with_codes
+from quantlib.grids.affine import AffineGrid, with_codes
 from quantlib.grids.fit import search_scales
-from quantlib.linalg import factor_hessian, inverse_diagonal
+from quantlib.linalg import Factor, factor_hessian, inverse_diagonal
 from quantlib.methods import METHODS
 from quantlib.methods.column_solver import solve_codes
 from quantlib.methods.coordinate_descent import descend
@@ -31,6 +34,8 @@ from quantlib.methods.scale_refit import refit_scales
 from quantlib.schemes import scheme_from_name
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))
+# Gate and up on top of each other, and down, of Granite-3.0-1B-A400M, Qwen3-30B-A3B and OLMoE-1B-7B.
+EXPERT_SHAPES = ((1024, 1024), (1024, 512), (1536, 2048), (2048, 768), (2048, 2048), (2048, 1024))
 TOKENS_PER_CELL = 4096
 
 
@@ -112,16 +117,43 @@ def solve_seconds(rows: int, columns: int, scheme_name: str, repeats: int) -> di
     }
 
 
-def measure_baseline(size: int) -> None:
-    """The column loop beside eager ones, on the same grids."""
-    scheme = scheme_from_name("W4A16", 128)
-    gram_CC = gram_lower(activations(size, rows=2 * size)).tril()
+def prepared(rows: int, columns: int) -> tuple[torch.Tensor, torch.Tensor, AffineGrid, Factor]:
+    """A weight [R, C], a Hessian [C, C] of twice as many tokens, scales in groups of 128, the factor."""
+    gram_CC = gram_lower(activations(columns, rows=2 * columns)).tril()
     hessian_CC = gram_CC + gram_CC.tril(-1).T
-    weight_RC = torch.randn(size, size, generator=torch.Generator().manual_seed(0)) * 0.02
-    grid = search_scales(weight_RC, scheme, scale_dtype=torch.bfloat16, importance_C=hessian_CC.diagonal())
-    factor = factor_hessian(hessian_CC, num_tokens=2 * size)
+    weight_RC = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
+    grid = search_scales(
+        weight_RC,
+        scheme_from_name("W4A16", 128),
+        scale_dtype=torch.bfloat16,
+        importance_C=hessian_CC.diagonal(),
+    )
+    factor = factor_hessian(hessian_CC, num_tokens=2 * columns)
     if factor is None:
         raise SystemExit("the benchmark's Hessian could not be factored")
+    return weight_RC, hessian_CC, grid, factor
+
+
+def measure_experts(count: int, repeats: int) -> None:
+    """The column loop for some experts, alone and on top of each other."""
+    for rows, columns in EXPERT_SHAPES:
+        weight_RC, _, grid, factor = prepared(rows * count, columns)
+        parts = [slice(start, start + rows) for start in range(0, rows * count, rows)]
+        alone = [(weight_RC[part], grid.rows(part), factor) for part in parts]
+
+        def one_after_the_other(alone=alone) -> None:
+            for expert in alone:
+                solve_codes(*expert)
+
+        stacked = (weight_RC, grid, factor)
+        one = cpu_seconds(one_after_the_other, repeats)
+        together = cpu_seconds(lambda stacked=stacked: solve_codes(*stacked), repeats)
+        print(f"{f'[{rows}, {columns}]':14} {one:.3f} CPU s {together:.3f} {together / one:6.2f} x")
+
+
+def measure_baseline(size: int) -> None:
+    """The column loop beside eager ones, on the same grids."""
+    weight_RC, hessian_CC, grid, factor = prepared(size, size)
     order_C = factor.order_C.flip(0)
     damped_CC = hessian_CC[order_C][:, order_C]
     damped_CC.diagonal().add_(factor.damping)
@@ -159,8 +191,12 @@ def main() -> None:
     parser.add_argument(
         "--baseline", type=int, metavar="SIZE", help="compare the column loop with eager ones"
     )
+    parser.add_argument("--experts", type=int, metavar="COUNT", help="solve so many experts as one matrix")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    if arguments.experts:
+        measure_experts(arguments.experts, arguments.repeats)
+        return
     if arguments.baseline:
         measure_baseline(arguments.baseline)
         return

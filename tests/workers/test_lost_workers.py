@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,13 @@ import ray
 
 from quantlib.errors import WorkerError, WorkerLostError
 from quantlib.inprocess import DirectStages, quantize
-from quantlib.job import failures
+from quantlib.job import dispatch, failures
 from quantlib.job.conversion import Progress, convert
 from quantlib.job.crew import Crew
 from quantlib.job.options import JobOptions
 from quantlib.storage.local_files import open_part
 from tests.support.ray_nodes import RayNodes
-from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source
+from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
 from workers import pool as pool_module
 from workers import transport as transport_module
 from workers.pool import WorkerPool
@@ -38,11 +39,18 @@ def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("lost")
     tiny_source(folder / "deep", num_hidden_layers=5)
     tiny_options(folder)
+    for seed, name in enumerate(_TEXTS):
+        tiny_text(folder / f"{name}.jsonl", seed=seed, documents=600)
     return folder
 
 
+_TEXTS = ("calibration", "evaluation")
+
+
 def _options(root: Path, name: str, **changes: Any) -> JobOptions:
-    return tiny_options(root, source=str(root / "deep"), output=str(root / name), **changes)
+    """A job of four calibration cells and two of evaluation, the last of either not full."""
+    given = {"sequences": 400, "evaluation_sequences": 200, "source": str(root / "deep")}
+    return tiny_options(root, output=str(root / name), **{**given, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +109,21 @@ def test_workers_on_three_nodes_write_the_bytes_of_one_process(root, expected, r
             report = _convert(options, pool)
             assert report["workers"] == workers
             assert shard_digests(Path(options.output)) == digests, name
+
+
+def test_cells_of_a_worker_that_stands_still_are_done_by_the_others(root, expected, ray_cluster):
+    options = _options(root, "unequal", workers=3)
+
+    def stop_for_a_while(pool: WorkerPool) -> None:
+        slow = _where(pool, 1)["pid"]
+        os.kill(slow, signal.SIGSTOP)
+        threading.Timer(3.0, os.kill, (slow, signal.SIGCONT)).start()
+
+    with WorkerPool(options) as pool:
+        report = _convert(options, pool, _at({"block 2/5: solve": stop_for_a_while}))
+    assert shard_digests(Path(options.output)) == expected["original"]
+    assert report["history"]["moved_cells"] > 0
+    assert not report["history"]["renewals"]
 
 
 def test_node_removed_without_grace_costs_only_its_workers(
@@ -180,7 +203,7 @@ def test_worker_killed_is_replaced_and_the_bytes_are_the_same(
 
 
 def test_worker_that_hangs_is_found_by_its_pulse(root, expected, ray_cluster, two_workers, monkeypatch):
-    monkeypatch.setattr(transport_module, "PULSE_S", 0.3)
+    monkeypatch.setattr(dispatch, "PULSE_S", 0.3)
     # Loading torch holds the interpreter for seconds, more on a busy machine.
     monkeypatch.setattr(transport_module, "SILENCE_LIMIT_S", 20.0)
     options = _options(root, "hanging")

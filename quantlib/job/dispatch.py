@@ -1,0 +1,186 @@
+"""Carries a schedule out: begins pieces on workers, hears of their ends, and gives every stage its results.
+
+Stages call `Dispatcher.run` from threads of their own, several at a time. One thread of the dispatcher moves
+the schedule, so that an idle worker gets the next piece of whatever stage has one.
+"""
+
+import queue
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from quantlib.errors import QuantError, WorkerError
+from quantlib.job.schedule import Piece, PieceId, Schedule
+
+Handle = Any
+
+# So often the workers are asked whether they live.
+PULSE_S = 20.0
+_STOPPED = "the job was stopped; the same command continues it"
+
+
+class Listening(Protocol):
+    """What the dispatcher needs of a transport."""
+
+    def when_done(self, handle: Handle, call: Callable[[], None]) -> None:
+        """Call, from any thread, once a handle has its value or its error; the call returns at once."""
+        ...
+
+    def result(self, handle: Handle) -> Any:
+        """The value of a handle; raises our own errors."""
+        ...
+
+    def feel_pulses(self) -> None:
+        """Make sure that all workers live.
+
+        Raises:
+            WorkerLostError: One is gone or silent.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stage:
+    """One call of `Dispatcher.run`."""
+
+    begin: Callable[[int, Piece], Handle]
+    heard: Callable[[Piece, Any], None]
+    futures: Mapping[PieceId, Future[Any]]
+
+
+class Dispatcher:
+    """Workers by number, and the pieces of all stages that are under way.
+
+    Args:
+        transport: How ends of pieces are heard.
+    """
+
+    def __init__(self, transport: Listening) -> None:
+        self._transport = transport
+        self._schedule = Schedule()
+        self._stages: dict[PieceId, _Stage] = {}
+        self._handles: dict[int, Handle] = {}
+        self._events: queue.SimpleQueue[tuple[int, Handle] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        threading.Thread(target=self._listen, name="dispatch", daemon=True).start()
+
+    def join(self, worker: int, *, memory_bytes: int) -> None:
+        """A worker is there."""
+        with self._lock:
+            self._schedule.join(worker, memory_bytes=memory_bytes)
+        self._events.put(None)
+
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        begin: Callable[[int, Piece], Handle],
+        heard: Callable[[Piece, Any], None] = lambda *_: None,
+    ) -> list[Any]:
+        """Have pieces done, each by whoever is free for it; gives their results in the order of the pieces.
+
+        Args:
+            begin: Starts a piece on a worker; gives a handle at once.
+            heard: Told of every result before any other piece is begun.
+
+        Raises:
+            QuantError: What a piece raised, after those under way have ended; the rest was dropped.
+        """
+        futures: dict[PieceId, Future[Any]] = {piece.id: Future() for piece in pieces}
+        with self._lock:
+            self._schedule.add(pieces)
+            self._stages |= dict.fromkeys(futures, _Stage(begin=begin, heard=heard, futures=futures))
+        self._events.put(None)
+        try:
+            wait(futures.values(), return_when=FIRST_EXCEPTION)
+        finally:
+            begun = self._withdraw(futures)
+        wait(begun)
+        return [future.result() for future in futures.values()]
+
+    def drop_waiting(self) -> None:
+        """Begin nothing of what the stages still want; they end in an error once what is under way has."""
+        with self._lock:
+            running = {piece.id for piece in self._schedule.running.values()}
+            for name in self._stages.keys() - running:
+                self._drop(name, WorkerError(_STOPPED))
+
+    def close(self) -> None:
+        """Begin nothing any more; whoever still waits is told that the job was stopped."""
+        self._closed.set()
+        self._events.put(None)
+
+    def _withdraw(self, futures: Mapping[PieceId, Future[Any]]) -> list[Future[Any]]:
+        """Drop what was not begun; gives the futures of what was. A dropped one carries the first error."""
+        with self._lock:
+            running = {piece.id for piece in self._schedule.running.values()}
+            error = next((f.exception() for f in futures.values() if f.done() and f.exception()), None)
+            for name, future in futures.items():
+                if not future.done() and name not in running:
+                    self._drop(name, error or WorkerError(_STOPPED))
+            return [future for name, future in futures.items() if name in running]
+
+    def _listen(self) -> None:
+        asked = time.monotonic()
+        while not self._closed.is_set():
+            with suppress(queue.Empty):
+                event = self._events.get(timeout=PULSE_S)
+                with self._lock:
+                    if event is not None:
+                        self._end(*event)
+                    self._begin()
+            if time.monotonic() - asked >= PULSE_S:
+                self._feel_pulses()
+                asked = time.monotonic()
+        self._abandon(WorkerError(_STOPPED))
+
+    def _begin(self) -> None:
+        for assignment in self._schedule.assign():
+            worker, piece = assignment.worker, assignment.piece
+            try:
+                handle = self._stages[piece.id].begin(worker, piece)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the stage raises it
+                self._fail(worker, error)
+                continue
+            self._handles[worker] = handle
+            self._transport.when_done(handle, lambda end=(worker, handle): self._events.put(end))
+
+    def _end(self, worker: int, handle: Handle) -> None:
+        if self._handles.get(worker) is not handle:
+            return  # it was abandoned
+        piece = self._schedule.running[worker]
+        try:
+            value = self._transport.result(handle)
+            self._stages[piece.id].heard(piece, value)
+        except Exception as error:  # noqa: BLE001 - whatever it is, the stage raises it
+            self._fail(worker, error)
+            return
+        self._schedule.finish(worker)
+        self._stages.pop(piece.id).futures[piece.id].set_result(value)
+
+    def _fail(self, worker: int, error: BaseException) -> None:
+        self._handles.pop(worker, None)
+        piece = self._schedule.fail(worker)
+        self._stages.pop(piece.id).futures[piece.id].set_exception(error)
+
+    def _drop(self, name: PieceId, error: BaseException) -> None:
+        self._schedule.drop([name])
+        self._stages.pop(name).futures[name].set_exception(error)
+
+    def _feel_pulses(self) -> None:
+        try:
+            self._transport.feel_pulses()
+        except QuantError as error:
+            self._abandon(error)
+
+    def _abandon(self, error: QuantError) -> None:
+        """Tell every stage; what is under way is not waited for."""
+        with self._lock:
+            for worker in list(self._schedule.running):
+                self._fail(worker, error)
+            for name in list(self._stages):
+                self._drop(name, error)
