@@ -58,6 +58,7 @@ class BlockRunner:
         self._prepared: planner.Prepared | None = None
         self._modules: dict[str, tuple[int, nn.Module]] = {}
         self._outer: OuterModel | None = None
+        self._totals: dict[int, list[list[Any]]] = {}
 
     def prepare(self, options: JobOptions, threads: int) -> dict[str, Any]:
         """Plan the job; see `quantlib.job.planner.prepare`."""
@@ -100,7 +101,7 @@ class BlockRunner:
         settings = SolverSettings.from_options(plan.options)
         self._solver = GroupSolver(self._packer, settings, self._device)
         self._statistics = BlockStatistics(plan, self._cells, self._device)
-        self._modules, self._outer = {}, None
+        self._modules, self._outer, self._totals = {}, None, {}
 
     def abort_uploads(self) -> int:
         """Give up what lost workers were writing, and tell how many uploads; no living one may be writing."""
@@ -147,10 +148,14 @@ class BlockRunner:
         return intact, damaged
 
     def embed(self, parts: Sequence[Tensors], keys: Sequence[str]) -> None:
-        """Turn the token ids of some cells, which are this worker's from now on, into inputs of block 0."""
+        """Have some more cells: their token ids as inputs of block 0."""
         with self._clock.computing("embed"), torch.inference_mode():
             outer = self._skeleton.build_outer(_merged(parts), dtype=self._dtype, device=self._device)
             self._cells.embed(outer, keys)
+
+    def keep_cells(self, keys: Sequence[str]) -> None:
+        """Have no other cells than these any more."""
+        self._cells.keep(keys)
 
     def give(self, key: str) -> dict[str, tuple[torch.Tensor, int]]:
         """Part with a cell; what `take` wants."""
@@ -176,14 +181,14 @@ class BlockRunner:
             self._refuse_taken_over()
             activations.complete_checkpoint(self._work_store, self._plan.work, checkpoint)
 
-    def restore_activations(self, checkpoint: ActivationCheckpoint) -> None:
-        """Put the streams of this worker's cells where a checkpoint left them; `embed` has come before.
+    def restore_activations(self, checkpoint: ActivationCheckpoint, keys: Sequence[str]) -> None:
+        """Put the streams of some cells where a checkpoint left them; `embed` has come before.
 
         Raises:
             ChecksumError: What is stored is not what was recorded; the streams are as they were.
         """
         with self._clock.computing("checkpoint"):
-            self._cells.restore(checkpoint)
+            self._cells.restore(checkpoint, keys)
 
     def load(self, block: int, parts: Sequence[Tensors]) -> None:
         """Make a block live on the device, in place of the one before."""
@@ -221,10 +226,22 @@ class BlockRunner:
             module = self._module(_ORIGINAL, block)
             return self._statistics.observe(module, block, key, excluded_rows, exponents)
 
-    def totals(self, block: int, exponents: Sequence[int]) -> list[Any]:
-        """The sums over the cells observed here, for other workers; see `BlockStatistics.totals`."""
+    def totals(self, block: int, exponents: Sequence[int]) -> list[list[Any]]:
+        """All sums over the cells observed here, for other workers; see `BlockStatistics.totals`.
+
+        They are kept until `forget_totals`: should another worker be lost, they are asked for again, with
+        those of the cells that were then observed here.
+        """
         with self._working("capture"):
-            return [self._share(total.cpu()) for total in self._statistics.totals(block, exponents)]
+            batches = self._totals.setdefault(block, [])
+            latest = self._statistics.totals(block, exponents)
+            if latest:
+                batches.append([self._share(total.cpu()) for total in latest])
+            return batches
+
+    def forget_totals(self, block: int) -> None:
+        """Nobody needs the sums of a block any more."""
+        self._totals.pop(block, None)
 
     def forward(self, block: int, key: str, _needed: Sequence[Any]) -> None:
         """Move the stream of a cell that follows the original blocks through the loaded one."""

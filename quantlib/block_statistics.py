@@ -28,7 +28,7 @@ class BlockStatistics:
     def __init__(self, plan: Plan, cells: WorkerCells, device: torch.device) -> None:
         self._plan, self._cells, self._device = plan, cells, device
         self._corrects: bool = plan.options["correct_targets"]
-        self._sums: _Sums | None = None
+        self._sums: dict[int, _Sums] = {}
 
     def observe(
         self,
@@ -56,9 +56,8 @@ class BlockStatistics:
             NumericsError: The cell's sums are not finite or cannot be added; names the cell, its rows and
                 the linear.
         """
-        if self._sums is None or self._sums.block != block:
-            self._sums = _Sums(block=block)
-        sums, plan = self._sums, self._plan.blocks[block]
+        sums = self._sums.setdefault(block, _Sums(block=block))
+        plan = self._plan.blocks[block]
         if key not in sums.summaries:
             cell = self._cells[key]
             observed = self._observe(module, plan, cell, excluded_rows)
@@ -76,15 +75,18 @@ class BlockStatistics:
         return sums.summaries[key]
 
     def totals(self, block: int, exponents: Sequence[int]) -> list[torch.Tensor]:
-        """What the observed cells of a block sum up to, from now on someone else's: of X^T X for every input
-        group, then of X_ref^T X where targets are corrected; int64 [C, C], one row and column more where a
-        group's biases are (`calibration.moments`).
+        """The sums over the cells of a block observed since last asked, from now on someone else's.
+
+        Returns:
+            int64 [C, C] of X^T X for every input group, then of X_ref^T X where targets are corrected; one
+            row and column more where a group's biases are (`calibration.moments`). Nothing if no cell was.
 
         Raises:
             NumericsError: As `observe`.
         """
-        assert self._sums is not None and self._sums.block == block
-        sums, self._sums = self._sums, None
+        sums = self._sums.pop(block, None)
+        if sums is None:
+            return []
         self._add_pending(sums, exponents)
         return sums.totals
 

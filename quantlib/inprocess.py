@@ -2,7 +2,7 @@
 
 import dataclasses
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -31,9 +31,9 @@ class LocalTransport:
         self._io = ThreadPoolExecutor(1, thread_name_prefix="storage")
 
     @property
-    def num_workers(self) -> int:
+    def workers(self) -> list[int]:
         """This process."""
-        return 1
+        return [0]
 
     def submit(self, worker: int, method: str, *arguments: Any) -> Future[Any]:
         """Start a method; futures among the arguments become their values."""
@@ -51,6 +51,22 @@ class LocalTransport:
 
     def feel_pulses(self) -> None:
         """This process lives."""
+
+    def drop_lost(self) -> list[int]:
+        """This process lives."""
+        return []
+
+    @property
+    def has_newcomers(self) -> bool:
+        """Nobody comes."""
+        return False
+
+    def newcomers(self) -> list[int]:
+        """Nobody comes."""
+        return []
+
+    def take_in(self, newcomers: Sequence[int]) -> None:
+        """Nobody comes."""
 
     def renew(self) -> None:
         """There is one worker and it is this process: nothing can be started in its place."""

@@ -41,8 +41,7 @@ class WorkerCells:
         return self._mine[key]
 
     def embed(self, outer: OuterModel, keys: Sequence[str]) -> None:
-        """Turn the token ids of some cells into inputs of block 0; these and no others are this worker's."""
-        self._mine = {}
+        """Have some more cells: their token ids as inputs of block 0."""
         for key in keys:
             cell = self._all[key]
             hidden_BTD, inputs = outer.embed(cell.ids_BT.to(self._device))
@@ -55,6 +54,10 @@ class WorkerCells:
         for cell in self._all.values():
             if tuple(cell.ids_BT.shape) not in self._inputs:
                 self._inputs[tuple(cell.ids_BT.shape)] = outer.embed(cell.ids_BT.to(self._device))[1]
+
+    def keep(self, keys: Sequence[str]) -> None:
+        """Have no other cells than these any more."""
+        self._mine = {key: self._mine[key] for key in keys}
 
     def give(self, key: str) -> dict[str, tuple[torch.Tensor, int]]:
         """Part with a cell: its streams on the CPU and where they stand."""
@@ -87,13 +90,14 @@ class WorkerCells:
             saved[key] = write_cell(self._store, self._plan.work, block, key, streams)
         return saved
 
-    def restore(self, checkpoint: ActivationCheckpoint) -> None:
-        """Put the streams where a checkpoint left them; `embed` has come before.
+    def restore(self, checkpoint: ActivationCheckpoint, keys: Sequence[str]) -> None:
+        """Put the streams of some cells where a checkpoint left them; `embed` has come before.
 
         Raises:
             ChecksumError: What is stored is not what was recorded; the streams are as they were.
         """
-        for key, cell in self._mine.items():
+        for key in keys:
+            cell = self._mine[key]
             stored = read_cell(self._store, self._plan.work, checkpoint, key)
             for name, stream in cell.named_streams:
                 stream.place(stored[name].to(self._device), checkpoint.block)

@@ -1,7 +1,8 @@
 """The workers of one job: how many, with what, placed on the cluster, and begun anew when one is lost."""
 
+import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import ray
@@ -17,6 +18,8 @@ LOCAL_PLACEMENT_TIMEOUT_S = 180.0
 # A job that lost workers waits this long for nodes to come in place of those that went.
 RENEWAL_TIMEOUT_S = 60.0
 _LOOK_AGAIN_S = 2.0
+# A worker that lives answers a small question within this time, unless it hangs or is loading libraries.
+_ANSWER_TIMEOUT_S = 10.0
 
 # Without GPUs: few threads a worker waste little time waiting for each other (two workers of one thread took
 # four fifths of the time of one worker of two threads, wall and CPU), but each worker holds a block.
@@ -30,7 +33,7 @@ class WorkerPool:
         options: The request.
 
     Attributes:
-        actors: `BlockWorker` handles, by worker number.
+        actors: Worker number -> `BlockWorker` handle; no number is given twice.
         threads: CPU threads of each.
 
     Raises:
@@ -44,10 +47,16 @@ class WorkerPool:
             raise _refused("device cuda was asked for, but the cluster offers no GPU; choose cpu", "device")
         cores = int(offered.get("CPU", 1))
         fitting = int(offered["GPU"]) if self._uses_gpus else _workers_for(cores, options)
+        self._options = options
         self._count = options.workers or fitting
         self._is_local = options.ray_address is None
         self.threads = options.threads_per_worker or max(1, cores // self._count)
-        self.actors: list[Any] = []
+        self.actors: dict[int, Any] = {}
+        # Asked for while the job runs: handle, and what its first answer will be.
+        self._awaited: dict[int, tuple[Any, Any]] = {}
+        self._newcomers: dict[int, Any] = {}
+        self._numbers = itertools.count()
+        self._looked = time.monotonic()
         self._is_renewed = False
         if self._is_local:
             self._refuse_too_many(offered)
@@ -56,7 +65,7 @@ class WorkerPool:
         timeout_s = LOCAL_PLACEMENT_TIMEOUT_S if self._is_local else PLACEMENT_TIMEOUT_S
         try:
             self._start()
-            self.actors = self._placed(timeout_s, timeout_s)
+            self._keep(self._placed(timeout_s, timeout_s))
             if len(self.actors) < self._count:
                 raise self._not_placed(len(self.actors), timeout_s)
         except BaseException:
@@ -77,31 +86,93 @@ class WorkerPool:
         self._is_renewed = True
         self._start()
         longest_s = LOCAL_PLACEMENT_TIMEOUT_S if self._is_local else PLACEMENT_TIMEOUT_S
-        placed = self._placed(RENEWAL_TIMEOUT_S, longest_s)
-        for actor in self.actors:
-            if actor not in placed:
-                ray.kill(actor)
-        self.actors = placed
-        if not placed:
+        self._keep(self._placed(RENEWAL_TIMEOUT_S, longest_s))
+        if not self.actors:
             raise self._not_placed(0, longest_s)
+
+    def drop_lost(self) -> list[int]:
+        """Do without the workers whose process or node is gone, and ask for others in their place.
+
+        Returns:
+            Their numbers. One that does not answer in time is not among them: it may be busy loading.
+        """
+        answers = {actor.pulse.remote(): number for number, actor in self.actors.items()}
+        answered, _ = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWER_TIMEOUT_S)
+        gone = [answers[reference] for reference in answered if not _is_well(reference)]
+        for number in gone:
+            ray.kill(self.actors.pop(number))
+        self._is_renewed = True
+        self._ask_for_missing()
+        return sorted(gone)
+
+    @property
+    def has_newcomers(self) -> bool:
+        """Whether workers that were asked for while the job runs have answered."""
+        if self._options.workers is None and time.monotonic() - self._looked > _LOOK_AGAIN_S:
+            self._looked = time.monotonic()
+            offered = ray.cluster_resources()
+            cores, gpus = int(offered.get("CPU", 1)), int(offered.get("GPU", 0))
+            self._count = max(self._count, gpus if self._uses_gpus else _workers_for(cores, self._options))
+            self._ask_for_missing()
+        return bool(self._answered())
+
+    def newcomers(self) -> list[int]:
+        """Their numbers; they can be called, and are among ``actors`` once they were taken in."""
+        came = []
+        for number in self._answered():
+            actor, reference = self._awaited.pop(number)
+            if self._has_started(reference):
+                actor.load.remote()
+                self._newcomers[number] = actor
+                came.append(number)
+        return came
+
+    def take_in(self, numbers: Iterable[int]) -> None:
+        """Count newcomers among the workers."""
+        for number in numbers:
+            self.actors[number] = self._newcomers.pop(number)
+
+    def actor(self, number: int) -> Any:
+        """A worker's or a newcomer's handle."""
+        return self.actors.get(number) or self._newcomers[number]
 
     def kill(self) -> None:
         """End all actors at once, whatever they are doing."""
-        for actor in self.actors:
+        awaited = [actor for actor, _ in self._awaited.values()]
+        for actor in [*self.actors.values(), *self._newcomers.values(), *awaited]:
             ray.kill(actor)
-        self.actors = []
+        self.actors, self._newcomers, self._awaited = {}, {}, {}
+
+    def _answered(self) -> list[int]:
+        numbers = {reference: number for number, (_, reference) in self._awaited.items()}
+        if not numbers:
+            return []
+        answered, _ = ray.wait(list(numbers), num_returns=len(numbers), timeout=0)
+        return sorted(numbers[reference] for reference in answered)
+
+    def _ask_for_missing(self) -> None:
+        """Actors for which there is no place yet wait for a node; an autoscaler sees them."""
+        while len(self.actors) + len(self._newcomers) + len(self._awaited) < self._count:
+            actor = self._new_actor()
+            self._awaited[next(self._numbers)] = (actor, actor.ready.remote())
+
+    def _keep(self, placed: Collection[int]) -> None:
+        for number in self.actors.keys() - placed:
+            ray.kill(self.actors.pop(number))
 
     def _start(self) -> None:
-        num_gpus = 1 if self._uses_gpus else 0
-        self.actors = [start_worker(threads=self.threads, num_gpus=num_gpus) for _ in range(self._count)]
+        self.actors = {next(self._numbers): self._new_actor() for _ in range(self._count)}
 
-    def _placed(self, shortest_s: float, longest_s: float) -> list[Any]:
-        """The actors that answer.
+    def _new_actor(self) -> Any:
+        return start_worker(threads=self.threads, num_gpus=1 if self._uses_gpus else 0)
+
+    def _placed(self, shortest_s: float, longest_s: float) -> list[int]:
+        """Numbers of the actors that answer.
 
         Waits for all of them, or after ``shortest_s`` for as many as the living nodes can hold: a process may
         take long to start on a busy node. After ``longest_s`` those that answer by then are all.
         """
-        waiting = {actor.ready.remote(): actor for actor in self.actors}
+        waiting = {actor.ready.remote(): number for number, actor in self.actors.items()}
         began, ready = time.monotonic(), []
         while len(ready) < self._count:
             ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_LOOK_AGAIN_S)
@@ -110,8 +181,8 @@ class WorkerPool:
             if waited_s >= longest_s or (waited_s >= shortest_s and is_enough):
                 break
         placed = [waiting[reference] for reference in ready if self._has_started(reference)]
-        for actor in placed:
-            actor.load.remote()
+        for number in placed:
+            self.actors[number].load.remote()
         return placed
 
     def _has_started(self, reference: Any) -> bool:
@@ -156,6 +227,14 @@ class WorkerPool:
                     f" offers {offered.get(kind, 0):g}; ask for fewer workers or threads_per_worker",
                     "workers",
                 )
+
+
+def _is_well(answer: ray.ObjectRef) -> bool:
+    try:
+        ray.get(answer)
+    except exceptions.RayError:
+        return False
+    return True
 
 
 def _refused(message: str, option: str) -> RecipeError:

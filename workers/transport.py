@@ -6,7 +6,7 @@ a small question in a lane of its own, which every worker must answer within `SI
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
@@ -45,9 +45,9 @@ class RayTransport:
         self._asked: dict[Any, tuple[ray.ObjectRef, float]] = {}
 
     @property
-    def num_workers(self) -> int:
-        """How many workers there are now."""
-        return len(self._pool.actors)
+    def workers(self) -> list[int]:
+        """Numbers of the workers there are now."""
+        return list(self._pool.actors)
 
     def submit(self, worker: int, method: str, *arguments: Any) -> ray.ObjectRef:
         """Start a method of a worker.
@@ -55,7 +55,7 @@ class RayTransport:
         The arguments travel inside a tuple: Ray then passes references on as references, and the worker
         fetches each where it is used.
         """
-        actor = self._pool.actors[worker]
+        actor = self._pool.actor(worker)
         if method == "give":
             return actor.give.remote(arguments)
         lane = actor.store if method in _STORAGE_METHODS else actor.compute
@@ -86,6 +86,25 @@ class RayTransport:
         except _LOST as error:
             raise _lost(error) from error
 
+    def drop_lost(self) -> list[int]:
+        """Do without the workers that are gone; see `WorkerPool.drop_lost`."""
+        with self._lock:
+            self._asked.clear()
+        return self._pool.drop_lost()
+
+    @property
+    def has_newcomers(self) -> bool:
+        """Whether workers came that do not take part yet; see `WorkerPool.has_newcomers`."""
+        return self._pool.has_newcomers
+
+    def newcomers(self) -> list[int]:
+        """Their numbers; they can be called, but are not among the workers yet."""
+        return self._pool.newcomers()
+
+    def take_in(self, newcomers: Sequence[int]) -> None:
+        """Count newcomers among the workers."""
+        self._pool.take_in(newcomers)
+
     def renew(self) -> None:
         """Start all workers anew; see `WorkerPool.renew`."""
         with self._lock:
@@ -100,7 +119,7 @@ class RayTransport:
         """
         now = time.monotonic()
         with self._lock:
-            for number, actor in enumerate(self._pool.actors):
+            for number, actor in list(self._pool.actors.items()):
                 reference, since = self._asked.get(actor, (None, now))
                 if reference is None or ray.wait([reference], timeout=0)[0]:
                     self._asked[actor] = (actor.pulse.remote(), now)

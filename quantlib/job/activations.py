@@ -61,6 +61,16 @@ def cell_key(corpus: str, number: int) -> str:
     return f"{corpus}-{number:05d}"
 
 
+def corpus_of(key: str) -> str:
+    """``calibration`` or ``evaluation``."""
+    return key.rpartition("-")[0]
+
+
+def cell_number(key: str) -> int:
+    """The place of a cell within its corpus."""
+    return int(key.rpartition("-")[2])
+
+
 def cell_uri(work: str, block: int, key: str) -> str:
     """Where the streams of one cell are kept."""
     return join_uri(_folder_uri(work, block), f"{key}.safetensors")

@@ -269,7 +269,7 @@ def _take_up(run: _Run, records: Sequence[DoneRecord]) -> None:
 
 
 def _with_renewals(run: _Run, work: Callable[[], T]) -> T:
-    """Do the work, and go on with new workers as often as the table of policies allows."""
+    """Do the work, and go on after workers were lost as often as the table of policies allows."""
     attempts, finished = 0, 0
     lost: WorkerLostError | None = None
     while True:
@@ -277,8 +277,7 @@ def _with_renewals(run: _Run, work: Callable[[], T]) -> T:
             if lost is None:
                 run.submit("open workers", run.crew.open, run.plan, run.lease.run_id).result()
             else:
-                run.history.aborted_uploads += run.call("start workers anew", run.crew.renew)
-                run.history.renewals.append({"because": lost.message, "workers": run.crew.num_workers})
+                _go_on_after(run, lost)
             return work()
         except WorkerLostError as error:
             run.settle()
@@ -290,6 +289,20 @@ def _with_renewals(run: _Run, work: Callable[[], T]) -> T:
             time.sleep(delay_s(policy, attempts))
 
 
+def _go_on_after(run: _Run, lost: WorkerLostError) -> None:
+    """With the workers that are left if that can be done, else with all of them started anew."""
+    aborted = None
+    # What one that hangs was doing is not known to have ended.
+    if "worker" not in lost.facts:
+        aborted = run.call("go on with the workers left", run.crew.carry_on)
+    keeps = aborted is not None
+    if aborted is None:
+        aborted = run.call("start workers anew", run.crew.renew)
+    run.history.aborted_uploads += aborted
+    renewal = {"because": lost.message, "workers": run.crew.num_workers, "keeps_others": keeps}
+    run.history.renewals.append(renewal)
+
+
 def _with_streams(run: _Run) -> list[dict[str, float]] | None:
     """Blocks in order, activations flowing; gives the held-out figures of every cell."""
     plan, crew = run.plan, run.crew
@@ -298,12 +311,14 @@ def _with_streams(run: _Run) -> list[dict[str, float]] | None:
     run.done, run.total = 0.0, sum(_block_weight(run, block) for block in blocks) + 1.0
     cadence = Cadence(plan.options["checkpoint_every"], crew.activation_bytes())
     for block, following in zip_longest(blocks, blocks[1:]):
+        _welcome(run)
         crew.prefetch(block.index)
         keeps = following is not None and cadence.is_due(following.index)
         if following is not None:
             crew.prefetch(following.index)
         _convert_block(run, block, None if keeps else following)
-        if keeps:
+        # After a loss some streams may be ahead of those that are brought up again.
+        if keeps and crew.positions == {block.index + 1}:
             cadence.kept(_keep_activations(run, block.index + 1))
     run.finish_writing()
     if blocks:
@@ -314,7 +329,11 @@ def _with_streams(run: _Run) -> list[dict[str, float]] | None:
 
 
 def _place_streams(run: _Run) -> int:
-    """Embed every cell, or take the streams up where the last checkpoint left them; gives the next block."""
+    """Embed the cells that nobody has, or take them up where the last checkpoint left them.
+
+    Returns:
+        The first block that is left for some stream.
+    """
     checkpoint = run.checkpoint if _can_start_from(run, run.checkpoint) else None
     first = checkpoint.block if checkpoint else 0
     if any(block.index == first for block in _blocks_to_run(run)):
@@ -322,18 +341,24 @@ def _place_streams(run: _Run) -> int:
     records = run.call("embed", run.crew.prelude, _pending(run, "prelude"))
     run.records.update({record.unit: record for record in records})
     run.excluded_rows = []
-    if checkpoint is None:
-        return 0
-    try:
-        run.call("restore activations", run.crew.restore_activations, checkpoint)
-    except (ChecksumError, ObjectNotFoundError) as error:
-        run.history.unusable_checkpoints.append(error.message)
-        run.checkpoint = None
-        return _place_streams(run)
-    run.history.from_checkpoint = checkpoint.block
-    run.excluded_rows = list(checkpoint.excluded_rows)
-    run.errors.update({block: dict(errors) for block, errors in checkpoint.block_errors.items()})
-    return checkpoint.block
+    if checkpoint is not None:
+        try:
+            run.call("restore activations", run.crew.restore_activations, checkpoint)
+        except (ChecksumError, ObjectNotFoundError) as error:
+            run.history.unusable_checkpoints.append(error.message)
+            run.checkpoint = None
+            run.crew.give_up_restoring()
+            return _place_streams(run)
+        run.history.from_checkpoint = checkpoint.block
+        run.excluded_rows = list(checkpoint.excluded_rows)
+        run.errors.update({block: dict(errors) for block, errors in checkpoint.block_errors.items()})
+    return min(run.crew.positions)
+
+
+def _welcome(run: _Run) -> None:
+    """Let workers that came meanwhile take part."""
+    came = run.submit("welcome workers", run.crew.welcome).result() if run.crew.awaits_workers else 0
+    run.history.joined_workers += came
 
 
 def _can_start_from(run: _Run, checkpoint: ActivationCheckpoint | None) -> bool:
@@ -410,6 +435,7 @@ def _without_streams(run: _Run) -> None:
     pending = [unit for unit in run.plan.units if unit.name not in run.records]
     run.total = float(max(1, len(pending)))
     for unit in pending:
+        _welcome(run)
         while len(run.units) >= run.crew.num_workers:
             _note_unit(run)
         run.units.append(run.submit(f"unit {unit.name}", run.crew.convert_unit, unit))

@@ -1,72 +1,32 @@
-"""The workers of one job: who does which part of a stage, and what travels between them.
+"""The workers of one job: what each stage of the conversion has them do, and what is told of it.
 
-A worker is a `quantlib.block_runner.BlockRunner` somewhere: in this process, or inside a Ray actor. A
-`Transport` starts its methods and hands back handles; a handle given as an argument reaches the other worker
-as the value it stands for. Tensors travel only so, never through this object. Each public method is one
-stage of the conversion.
+Each public method is one stage. Tensors travel from worker to worker behind handles, never through this
+object.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from quantlib.errors import NumericsError, QuantError
-from quantlib.job.activations import CALIBRATION, EVALUATION, ActivationCheckpoint, cells_of
+from quantlib.job.activations import ActivationCheckpoint
+from quantlib.job.block_parts import BlockParts
+from quantlib.job.cell_streams import CellStreams, key_of
 from quantlib.job.dispatch import Dispatcher
+from quantlib.job.holdings import Held, Holdings
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
 from quantlib.job.schedule import Piece, PieceId
+from quantlib.job.transport import Handle, Transport, ask_all, ask_one, results
 from quantlib.storage import normalize_uri
-
-Handle = Any
 
 _ADDRESSES = ("source", "output", "work", "calibration", "evaluation")
 
 # Calibration rows whose activations overflow are left out; with more of them than this the model or the
 # text is at fault and codes fitted to the rest would be worth little.
 MAX_EXCLUDED_SHARE = 0.1
-
-# Stages whose pieces are evaluation cells.
-_OF_EVALUATION = ("forward", "evaluate", "score")
-
-
-class Transport(Protocol):
-    """Starts methods of numbered workers and waits for them."""
-
-    @property
-    def num_workers(self) -> int:
-        """How many workers there are now."""
-        ...
-
-    def submit(self, worker: int, method: str, *arguments: Any) -> Handle:
-        """Start ``method`` on a worker; handles among the arguments (also inside lists) become values."""
-        ...
-
-    def result(self, handle: Handle) -> Any:
-        """Wait for a handle's value; raises our own errors."""
-        ...
-
-    def when_done(self, handle: Handle, call: Callable[[], None]) -> None:
-        """Call, from any thread, once a handle has its value or its error; the call returns at once."""
-        ...
-
-    def feel_pulses(self) -> None:
-        """Make sure that all workers live.
-
-        Raises:
-            WorkerLostError: One is gone or silent.
-        """
-        ...
-
-    def renew(self) -> None:
-        """Start all workers anew, elsewhere or fewer of them where that must be.
-
-        Raises:
-            WorkerError: Not one could be had.
-        """
-        ...
 
 
 class Crew:
@@ -75,30 +35,34 @@ class Crew:
     Args:
         transport: How to reach the workers.
         threads: CPU threads a worker has.
-
-    Attributes:
-        moved_cells: How often a worker that had nothing to do took over a cell of a busy one.
     """
 
     def __init__(self, transport: Transport, threads: int) -> None:
         self._transport = transport
         self._threads = threads
-        self._dispatcher: Dispatcher | None = None
-        self._sources: dict[int, list[Handle]] = {}
-        self._packed: dict[int, list[Handle]] = {}
-        self._statistics: dict[int, list[list[Any]]] = {}
-        # What stands in a worker's place for a module, by kind: the block, and the handle of its making.
-        self._loaded: dict[tuple[int, str], tuple[int, Handle]] = {}
-        self._homes: dict[str, int] = {}
-        self.moved_cells = 0
-        self._plan: Plan | None = None
         self._options: JobOptions | None = None
-        self._run_id: str | None = None
+        self._job: _Job | None = None
+        self._num_moved = 0
 
     @property
     def num_workers(self) -> int:
         """How many workers share the job."""
-        return self._transport.num_workers
+        return len(self._transport.workers)
+
+    @property
+    def moved_cells(self) -> int:
+        """How often a worker that had nothing to do took over a cell of a busy one."""
+        return self._num_moved + (self._job.cells.num_moved if self._job else 0)
+
+    @property
+    def positions(self) -> set[int]:
+        """Blocks before which some stream stands."""
+        return self._opened.cells.positions
+
+    @property
+    def awaits_workers(self) -> bool:
+        """Whether workers are there that do not take part yet."""
+        return self._transport.has_newcomers
 
     def prepare(self, options: JobOptions) -> dict[str, Any]:
         """Plan the job in a worker process; see `quantlib.job.planner.prepare`.
@@ -121,21 +85,19 @@ class Crew:
         Args:
             run_id: The run that holds the lease; units are recorded only while it does.
         """
-        self._plan, self._run_id = plan, run_id
         self._all("open", plan, run_id)
-        self._dispatcher = Dispatcher(self._transport)
-        for worker in range(self.num_workers):
-            self._dispatcher.join(worker, memory_bytes=0)
+        self._job = _Job(self._transport, plan, run_id)
+        self._job.employ(self._transport.workers)
 
     def drop_waiting(self) -> None:
         """Begin nothing of what the stages still want; they end in an error once what is under way has."""
-        if self._dispatcher is not None:
-            self._dispatcher.drop_waiting()
+        if self._job is not None:
+            self._job.dispatcher.drop_waiting()
 
     def close(self) -> None:
         """Begin nothing any more."""
-        if self._dispatcher is not None:
-            self._dispatcher.close()
+        if self._job is not None:
+            self._job.dispatcher.close()
 
     def renew(self) -> int:
         """Start the workers anew after one was lost; what they held is gone, the plan is given again.
@@ -143,42 +105,73 @@ class Crew:
         Returns:
             How many unfinished uploads of the old ones were given up.
         """
-        self.close()
-        for kept in (self._sources, self._packed, self._statistics, self._loaded, self._homes):
-            kept.clear()
+        job = self._opened
+        job.dispatcher.close()
+        self._num_moved += job.cells.num_moved
         self._transport.renew()
-        self.open(self._opened(), self._run_id)
+        self.open(job.plan, job.run_id)
         return self._one("abort_uploads")
+
+    def carry_on(self) -> int | None:
+        """Go on with the workers that are left; what the lost ones held is brought up again by `prelude`.
+
+        Returns:
+            How many unfinished uploads of the lost ones were given up; None when nobody is left: `renew`.
+        """
+        job, gone = self._opened, self._transport.drop_lost()
+        if not gone or not self._transport.workers:
+            return None
+        job.holdings.lose(gone)
+        job.dispatcher.close()
+        job.dispatcher = Dispatcher(self._transport)
+        job.statistics.clear()
+        job.parts.read_anew(())
+        for worker in self._transport.workers:
+            kept = [key for key, home in job.holdings.homes.items() if home == worker]
+            self._transport.submit(worker, "keep_cells", kept)
+        job.employ(self._transport.workers)
+        return self._one("abort_uploads")
+
+    def welcome(self) -> int:
+        """Have workers that came meanwhile take part from now on; gives how many."""
+        job, came = self._opened, self._transport.newcomers()
+        if came:
+            submit = self._transport.submit
+            results(self._transport, [submit(worker, "open", job.plan, job.run_id) for worker in came])
+            if job.plan.has_streams:
+                prelude = job.parts.read(job.plan.prelude_tensors)
+                results(self._transport, [submit(worker, "embed", prelude, []) for worker in came])
+            self._transport.take_in(came)
+            job.employ(came)
+        return len(came)
 
     def check_finished(self, records: Sequence[DoneRecord]) -> tuple[dict[str, DoneRecord], dict[str, str]]:
         """Compare finished shards with their records, the workers sharing them; see `BlockRunner`."""
         shares = share_by_cost([record.size_bytes for record in records], self.num_workers)
         handles = [
             self._transport.submit(worker, "check_finished", [records[index] for index in share])
-            for worker, share in enumerate(shares)
+            for worker, share in zip(self._transport.workers, shares, strict=True)
             if share
         ]
         intact: dict[str, DoneRecord] = {}
         damaged: dict[str, str] = {}
-        for handle in handles:
-            standing, wrong = self._transport.result(handle)
+        for standing, wrong in results(self._transport, handles):
             intact |= standing
             damaged |= wrong
         return intact, damaged
 
     def prefetch(self, block: int) -> None:
         """Start reading a block's weights, each worker its part; does nothing past the last block."""
-        plan = self._opened()
-        if block < len(plan.blocks) and block not in self._sources:
-            self._sources[block] = self._read(plan.blocks[block].tensors)
+        self._opened.parts.prefetch(block)
 
     def prelude(self, units: Sequence[UnitPlan]) -> list[DoneRecord]:
-        """Embed every cell and write the units of what stands before the blocks."""
-        plan = self._opened()
-        names = sorted({n for u in units for n in u.copied} | set(plan.prelude_tensors))
-        parts = self._read(names)
-        if plan.has_streams:
-            self._place_cells(parts)
+        """Embed the cells that nobody has, and write the units of what stands before the blocks."""
+        job = self._opened
+        names = {n for u in units for n in u.copied}
+        names |= set(job.plan.prelude_tensors) if job.cells.missing else set()
+        parts = job.parts.read(names) if names else []
+        if job.cells.missing:
+            job.cells.deal(parts)
         return [self._one("write", unit.name, parts) for unit in units]
 
     def activation_bytes(self) -> int:
@@ -191,7 +184,7 @@ class Crew:
         Args:
             notes: ``block_errors`` and ``excluded_rows`` of the blocks before.
         """
-        plan = self._opened()
+        plan = self._opened.plan
         cells = {key: cell for saved in self._all("save_activations", block) for key, cell in saved.items()}
         checkpoint = ActivationCheckpoint(
             identity=plan.identity(),
@@ -204,8 +197,12 @@ class Crew:
         return checkpoint
 
     def restore_activations(self, checkpoint: ActivationCheckpoint) -> None:
-        """Put all streams where a checkpoint left them; `prelude` has come before."""
-        self._all("restore_activations", checkpoint)
+        """Put the streams that `prelude` has embedded where a checkpoint left them."""
+        self._opened.cells.restore(checkpoint)
+
+    def give_up_restoring(self) -> None:
+        """Have `prelude` embed those cells anew."""
+        self._opened.cells.give_up_restoring()
 
     def capture(
         self, block: int, excluded_rows: Sequence[int], after_evaluation: bool = False
@@ -216,62 +213,78 @@ class Crew:
             excluded_rows: Calibration rows left out in blocks before.
             after_evaluation: Whether the evaluation cells of the block before are still to be compared.
         """
-        cells = cells_of(self._opened())
-        exponents: list[Sequence[int]] = []
-        observers: set[int] = set()
+        job, held = self._opened, self._opened.holdings
+        if job.parts.is_solved(block):
+            # It is all there but for its shard: only streams that were lost are left to move.
+            self.forward(block, after_evaluation)
+            return held.captured[block]
+        observed = held.observed.setdefault(block, {})
 
         def begin(worker: int, piece: Piece) -> Handle:
-            needs = self._module(worker, "load", block)
-            if piece.id.stage == "forward":
-                return self._on_cell(worker, piece, "forward", needs)
-            observers.add(worker)
-            known = exponents[0] if exponents else None
-            return self._on_cell(worker, piece, "observe", needs, list(excluded_rows), known)
+            needs = job.parts.live(worker, "load", block)
+            if piece.id.stage == "forward" or key_of(piece) in observed:
+                return job.cells.begin(worker, piece, "forward", needs)
+            known = held.exponents.get(block)
+            return job.cells.begin(worker, piece, "observe", needs, list(excluded_rows), known)
 
-        def heard(_: Piece, result: Any) -> None:
-            if result is not None and result["exponents"] is not None:
-                exponents.append(result["exponents"])
+        def heard(worker: int, piece: Piece, result: Any) -> None:
+            key = key_of(piece)
+            if result is not None:
+                observed[key] = Held(worker, None, result)
+                if result["exponents"] is not None:
+                    held.exponents[block] = result["exponents"]
+            if job.cells.follows(key):
+                held.follows[key] = block + 1
 
-        pieces = self._cell_pieces(block, "capture", cells[CALIBRATION])
-        waited = "evaluate" if after_evaluation else None
-        pieces += self._cell_pieces(block, "forward", cells[EVALUATION], after=waited)
-        found = [r for r in self._run(pieces, begin, heard) if r is not None]
-        self._take_totals(block, sorted(observers), exponents[0])
-        excluded = sorted({row for result in found for row in result["excluded"]}.union(excluded_rows))
+        wanted = [k for k in job.cells.calibration if k not in observed or job.cells.stands(k, block)]
+        pieces = job.cells.pieces(block, "capture", wanted)
+        job.run(pieces + job.cells.forwards(block, after_evaluation=after_evaluation), begin, heard)
+        told = [cell.told for cell in observed.values()]
+        excluded = sorted({row for result in told for row in result["excluded"]}.union(excluded_rows))
         self._refuse_many(excluded)
-        return {"excluded_rows": excluded, "tokens": sum(result["tokens"] for result in found)}
+        self._take_totals(block)
+        tokens = sum(result["tokens"] for result in told)
+        held.captured[block] = {"excluded_rows": excluded, "tokens": tokens}
+        return held.captured[block]
 
     def forward(self, block: int, after_evaluation: bool = False) -> None:
         """Run the original streams through a block without statistics."""
-        plan, cells = self._opened(), cells_of(self._opened())
-        follows = plan.options["correct_targets"] or plan.options["propagation"] == "original"
+        job = self._opened
 
         def begin(worker: int, piece: Piece) -> Handle:
-            return self._on_cell(worker, piece, "forward", self._module(worker, "load", block))
+            return job.cells.begin(worker, piece, "forward", job.parts.live(worker, "load", block))
 
-        pieces = self._cell_pieces(block, "capture", cells[CALIBRATION]) if follows else []
-        waited = "evaluate" if after_evaluation else None
-        pieces += self._cell_pieces(block, "forward", cells[EVALUATION], after=waited)
-        self._run(pieces, begin)
+        def heard(_: int, piece: Piece, __: Any) -> None:
+            job.holdings.follows[key_of(piece)] = block + 1
+
+        standing = [key for key in job.cells.calibration if job.cells.stands(key, block)]
+        pieces = job.cells.pieces(block, "capture", standing)
+        job.run(pieces + job.cells.forwards(block, after_evaluation=after_evaluation), begin, heard)
 
     def solve(self, block: int, tokens: int) -> list[dict[str, Any]]:
         """Quantize a block's linears, an input group at a time; report rows in the plan's order."""
-        plan = self._opened().blocks[block]
-        self.prefetch(block)
-        sources, statistics = self._sources[block], self._statistics.get(block)
+        job, plan = self._opened, self._opened.plan.blocks[block]
+        packed = job.holdings.packed.setdefault(block, {})
+        statistics = job.statistics.get(block, {})
 
         def begin(worker: int, piece: Piece) -> Handle:
-            given = statistics[piece.id.part] if statistics is not None else [[], 0]
+            given, sources = statistics.get(piece.id.part, [[], 0]), job.parts.sources(block)
             return self._transport.submit(worker, "solve", block, piece.id.part, sources, given, tokens)
 
+        def heard(worker: int, piece: Piece, result: Any) -> None:
+            packed[piece.id.part] = Held(worker, result["packed"], result["linears"])
+
         pieces = [
-            Piece(id=PieceId(block, "solve", number), rank=_rank(block), cost=_solve_cost(plan, group))
+            Piece(id=PieceId(block, "solve", number), rank=block, cost=_solve_cost(plan, group))
             for number, group in enumerate(plan.input_groups)
+            if number not in packed
         ]
-        solved = self._run(pieces, begin)
-        self._packed[block] = [s["packed"] for s in solved]
-        self._statistics.pop(block, None)
-        rows = {row["name"]: row for s in solved for row in s["linears"]}
+        job.run(pieces, begin, heard)
+        job.statistics.pop(block, None)
+        if self.num_workers == 1:
+            # Several keep them until the shard is finished: codes that are lost can be made again.
+            self._forget_totals(block)
+        rows = {row["name"]: row for group in packed.values() for row in group.told}
         return [rows[linear.name] for linear in plan.linears if linear.name in rows]
 
     def write(
@@ -283,12 +296,12 @@ class Crew:
     ) -> DoneRecord:
         """Write a block's shard and its record; the arguments after the unit are the record's."""
         assert unit.block is not None
-        worker = unit.block % self.num_workers
+        parts, workers = self._opened.parts, self._transport.workers
         handle = self._transport.submit(
-            worker,
+            workers[unit.block % len(workers)],
             "write",
             unit.name,
-            [*self._sources[unit.block], *self._packed[unit.block]],
+            [*parts.sources(unit.block), *parts.packed(unit.block)],
             list(linears),
             list(excluded_rows),
             dict(seconds),
@@ -297,59 +310,56 @@ class Crew:
 
     def advance(self, block: int) -> dict[str, Any]:
         """Run the quantized streams through a block as it was packed; errors against the original stream."""
-        if block not in self._packed:
-            # Finished by an earlier start: its codes come from the output.
-            packed = self._transport.submit(0, "read_packed", self._opened().block_units[block].name)
-            self._transport.result(packed)
-            self._packed[block] = [packed]
-        cells = cells_of(self._opened())
-        packed = self._packed[block]
+        job, packed = self._opened, self._opened.parts.packed(block)
+        compared = job.holdings.compared.setdefault(block, {})
 
         def begin(worker: int, piece: Piece) -> Handle:
-            needs = self._module(worker, "load_quantized", block, packed)
-            return self._on_cell(worker, piece, "advance", needs)
+            needs = job.parts.live(worker, "load_quantized", block, packed)
+            return job.cells.begin(worker, piece, "advance", needs)
 
-        moved = cells[CALIBRATION] if self._opened().options["propagation"] == "quantized" else []
-        pieces = self._cell_pieces(block, "move", moved)
-        pieces += self._cell_pieces(block, "evaluate", cells[EVALUATION])
-        return _stream_errors([sums for sums in self._run(pieces, begin) if sums is not None])
+        def heard(_: int, piece: Piece, result: Any) -> None:
+            job.holdings.quantized[key_of(piece)] = block + 1
+            if result is not None:
+                compared[key_of(piece)] = result
+
+        pieces = [
+            piece
+            for stage, keys in (("move", job.cells.calibration), ("evaluate", job.cells.evaluation))
+            for piece in job.cells.pieces(block, stage, [key for key in keys if job.cells.waits(key, block)])
+        ]
+        job.run(pieces, begin, heard)
+        return _stream_errors([compared[key] for key in sorted(compared)])
 
     def release(self, block: int) -> None:
         """Let go of a block that is written and passed."""
-        self._sources.pop(block, None)
-        self._packed.pop(block, None)
+        self._opened.holdings.release(block)
+        self._forget_totals(block)
 
     def head(self, units: Sequence[UnitPlan]) -> dict[str, Any]:
         """Final norm and head: held-out figures of both streams, and the units of what stands there."""
-        plan = self._opened()
+        job, plan = self._opened, self._opened.plan
         names = {n for u in units for n in u.copied}
         if plan.evaluation_digest is not None:
             names |= set(plan.tail_tensors)
-        parts = self._read(sorted(names)) if names else []
+        parts = job.parts.read(names) if names else []
         figures = None
         if plan.evaluation_digest is not None:
-            loaded = [
-                self._transport.submit(worker, "load_head", parts) for worker in range(self.num_workers)
-            ]
-            self._loaded.clear()
 
             def begin(worker: int, piece: Piece) -> Handle:
-                return self._on_cell(worker, piece, "score", loaded[worker])
+                return job.cells.begin(worker, piece, "score", job.parts.live_head(worker, parts))
 
-            figures = self._run(
-                self._cell_pieces(len(plan.blocks), "score", cells_of(plan)[EVALUATION]), begin
-            )
+            figures = job.run(job.cells.pieces(len(plan.blocks), "score", job.cells.evaluation), begin)
         records = [self._one("write", unit.name, parts) for unit in units]
         return {"figures": figures, "records": records}
 
     def convert_unit(self, unit: UnitPlan) -> DoneRecord:
         """Read, quantize and write one unit in one go, for methods that need no activations."""
-        number = self._opened().units.index(unit)
+        number = self._opened.plan.units.index(unit)
 
         def begin(worker: int, _: Piece) -> Handle:
             return self._transport.submit(worker, "convert_unit", unit.name)
 
-        return self._run([Piece(id=PieceId(number, "unit", 0), rank=number)], begin)[0]
+        return self._opened.run([Piece(id=PieceId(number, "unit", 0), rank=number)], begin)[0]
 
     def publish(self, report: dict[str, Any]) -> None:
         """Side files and report, then the index, then config.json."""
@@ -359,104 +369,36 @@ class Crew:
         """Seconds, traffic and peak memory of every worker."""
         return self._all("telemetry")
 
-    def _opened(self) -> Plan:
-        assert self._plan is not None, "open(plan) comes first"
-        return self._plan
-
-    def _run(
-        self,
-        pieces: Sequence[Piece],
-        begin: Callable[[int, Piece], Handle],
-        heard: Callable[[Piece, Any], None] = lambda *_: None,
-    ) -> list[Any]:
-        assert self._dispatcher is not None, "open(plan) comes first"
-        try:
-            return self._dispatcher.run(pieces, begin, heard)
-        except QuantError:
-            # What could not be read is read anew when the stage is tried again.
-            for block in {piece.id.block for piece in pieces}:
-                self._sources.pop(block, None)
-            self._loaded.clear()
-            raise
-
-    def _place_cells(self, parts: Sequence[Handle]) -> None:
-        """Deal the cells out to the workers like cards; each embeds its own."""
-        shares = {
-            worker: [
-                key for keys in cells_of(self._opened()).values() for key in keys[worker :: self.num_workers]
-            ]
-            for worker in range(self.num_workers)
-        }
-        for handle in [self._transport.submit(w, "embed", parts, keys) for w, keys in shares.items()]:
-            self._transport.result(handle)
-        self._homes = {key: worker for worker, keys in shares.items() for key in keys}
-
-    def _cell_pieces(
-        self, block: int, stage: str, keys: Sequence[str], after: str | None = None
-    ) -> list[Piece]:
-        """A piece for every cell, numbered as the cells are.
-
-        Args:
-            after: Stage of the block before in which the same cell comes first.
-        """
-        return [
-            Piece(
-                id=PieceId(block, stage, number),
-                rank=_rank(block),
-                home=self._homes[key],
-                after=frozenset() if after is None else frozenset({PieceId(block - 1, after, number)}),
-            )
-            for number, key in enumerate(keys)
-        ]
-
-    def _on_cell(self, worker: int, piece: Piece, method: str, needs: Handle, *arguments: Any) -> Handle:
-        """Have a worker do something with a piece's cell, which is brought there if another one has it.
-
-        Args:
-            needs: Of what must have gone well before; the handle that is given raises its error too.
-        """
-        corpus = EVALUATION if piece.id.stage in _OF_EVALUATION else CALIBRATION
-        key, needed = cells_of(self._opened())[corpus][piece.id.part], [needs]
-        home = self._homes[key]
-        if home != worker:
-            streams = self._transport.submit(home, "give", key)
-            needed.append(self._transport.submit(worker, "take", key, streams))
-            self._homes[key] = worker
-            self.moved_cells += 1
-        return self._transport.submit(worker, method, piece.id.block, key, needed, *arguments)
-
-    def _module(self, worker: int, method: str, block: int, *arguments: Any) -> Handle:
-        """Have a worker make a block live, unless it has; whoever is given the handle raises its error."""
-        loaded, handle = self._loaded.get((worker, method), (None, None))
-        if loaded != block:
-            self.prefetch(block)
-            handle = self._transport.submit(worker, method, block, self._sources[block], *arguments)
-            self._loaded[worker, method] = (block, handle)
-        return handle
-
-    def _take_totals(self, block: int, observers: Sequence[int], exponents: Sequence[int]) -> None:
-        """Have the observers share their sums: for every input group what `GroupSolver.solve` wants."""
-        handles = [self._transport.submit(worker, "totals", block, exponents) for worker in observers]
-        by_worker = [self._transport.result(handle) for handle in handles]
-        num_groups = len(self._opened().blocks[block].input_groups)
-        given: list[list[Any]] = [[] for _ in range(num_groups)]
-        for number, exponent in enumerate(exponents):
-            given[number % num_groups] += [[totals[number] for totals in by_worker], exponent]
-        self._statistics[block] = given
-
-    def _read(self, names: Sequence[str]) -> list[Handle]:
-        workers = range(self.num_workers)
-        return [self._transport.submit(w, "read", list(names), w, self.num_workers) for w in workers]
+    @property
+    def _opened(self) -> "_Job":
+        assert self._job is not None, "open(plan) comes first"
+        return self._job
 
     def _one(self, method: str, *arguments: Any) -> Any:
-        return self._transport.result(self._transport.submit(0, method, *arguments))
+        return ask_one(self._transport, method, *arguments)
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
-        handles = [self._transport.submit(w, method, *arguments) for w in range(self.num_workers)]
-        return [self._transport.result(handle) for handle in handles]
+        return ask_all(self._transport, method, *arguments)
+
+    def _take_totals(self, block: int) -> None:
+        """Have the observers share their sums: for every input group what `GroupSolver.solve` wants."""
+        job, held = self._opened, self._opened.holdings
+        exponents = held.exponents[block]
+        observers = sorted({cell.worker for cell in held.observed[block].values()})
+        handles = [self._transport.submit(worker, "totals", block, exponents) for worker in observers]
+        batches = [batch for found in results(self._transport, handles) for batch in found]
+        num_groups = len(job.plan.blocks[block].input_groups)
+        given: dict[int, list[Any]] = {group: [] for group in range(num_groups)}
+        for number, exponent in enumerate(exponents):
+            given[number % num_groups] += [[batch[number] for batch in batches], exponent]
+        job.statistics[block] = given
+
+    def _forget_totals(self, block: int) -> None:
+        for worker in self._transport.workers:
+            self._transport.submit(worker, "forget_totals", block)
 
     def _refuse_many(self, excluded_rows: Sequence[int]) -> None:
-        num_rows = self._opened().options["sequences"]
+        num_rows = self._opened.plan.options["sequences"]
         if len(excluded_rows) > MAX_EXCLUDED_SHARE * num_rows:
             raise NumericsError(
                 f"{len(excluded_rows)} of {num_rows} calibration rows give non-finite activations,"
@@ -465,9 +407,39 @@ class Crew:
             )
 
 
-def _rank(block: int) -> int:
-    """What belongs to an earlier block goes first."""
-    return block
+class _Job:
+    """A plan, and what its workers have and do."""
+
+    def __init__(self, transport: Transport, plan: Plan, run_id: str | None) -> None:
+        self.plan, self.run_id = plan, run_id
+        self.holdings = Holdings()
+        self.parts = BlockParts(transport, plan, self.holdings)
+        self.cells = CellStreams(transport, plan, self.holdings)
+        self.statistics: dict[int, dict[int, list[Any]]] = {}
+        self.dispatcher = Dispatcher(transport)
+
+    def employ(self, workers: Sequence[int]) -> None:
+        """Let workers, which have the plan, take part."""
+        for worker in workers:
+            self.dispatcher.join(worker, memory_bytes=0)
+
+    def run(
+        self,
+        pieces: Sequence[Piece],
+        begin: Callable[[int, Piece], Handle],
+        heard: Callable[[int, Piece, Any], None] = lambda *_: None,
+    ) -> list[Any]:
+        """Have pieces done; see `Dispatcher.run`."""
+
+        def told(worker: int, piece: Piece, result: Any) -> None:
+            self.cells.ended(piece)
+            heard(worker, piece, result)
+
+        try:
+            return self.dispatcher.run(pieces, begin, told)
+        except QuantError:
+            self.parts.read_anew({piece.id.block for piece in pieces})
+            raise
 
 
 def share_by_cost(costs: Sequence[float], num_workers: int) -> list[list[int]]:

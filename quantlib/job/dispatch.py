@@ -11,36 +11,15 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from quantlib.errors import QuantError, WorkerError
 from quantlib.job.schedule import Piece, PieceId, Schedule
-
-Handle = Any
+from quantlib.job.transport import Handle, Transport
 
 # So often the workers are asked whether they live.
 PULSE_S = 20.0
 _STOPPED = "the job was stopped; the same command continues it"
-
-
-class Listening(Protocol):
-    """What the dispatcher needs of a transport."""
-
-    def when_done(self, handle: Handle, call: Callable[[], None]) -> None:
-        """Call, from any thread, once a handle has its value or its error; the call returns at once."""
-        ...
-
-    def result(self, handle: Handle) -> Any:
-        """The value of a handle; raises our own errors."""
-        ...
-
-    def feel_pulses(self) -> None:
-        """Make sure that all workers live.
-
-        Raises:
-            WorkerLostError: One is gone or silent.
-        """
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +27,7 @@ class _Stage:
     """One call of `Dispatcher.run`."""
 
     begin: Callable[[int, Piece], Handle]
-    heard: Callable[[Piece, Any], None]
+    heard: Callable[[int, Piece, Any], None]
     futures: Mapping[PieceId, Future[Any]]
 
 
@@ -59,7 +38,7 @@ class Dispatcher:
         transport: How ends of pieces are heard.
     """
 
-    def __init__(self, transport: Listening) -> None:
+    def __init__(self, transport: Transport) -> None:
         self._transport = transport
         self._schedule = Schedule()
         self._stages: dict[PieceId, _Stage] = {}
@@ -79,13 +58,13 @@ class Dispatcher:
         self,
         pieces: Sequence[Piece],
         begin: Callable[[int, Piece], Handle],
-        heard: Callable[[Piece, Any], None] = lambda *_: None,
+        heard: Callable[[int, Piece, Any], None] = lambda *_: None,
     ) -> list[Any]:
         """Have pieces done, each by whoever is free for it; gives their results in the order of the pieces.
 
         Args:
             begin: Starts a piece on a worker; gives a handle at once.
-            heard: Told of every result before any other piece is begun.
+            heard: Told of every result, and of who has it, before any other piece is begun.
 
         Raises:
             QuantError: What a piece raised, after those under way have ended; the rest was dropped.
@@ -155,7 +134,7 @@ class Dispatcher:
         piece = self._schedule.running[worker]
         try:
             value = self._transport.result(handle)
-            self._stages[piece.id].heard(piece, value)
+            self._stages[piece.id].heard(worker, piece, value)
         except Exception as error:  # noqa: BLE001 - whatever it is, the stage raises it
             self._fail(worker, error)
             return

@@ -16,7 +16,9 @@ class History:
         checkpoints: Blocks before which this start kept the activations.
         unusable_checkpoints: What was wrong with checkpoints that were passed over.
         retries: Stage -> how often it was tried again.
-        renewals: Why the workers were started anew, and how many there were afterwards.
+        renewals: Why it went on with other workers, how many there were then, and whether those that lived
+            kept what they had.
+        joined_workers: How many came while the job ran.
         aborted_uploads: Unfinished uploads of runs and workers that died.
         moved_cells: How often a worker that had nothing to do took over a cell of a busy one.
     """
@@ -29,5 +31,6 @@ class History:
     unusable_checkpoints: list[str] = field(default_factory=list)
     retries: dict[str, int] = field(default_factory=dict)
     renewals: list[dict[str, Any]] = field(default_factory=list)
+    joined_workers: int = 0
     aborted_uploads: int = 0
     moved_cells: int = 0

@@ -307,7 +307,12 @@ def history_sentences(report: Mapping[str, Any]) -> list[str]:
     for stage, times in (history.get("retries") or {}).items():
         found.append(f"Tried again: {stage}, {times} times")
     for renewal in history.get("renewals", ()):
-        found.append(f"Workers started anew ({renewal['workers']} of them): {renewal['because']}")
+        how = "It went on with the workers left" if renewal.get("keeps_others") else "Workers started anew"
+        found.append(f"{how} ({renewal['workers']} of them): {renewal['because']}")
+    if joined := history.get("joined_workers"):
+        found.append(f"Workers that came while the job ran: {joined}")
+    if moved := history.get("moved_cells"):
+        found.append(f"Cells that a worker with nothing to do took over from a busy one: {moved}")
     if history.get("renewals"):
         found.append("What lost workers spent and moved is not in the figures: CPU seconds, bytes, memory")
     if aborted := history.get("aborted_uploads"):

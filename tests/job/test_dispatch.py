@@ -68,7 +68,7 @@ def test_results_come_in_the_order_of_the_pieces_from_all_workers(threads, dispa
     def begin(worker: int, piece: Piece) -> Future[Any]:
         return threads.workers[worker].submit(work, piece, worker)
 
-    results = dispatcher.run(_pieces(10), begin, heard=lambda piece, _: order.append(piece.id.part))
+    results = dispatcher.run(_pieces(10), begin, heard=lambda _, piece, __: order.append(piece.id.part))
     assert [part for part, _ in results] == list(range(10))
     assert sorted(order) == list(range(10))
     assert {worker for _, worker in results} == set(range(WORKERS))

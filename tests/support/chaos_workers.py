@@ -81,7 +81,7 @@ class WorkerChaos:
         return True
 
     def _kill(self, number: int) -> None:
-        actors = self._pool.actors
+        actors = list(self._pool.actors.values())
         place: dict[str, Any] = ray.get(actors[number % len(actors)].ready.remote())
         os.kill(place["pid"], signal.SIGKILL)
 

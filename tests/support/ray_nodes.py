@@ -33,6 +33,11 @@ class RayNodes:
         self._cluster.remove_node(node, allow_graceful=False)
         self._others.remove(node)
 
+    def add(self) -> Any:
+        """One node more."""
+        self._others.append(self._cluster.add_node(**_node()))
+        return self._others[-1]
+
     def refill(self, count: int) -> None:
         """Bring the cluster back to this many nodes, all alive."""
         while len(self._others) < count - 1:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,10 @@ def _convert(
     return convert(options, Crew(RayTransport(pool), pool.threads), DirectStages(), on_progress)
 
 
-def _where(pool: WorkerPool, number: int) -> dict[str, Any]:
-    return ray.get(pool.actors[number].ready.remote())
+def _where(pool: WorkerPool, place: int) -> dict[str, Any]:
+    """Process and node of the worker in this place among those there are now."""
+    actors = list(pool.actors.values())
+    return ray.get(actors[place % len(actors)].ready.remote())
 
 
 def _at(actions: dict[str, Callable[[WorkerPool], None]]) -> Callable[[WorkerPool, str], None]:
@@ -143,7 +146,35 @@ def test_node_removed_without_grace_costs_only_its_workers(
         report = _convert(options, pool, _at({"block 3/5: capture": remove_a_node}))
     assert shard_digests(Path(options.output)) == shard_digests(Path(alone.output))
     assert report["workers"] == 2
-    assert report["history"]["renewals"][0]["workers"] == 2
+    renewal = report["history"]["renewals"][0]
+    assert (renewal["workers"], renewal["keeps_others"]) == (2, True)
+
+
+def test_node_that_joins_is_used_from_the_next_block_on(root, expected, ray_cluster: RayNodes):
+    options = _options(root, "grown", threads_per_worker=2)
+
+    def add_a_node(pool: WorkerPool) -> None:
+        added.append(ray_cluster.add())
+        deadline = time.monotonic() + 120
+        while not pool.has_newcomers:
+            assert time.monotonic() < deadline, "no worker came to the new node"
+            time.sleep(0.1)
+
+    added: list[Any] = []
+    alone = _options(root, "grown-alone", threads_per_worker=2)
+    quantize(alone)
+    try:
+        with WorkerPool(options) as pool:
+            assert len(pool.actors) == 3
+            report = _convert(options, pool, _at({"block 2/5: capture": add_a_node}))
+    finally:
+        for node in added:
+            ray_cluster.remove(node)
+    assert shard_digests(Path(options.output)) == shard_digests(Path(alone.output))
+    assert report["workers"] == 4
+    assert report["history"]["joined_workers"] == 1
+    # Who came late had nothing of its own: what it did was at home elsewhere.
+    assert report["history"]["moved_cells"] > 0
 
 
 def test_worker_that_is_lost_again_and_again_ends_the_run_resumably(root, expected, ray_cluster, monkeypatch):
@@ -198,7 +229,8 @@ def test_worker_killed_is_replaced_and_the_bytes_are_the_same(
     assert not list(Path(options.output).rglob("*part"))
     assert shard_digests(Path(options.output)) == expected[propagation]
     history = report["history"]
-    assert [renewal["workers"] for renewal in history["renewals"]] == [2] * len(labels)
+    assert len(history["renewals"]) == len(labels)
+    assert history["renewals"][0]["keeps_others"]
     assert history["from_checkpoint"] is not None
 
 

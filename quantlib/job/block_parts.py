@@ -1,0 +1,87 @@
+"""What the workers have of blocks: source tensors in parts, packed tensors, live modules."""
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any
+
+from quantlib.job.holdings import Held, Holdings
+from quantlib.job.plan import Plan
+from quantlib.job.transport import Handle, Transport
+
+# In the place of an input group: a whole block, read back from the output.
+_STORED = -1
+
+
+class BlockParts:
+    """Reads, finds and makes what a block's stages need, each thing once.
+
+    Args:
+        transport: To the workers.
+        plan: Of the job.
+        holdings: Where it is noted who has what.
+    """
+
+    def __init__(self, transport: Transport, plan: Plan, holdings: Holdings) -> None:
+        self._transport, self._plan, self._holdings = transport, plan, holdings
+        # What a worker has live, by the method that makes it: the block, and the handle of its making.
+        self._live: dict[tuple[int, str], tuple[int, Handle]] = {}
+
+    def read(self, names: Iterable[str]) -> list[Handle]:
+        """Source tensors, each worker its part."""
+        workers, wanted = self._transport.workers, sorted(names)
+        return [
+            self._transport.submit(worker, "read", wanted, number, len(workers))
+            for number, worker in enumerate(workers)
+        ]
+
+    def prefetch(self, block: int) -> None:
+        """Start reading what of a block's weights nobody has; does nothing past the last block."""
+        if block >= len(self._plan.blocks):
+            return
+        workers, names = self._transport.workers, sorted(self._plan.blocks[block].tensors)
+        parts = self._holdings.sources.setdefault(block, [None] * len(workers))
+        for number, part in enumerate(parts):
+            if part is None:
+                worker = workers[number % len(workers)]
+                handle = self._transport.submit(worker, "read", names, number, len(parts))
+                parts[number] = Held(worker, handle)
+
+    def sources(self, block: int) -> list[Handle]:
+        """A block's source tensors."""
+        self.prefetch(block)
+        return [part.handle for part in self._holdings.sources[block] if part is not None]
+
+    def is_solved(self, block: int) -> bool:
+        """Whether all its input groups were packed and are there."""
+        groups = self._plan.blocks[block].input_groups
+        return len(self._holdings.packed.get(block, {})) == len(groups)
+
+    def packed(self, block: int) -> list[Handle]:
+        """A block's packed tensors: as solved, or from the output where it was finished before."""
+        packed = self._holdings.packed.setdefault(block, {})
+        if not self.is_solved(block) and _STORED not in packed:
+            worker = self._transport.workers[0]
+            handle = self._transport.submit(worker, "read_packed", self._plan.block_units[block].name)
+            self._transport.result(handle)
+            packed[_STORED] = Held(worker, handle)
+        return [group.handle for group in packed.values()]
+
+    def live(self, worker: int, method: str, block: int, *arguments: Any) -> Handle:
+        """Have a worker make a block live, unless it has; whoever is given the handle raises its error."""
+        made, handle = self._live.get((worker, method), (None, None))
+        if made != block:
+            handle = self._transport.submit(worker, method, block, self.sources(block), *arguments)
+            self._live[worker, method] = (block, handle)
+        return handle
+
+    def live_head(self, worker: int, parts: Sequence[Handle]) -> Handle:
+        """The same of what stands after the last block, which takes the place of all blocks."""
+        key, last = (worker, "load_head"), len(self._plan.blocks)
+        if key not in self._live:
+            self._live[key] = (last, self._transport.submit(worker, "load_head", parts))
+        return self._live[key][1]
+
+    def read_anew(self, blocks: Collection[int]) -> None:
+        """What could not be read or made is tried again when it is next asked for."""
+        for block in blocks:
+            self._holdings.sources.pop(block, None)
+        self._live.clear()

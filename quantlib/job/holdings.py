@@ -1,0 +1,92 @@
+"""What each worker holds that would be gone with it, so that only that is made again.
+
+Cells are known by their keys, workers by their numbers; a handle stands for a value on a worker.
+"""
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantlib.job.transport import Handle
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A value on a worker.
+
+    Attributes:
+        worker: Who has it.
+        handle: How others reach it.
+        told: What the worker said of it.
+    """
+
+    worker: int
+    handle: Handle
+    told: Any = None
+
+
+@dataclass(slots=True)
+class Holdings:
+    """Everything about a job that is not in its work prefix.
+
+    Attributes:
+        homes: Cell -> the worker that has its streams.
+        moving: Cells on their way to that worker: not known to have come.
+        follows: Cell -> the block before which the stream stands that follows the original blocks.
+        quantized: Cell -> the same of the stream that runs through quantized blocks.
+        observed: Block -> cell -> who has it in a sum.
+        exponents: Block -> exponents of its sums.
+        captured: Block -> what its capture gave.
+        compared: Block -> evaluation cell -> what the comparison of its streams gave.
+        sources: Block -> parts of its source tensors.
+        packed: Block -> input group -> its packed tensors; ``told`` are the rows of the report.
+    """
+
+    homes: dict[str, int] = field(default_factory=dict)
+    moving: set[str] = field(default_factory=set)
+    follows: dict[str, int] = field(default_factory=dict)
+    quantized: dict[str, int] = field(default_factory=dict)
+    observed: dict[int, dict[str, Held]] = field(default_factory=dict)
+    exponents: dict[int, list[int]] = field(default_factory=dict)
+    captured: dict[int, dict[str, Any]] = field(default_factory=dict)
+    compared: dict[int, dict[str, Any]] = field(default_factory=dict)
+    sources: dict[int, list[Held | None]] = field(default_factory=dict)
+    packed: dict[int, dict[int, Held]] = field(default_factory=dict)
+
+    def place(self, keys: Iterable[str], block: int) -> None:
+        """The streams of some cells stand before a block."""
+        for key in keys:
+            self.follows[key] = self.quantized[key] = block
+
+    def release(self, block: int) -> None:
+        """A block is written and passed by every stream."""
+        for kept in (
+            self.observed,
+            self.exponents,
+            self.captured,
+            self.compared,
+            self.sources,
+            self.packed,
+        ):
+            kept.pop(block, None)
+
+    def lose(self, gone: Collection[int]) -> None:
+        """Some workers are gone: forget what they had, and the cells that must be brought up again.
+
+        A cell must be brought up again when its streams are gone, and when a sum is gone that it is in. Lost
+        codes are made again from the sums, which are kept until the shard is finished.
+        """
+        lost = self.moving | {key for key, worker in self.homes.items() if worker in gone}
+        self.moving = set()
+        for cells in self.observed.values():
+            for key in [key for key, held in cells.items() if held.worker in gone]:
+                lost.add(key)
+                del cells[key]
+        for key in lost:
+            for kept in (self.homes, self.follows, self.quantized):
+                kept.pop(key, None)
+        for parts in self.sources.values():
+            parts[:] = [None if part is None or part.worker in gone else part for part in parts]
+        for groups in self.packed.values():
+            for group in [group for group, held in groups.items() if held.worker in gone]:
+                del groups[group]

@@ -1,0 +1,48 @@
+"""What is gone with a worker: its cells, the sums they are in, its parts of blocks; and nothing else."""
+
+import pytest
+
+from quantlib.job.holdings import Held, Holdings
+
+
+@pytest.fixture
+def held() -> Holdings:
+    """Workers 0 and 1 in block 3: cells a and b observed where they are, c by 0 but now at home with 1."""
+    held = Holdings(homes={"a": 0, "b": 1, "c": 1})
+    held.place("abc", 4)
+    held.observed[3] = {"a": Held(0, None), "b": Held(1, None), "c": Held(0, None)}
+    held.sources[3] = [Held(0, "first"), Held(1, "second")]
+    return held
+
+
+def test_a_cell_is_lost_with_its_home_and_stays_in_the_sum_of_whoever_observed_it(held):
+    held.lose({1})
+    assert set(held.homes) == set(held.follows) == set(held.quantized) == {"a"}
+    # To observe c again would count it twice.
+    assert set(held.observed[3]) == {"a", "c"}
+    assert held.sources[3] == [Held(0, "first"), None]
+
+
+def test_a_cell_whose_sum_is_lost_is_brought_up_again_wherever_its_streams_are(held):
+    held.lose({0})
+    assert set(held.homes) == {"b"}
+    assert set(held.observed[3]) == {"b"}
+
+
+def test_a_cell_on_its_way_is_nowhere(held):
+    held.moving.add("a")
+    held.lose({1})
+    assert not held.homes
+
+
+def test_codes_of_a_lost_worker_are_gone_and_those_of_others_stay(held):
+    held.packed[3] = {0: Held(0, "q"), 1: Held(1, "down")}
+    held.lose({1})
+    assert held.packed[3] == {0: Held(0, "q")}
+
+
+def test_release_keeps_nothing_of_a_block(held):
+    held.packed[3], held.compared[3], held.captured[3], held.exponents[3] = {}, {}, {}, []
+    held.release(3)
+    for kept in (held.observed, held.sources, held.packed, held.compared, held.captured, held.exponents):
+        assert not kept
