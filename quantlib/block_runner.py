@@ -334,7 +334,7 @@ class BlockRunner:
             block = self._plan.blocks[unit.block]
             with self._clock.computing("solve"), torch.inference_mode():
                 for group in range(len(block.input_groups)):
-                    packed, reports = self._solver.solve(block, group, tensors, ([], 0), 0)
+                    packed, reports = self._solver.solve(block, group, tensors, ([], []), 0)
                     tensors |= packed
                     rows += reports
         return self.write(unit_name, [tensors], rows)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantlib.calibration.hessian import add_partial_, exponent_for
+from quantlib.calibration.totals import Total, exponent_for
 from quantlib.cells import Cell
 from quantlib.errors import NumericsError
 from quantlib.job.activations import CALIBRATION, cells_of
@@ -74,12 +74,12 @@ class BlockStatistics:
                 following_stream(cell).move(block, lambda _: followed_BTD)
         return sums.summaries[key]
 
-    def totals(self, block: int, exponents: Sequence[int]) -> list[torch.Tensor]:
+    def totals(self, block: int, exponents: Sequence[int]) -> list[Total]:
         """The sums over the cells of a block observed since last asked, from now on someone else's.
 
         Returns:
-            int64 [C, C] of X^T X for every input group, then of X_ref^T X where targets are corrected; one
-            row and column more where a group's biases are (`calibration.moments`). Nothing if no cell was.
+            Of X^T X for every input group, then of X_ref^T X where targets are corrected; with a row and a
+            column more where a group's biases are (`calibration.moments`). Nothing if no cell was.
 
         Raises:
             NumericsError: As `observe`.
@@ -105,15 +105,17 @@ class BlockStatistics:
             return
         plan = self._plan.blocks[sums.block]
         sizes = _total_sizes(plan)
-        num_groups = len(sizes)
         if not sums.totals:
-            sizes = sizes * 2 if self._corrects else sizes
-            sums.totals = [torch.zeros(size, size, dtype=torch.int64, device=self._device) for size in sizes]
+            wanted = [(size, False) for size in sizes] + [(size, True) for size in sizes if self._corrects]
+            sums.totals = [
+                Total.zeros(size, exponent, is_whole=is_whole, device=self._device)
+                for (size, is_whole), exponent in zip(wanted, exponents, strict=True)
+            ]
         for cell, observed in sums.pending:
             partials = [*observed.grams, *observed.crosses]
             for number, (total, partial_CC) in enumerate(zip(sums.totals, partials, strict=True)):
                 with _naming(cell, plan, number):
-                    add_partial_(total, partial_CC, exponents[number], is_whole=number >= num_groups)
+                    total.add_(partial_CC)
         sums.pending.clear()
 
     def _observe(
@@ -152,7 +154,7 @@ class _Sums:
     """
 
     block: int
-    totals: list[torch.Tensor] = field(default_factory=list)
+    totals: list[Total] = field(default_factory=list)
     pending: list[tuple[Cell, "_Observed"]] = field(default_factory=list)
     summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
 

@@ -6,15 +6,8 @@ from typing import Any
 
 import torch
 
-from quantlib.calibration.hessian import add_total_
-from quantlib.calibration.moments import (
-    Moments,
-    Total,
-    about_zero,
-    centered_moments,
-    moments_from,
-    without_sums,
-)
+from quantlib.calibration.moments import Moments, about_zero, centered_moments, moments_from
+from quantlib.calibration.totals import Total
 from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.methods.contracts import COARSE_BIAS, LinearResult
 from quantlib.packing.contracts import PackingFormat
@@ -35,15 +28,20 @@ class GroupSolver:
         self._packer, self._settings, self._device = packer, settings, device
 
     def solve(
-        self, block: BlockPlan, group: int, tensors: Tensors, statistics: Sequence[Any], tokens: int
+        self,
+        block: BlockPlan,
+        group: int,
+        tensors: Tensors,
+        statistics: Sequence[Sequence[Total]],
+        tokens: int,
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         """Quantize and pack the linears of one group.
 
         Args:
             group: Its number within the block.
             tensors: The block's source tensors, by name.
-            statistics: Int64 partial sums of the workers (none without data) and their exponent; where
-                targets are corrected also those of the products with the reference stream.
+            statistics: Totals of the workers (none without data); where targets are corrected also those of
+                the products with the reference stream.
             tokens: Calibration tokens behind the sums.
 
         Returns:
@@ -65,24 +63,18 @@ class GroupSolver:
         return packed, [result.report.to_dict() for result in results.values()]
 
     def _moments(
-        self, statistics: Sequence[Any], kinds: Sequence[bool], *, is_extended: bool
+        self, statistics: Sequence[Sequence[Total]], kinds: Sequence[bool], *, is_extended: bool
     ) -> dict[bool, Moments | None]:
-        """Is centered -> moments; the totals, twice as large, are let go of before anything is solved."""
-        totals, exponent, *crosses = statistics
+        """Is centered -> moments."""
+        totals, crosses = statistics
         if not totals:
             return dict.fromkeys(kinds)
-        total = self._total(totals, exponent)
-        cross = self._total(*crosses, is_whole=True) if crosses else None
-        found: dict[bool, Moments | None] = {}
-        for is_centered in kinds:
-            if is_centered:
-                found[is_centered] = centered_moments(total, cross)
-            elif is_extended:
-                about_inputs = None if cross is None else without_sums(cross)
-                found[is_centered] = moments_from(without_sums(total), about_inputs)
-            else:
-                found[is_centered] = moments_from(total, cross)
-        return found
+        return {
+            is_centered: centered_moments(totals, crosses, device=self._device)
+            if is_centered
+            else moments_from(totals, crosses, is_extended=is_extended, device=self._device)
+            for is_centered in kinds
+        }
 
     def _solved(
         self, linears: Sequence[LinearPlan], tensors: Tensors, moments: Moments | None, tokens: int
@@ -122,15 +114,6 @@ class GroupSolver:
             scale_dtype=self._packer.scale_dtype(stored),
             solver=self._settings,
         )
-
-    def _total(self, totals: Sequence[torch.Tensor], exponent: int, *, is_whole: bool = False) -> Total:
-        """The sum over all workers; what they gave may be mapped read-only and stays."""
-        sum_CC = totals[0].to(self._device)
-        if len(totals) > 1 and sum_CC is totals[0]:
-            sum_CC = sum_CC.clone()
-        for other_CC in totals[1:]:
-            add_total_(sum_CC, other_CC.to(self._device), exponent, is_whole=is_whole)
-        return Total(sum_CC=sum_CC, exponent=exponent)
 
 
 def _is_coarse(corrected: CorrectedResult) -> bool:

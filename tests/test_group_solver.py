@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from quantlib.calibration.hessian import add_partial_, exponent_for, gram_lower
+from quantlib.calibration.hessian import gram_lower
 from quantlib.calibration.moments import with_sums
+from quantlib.calibration.totals import Total, exponent_for
 from quantlib.group_solver import GroupSolver
 from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.packing import FORMATS
@@ -33,13 +34,13 @@ def _inputs(mean: float = 1.0) -> torch.Tensor:
     )
 
 
-def _statistics(x_NC: torch.Tensor, *, is_extended: bool) -> list:
+def _statistics(x_NC: torch.Tensor, *, is_extended: bool) -> list[list[Total]]:
     gram = gram_lower(x_NC)
     partial = with_sums(gram, x_NC, x_NC) if is_extended else gram
     exponent = exponent_for(float(partial.diagonal().max()), 1)
-    total = torch.zeros(partial.shape, dtype=torch.int64)
-    add_partial_(total, partial, exponent)
-    return [[total], exponent]
+    total = Total.zeros(len(partial), exponent)
+    total.add_(partial)
+    return [[total], []]
 
 
 def _solve(corrects: dict[str, bool], x_NC: torch.Tensor, tensors: dict[str, torch.Tensor]):

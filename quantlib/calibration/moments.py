@@ -7,25 +7,16 @@ eliminating it leaves the covariance. So totals of such a group have one row and
 C columns (in features), E = C + 1, N tokens of one cell.
 """
 
-import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from quantlib.calibration.hessian import cross_from, hessian_from, mirror_
+from quantlib.calibration.hessian import mirror_
+from quantlib.calibration.totals import Total, matrix_from, merged_panels
 
-# Rows converted to fp64 at a time.
-_PANEL_ROWS = 256
 # Of a column's mean square: a spread below it is what rounding left of partial sums in fp32.
 _LEAST_SPREAD = 2.0**-20
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Total:
-    """An exact sum over all cells: int64 with its exponent; its lower triangle counts, or all of it."""
-
-    sum_CC: torch.Tensor
-    exponent: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,41 +55,51 @@ def with_sums(product_CC: torch.Tensor, left_NC: torch.Tensor, right_NC: torch.T
     return extended_EE
 
 
-def moments_from(total: Total, cross: Total | None) -> Moments:
-    """Moments about zero, from totals that are not extended."""
+def moments_from(
+    totals: Sequence[Total], crosses: Sequence[Total], *, is_extended: bool, device: torch.device
+) -> Moments:
+    """Moments about zero.
+
+    Args:
+        totals: Of X^T X, one a worker.
+        crosses: Of X_ref^T X likewise; empty without a reference stream.
+        is_extended: Whether sums are beside them, which are left out.
+        device: Where the moments are made.
+    """
+    columns = totals[0].columns - is_extended
     return Moments(
-        hessian_CC=hessian_from(total.sum_CC, total.exponent),
-        cross_CC=None if cross is None else cross_from(cross.sum_CC, cross.exponent),
+        hessian_CC=matrix_from(totals, columns=columns, device=device),
+        cross_CC=matrix_from(crosses, columns=columns, device=device) if crosses else None,
     )
 
 
-def without_sums(total: Total) -> Total:
-    """The part of an extended total that is about the inputs alone."""
-    return Total(sum_CC=total.sum_CC[:-1, :-1], exponent=total.exponent)
-
-
-def centered_moments(total: Total, cross: Total | None) -> Moments:
-    """Moments about the mean, from extended totals.
+def centered_moments(totals: Sequence[Total], crosses: Sequence[Total], *, device: torch.device) -> Moments:
+    """Moments about the mean, from extended totals (see `moments_from`).
 
     A column whose spread drowns in the rounding of its mean is a dead column: its row and column are zero.
 
     Numerics: the means are taken off in fp64, before anything is rounded to fp32: where a mean is large
         beside the spread, a difference of fp32 matrices would leave little but rounding.
 
-    Cost: memory of the results and of two panels in 64 bits.
+    Cost: memory of the results and of three panels in 64 bits.
     """
+    last_E = sum(
+        (total.panels[-1][-1].to(device) for total in totals[1:]), totals[0].panels[-1][-1].to(device)
+    )
+    sums_E = last_E.double().mul_(2.0 ** -totals[0].exponent)
     # Without a token there is nothing to divide.
-    count = max(math.ldexp(total.sum_CC[-1, -1].item(), -total.exponent), 1.0)
-    mean_C = total.sum_CC[-1, :-1].double().mul_(2.0**-total.exponent).div_(count)
+    count = max(sums_E[-1].item(), 1.0)
+    mean_C = sums_E[:-1].div(count)
     reference_mean_C, cross_CC = mean_C, None
-    hessian_CC = _centered(total, mean_C, mean_C, count)
+    hessian_CC = _centered(totals, mean_C, mean_C, count)
     mirror_(hessian_CC)
     is_constant_C = hessian_CC.diagonal() <= _LEAST_SPREAD * count * mean_C.square()
     hessian_CC[is_constant_C] = 0.0
     hessian_CC[:, is_constant_C] = 0.0
-    if cross is not None:
-        reference_mean_C = cross.sum_CC[:-1, -1].double().mul_(2.0**-cross.exponent).div_(count)
-        cross_CC = _centered(cross, reference_mean_C, mean_C, count)
+    if crosses:
+        last_columns = [panel_PE[:, -1] for _, _, panel_PE in merged_panels(crosses, device)]
+        reference_mean_C = torch.cat(last_columns)[:-1].double().mul_(2.0 ** -crosses[0].exponent).div_(count)
+        cross_CC = _centered(crosses, reference_mean_C, mean_C, count)
         cross_CC[:, is_constant_C] = 0.0
     return Moments(hessian_CC=hessian_CC, cross_CC=cross_CC, mean_C=mean_C, reference_mean_C=reference_mean_C)
 
@@ -117,13 +118,16 @@ def about_zero(centered: Moments, num_tokens: int) -> Moments:
 
 
 def _centered(
-    total: Total, left_mean_C: torch.Tensor, right_mean_C: torch.Tensor, count: float
+    totals: Sequence[Total], left_mean_C: torch.Tensor, right_mean_C: torch.Tensor, count: float
 ) -> torch.Tensor:
-    """fp32 [C, C]: the total less count * left_mean right_mean^T; of a lower triangle only that is right."""
+    """fp32 [C, C]: the sum less count * left_mean right_mean^T; a symmetric one only below the diagonal."""
     columns = len(left_mean_C)
-    centered_CC = torch.empty(columns, columns, dtype=torch.float32, device=total.sum_CC.device)
-    for start in range(0, columns, _PANEL_ROWS):
-        part = slice(start, min(start + _PANEL_ROWS, columns))
-        panel_PC = total.sum_CC[part, :columns].double().mul_(2.0**-total.exponent)
-        centered_CC[part] = panel_PC.addr_(left_mean_C[part], right_mean_C, alpha=-count)
+    centered_CC = torch.zeros(columns, columns, dtype=torch.float32, device=left_mean_C.device)
+    for start, end, panel_PE in merged_panels(totals, left_mean_C.device):
+        end = min(end, columns)
+        panel_PL = panel_PE[: end - start, :columns].double().mul_(2.0 ** -totals[0].exponent)
+        right_mean_L = right_mean_C[: panel_PL.shape[1]]
+        centered_CC[start:end, : panel_PL.shape[1]] = panel_PL.addr_(
+            left_mean_C[start:end], right_mean_L, alpha=-count
+        )
     return centered_CC

@@ -268,7 +268,7 @@ class Crew:
         statistics = job.statistics.get(block, {})
 
         def begin(worker: int, piece: Piece) -> Handle:
-            given, sources = statistics.get(piece.id.part, [[], 0]), job.parts.sources(block)
+            given, sources = statistics.get(piece.id.part, [[], []]), job.parts.sources(block)
             return self._transport.submit(worker, "solve", block, piece.id.part, sources, given, tokens)
 
         def heard(worker: int, piece: Piece, result: Any) -> None:
@@ -388,9 +388,10 @@ class Crew:
         handles = [self._transport.submit(worker, "totals", block, exponents) for worker in observers]
         batches = [batch for found in results(self._transport, handles) for batch in found]
         num_groups = len(job.plan.blocks[block].input_groups)
-        given: dict[int, list[Any]] = {group: [] for group in range(num_groups)}
-        for number, exponent in enumerate(exponents):
-            given[number % num_groups] += [[batch[number] for batch in batches], exponent]
+        given: dict[int, list[list[Handle]]] = {group: [[], []] for group in range(num_groups)}
+        for number in range(len(exponents)):
+            group = number % num_groups
+            given[group][number // num_groups] += [batch[number] for batch in batches]
         job.statistics[block] = given
 
     def _forget_totals(self, block: int) -> None:
@@ -415,7 +416,7 @@ class _Job:
         self.holdings = Holdings()
         self.parts = BlockParts(transport, plan, self.holdings)
         self.cells = CellStreams(transport, plan, self.holdings)
-        self.statistics: dict[int, dict[int, list[Any]]] = {}
+        self.statistics: dict[int, dict[int, list[list[Handle]]]] = {}
         self.dispatcher = Dispatcher(transport)
 
     def employ(self, workers: Sequence[int]) -> None:

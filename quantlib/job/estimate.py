@@ -128,10 +128,11 @@ def _worker_memory(plan: Plan, num_workers: int) -> dict[str, int]:
     tokens = _tokens(plan)
     corrects = plan.options["correct_targets"]
     streams = (4 if corrects else 2) * tokens["calibration"] + 4 * tokens["evaluation"]
-    sums = 2 if corrects else 1
+    # Of X^T X half a total in int64 and a cell's part in fp32; of X_ref^T X the whole of both.
+    per_entry = 4 + 4 + (8 + 4) * corrects
     return {
         "block": weights * (2 * 2 + 2 * wide),
-        "statistics": sums * squares * (8 + 4) if plan.calibration_digest else 0,
+        "statistics": per_entry * squares if plan.calibration_digest else 0,
         "activations": streams * hidden * wide // num_workers,
         "packing": weights * 2,
     }

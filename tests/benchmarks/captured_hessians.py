@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from quantlib.calibration.hessian import add_partial_, exponent_for, hessian_from
+from quantlib.calibration.totals import Total, exponent_for, matrix_from
 from quantlib.cells import Cell, cut_into_cells
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
@@ -57,7 +57,7 @@ def _observed(
 ) -> dict[str, torch.Tensor]:
     """The Hessians of a block; every cell's stream moves through it."""
     kept = {field: getattr(spec, field) for field in ("index", "prefix", "tensors", "input_groups")}
-    plan, totals, exponents = BlockPlan(**kept, linears=()), [], []
+    plan, totals = BlockPlan(**kept, linears=()), []
     for cell in cells:
         assert cell.main is not None
         own_inputs = inputs[len(cell.ids_BT)]
@@ -70,9 +70,11 @@ def _observed(
         grams = [gram_CC for gram_CC in observed.grams if gram_CC is not None]
         if not totals:
             exponents = [exponent_for(float(gram_CC.diagonal().max()), len(cells)) for gram_CC in grams]
-            totals = [torch.zeros(gram_CC.shape, dtype=torch.int64) for gram_CC in grams]
-        for total_CC, gram_CC, exponent in zip(totals, grams, exponents, strict=True):
-            add_partial_(total_CC, gram_CC, exponent)
+            totals = [
+                Total.zeros(len(gram), exponent) for gram, exponent in zip(grams, exponents, strict=True)
+            ]
+        for total, gram_CC in zip(totals, grams, strict=True):
+            total.add_(gram_CC)
         cell.main.place(output_BTD, spec.index + 1)
-    sums = zip(spec.input_groups, totals, exponents, strict=True)
-    return {group[0]: hessian_from(total_CC, exponent) for group, total_CC, exponent in sums}
+    sums = zip(spec.input_groups, totals, strict=True)
+    return {group[0]: matrix_from([total]) for group, total in sums}

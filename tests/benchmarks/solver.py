@@ -22,7 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from eager_columns import column_by_column, in_batches, inverse_factor
 
-from quantlib.calibration.hessian import add_partial_, exponent_for, gram_lower, hessian_from
+from quantlib.calibration.hessian import gram_lower
+from quantlib.calibration.totals import Total, exponent_for, matrix_from
 from quantlib.grids.affine import AffineGrid, with_codes
 from quantlib.grids.fit import search_scales
 from quantlib.linalg import Factor, factor_hessian, inverse_diagonal
@@ -62,14 +63,14 @@ def statistics_seconds(columns: int, repeats: int) -> dict[str, float]:
     x_NC = activations(columns)
     gram_CC = gram_lower(x_NC)
     exponent = exponent_for(gram_CC.diagonal().max().item(), 2 * repeats)
-    total_CC = torch.zeros(columns, columns, dtype=torch.int64)
+    total = Total.zeros(columns, exponent)
     found = {
         "gram_lower fp32": cpu_seconds(lambda: gram_lower(x_NC), repeats),
         "gram_lower bf16": cpu_seconds(lambda: gram_lower(x_NC.bfloat16()), repeats),
-        "add_partial_": cpu_seconds(lambda: add_partial_(total_CC, gram_CC, exponent), repeats),
-        "hessian_from": cpu_seconds(lambda: hessian_from(total_CC, exponent), repeats),
+        "Total.add_": cpu_seconds(lambda: total.add_(gram_CC), repeats),
+        "matrix_from": cpu_seconds(lambda: matrix_from([total]), repeats),
     }
-    hessian_CC = hessian_from(total_CC, exponent)
+    hessian_CC = matrix_from([total])
     found["factor_hessian"] = cpu_seconds(lambda: factor_hessian(hessian_CC, num_tokens=32768), repeats)
     return found
 

@@ -11,7 +11,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quantlib.calibration.hessian import add_partial_, exponent_for, gram_lower, hessian_from
+from quantlib.calibration.hessian import gram_lower
+from quantlib.calibration.totals import Total, exponent_for, matrix_from
 from quantlib.column_order import natural_order
 from quantlib.grids.affine import AffineGrid, with_codes
 from quantlib.grids.fit import fit_to_extremes
@@ -179,11 +180,11 @@ def test_method_every_token_twice_in_any_order_changes_no_bit(
     random.shuffle(twice)
     found = []
     for chosen in (cells, twice):
-        total_CC = torch.zeros(columns, columns, dtype=torch.int64)
         exponent = exponent_for(float(gram_lower(chosen[0]).diagonal().max()), len(chosen))
+        total = Total.zeros(columns, exponent)
         for x_NC in chosen:
-            add_partial_(total_CC, gram_lower(x_NC), exponent)
-        hessian_CC = hessian_from(total_CC, exponent)
+            total.add_(gram_lower(x_NC))
+        hessian_CC = matrix_from([total])
         found.append(run(weight_RC, hessian_CC, scheme, solver, num_tokens=100_000 * len(chosen)))
     assert_same(found[1].quantized, found[0].quantized)
 

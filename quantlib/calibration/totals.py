@@ -1,0 +1,182 @@
+"""Sums of cells' second moments that no order of cells or workers changes by a bit.
+
+C columns (in features), P rows of a panel. Partial sums in fp32 meet in int64 fixed point, whose exponent the
+first cell decides: integer addition has no order, so any number of workers, any assignment of cells and any
+repetition after a fault end in the same total. What is above the diagonal of a symmetric total is nowhere.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantlib.calibration.hessian import mirror_, panels_of
+from quantlib.errors import NumericsError
+
+# Totals stay below 2**62: two of them added still fit an int64 and can be checked afterwards.
+_TOTAL_BITS = 62
+_LIMIT = 2**_TOTAL_BITS
+# By this many bits all cells together may exceed num_cells times the first one.
+_HEADROOM_BITS = 10
+# A cell without any signal says nothing about the next; take 1 for its largest diagonal entry.
+_DEFAULT_DIAGONAL = 1.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Total:
+    """An exact sum over some cells, or over those of one worker.
+
+    Attributes:
+        panels: Rows of the sum, int64, from top to bottom: [P, C], or of a symmetric sum [P, end of the
+            panel], so that it takes half the memory of the whole.
+        exponent: An entry means its integer times 2**-exponent; the same for every cell of a sum.
+        is_whole: Both triangles count: it is a sum of `hessian.cross_product`, not of `hessian.gram_lower`.
+    """
+
+    panels: tuple[torch.Tensor, ...]
+    exponent: int
+    is_whole: bool = False
+
+    @classmethod
+    def zeros(
+        cls,
+        columns: int,
+        exponent: int,
+        *,
+        is_whole: bool = False,
+        device: torch.device | str = "cpu",
+    ) -> "Total":
+        """The sum over no cell.
+
+        Args:
+            exponent: From `exponent_for`.
+        """
+        shapes = [(end - start, columns if is_whole else end) for start, end in panels_of(columns)]
+        panels = tuple(torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
+        return cls(panels=panels, exponent=exponent, is_whole=is_whole)
+
+    @property
+    def columns(self) -> int:
+        """Rows, and columns, of the sum."""
+        return self.panels[-1].shape[1]
+
+    def cpu(self) -> "Total":
+        """The same on the CPU."""
+        panels = tuple(panel.cpu() for panel in self.panels)
+        return Total(panels=panels, exponent=self.exponent, is_whole=self.is_whole)
+
+    def add_(self, partial_CC: torch.Tensor) -> None:
+        """Add one cell's partial sum; after an error the total is half changed and of no use.
+
+        Shapes:
+            partial_CC: fp32 [C, C].
+
+        Raises:
+            NumericsError: An entry of the partial sum is not finite, or the total leaves its range.
+
+        Numerics: round(partial * 2**exponent), half to even, exact in fp64.
+
+        Cost: temporary memory of two panels in 64 bits.
+        """
+        scale = 2.0**self.exponent
+        for (start, end), panel_PL in zip(panels_of(self.columns), self.panels, strict=True):
+            scaled_PL = partial_CC[start:end, : panel_PL.shape[1]].double().mul_(scale)
+            lowest, highest = (bound.item() for bound in torch.aminmax(scaled_PL))
+            if not (math.isfinite(lowest) and math.isfinite(highest)):
+                raise NumericsError(
+                    "a cell's second moments must be finite, found NaN or infinity; look for the calibration"
+                    " row whose activations are not finite"
+                )
+            # Both terms are below 2**62, so their sum cannot wrap around before it is checked.
+            if max(-lowest, highest) < _LIMIT:
+                panel_PL += scaled_PL.round_().to(torch.int64)
+                lowest, highest = (bound.item() for bound in torch.aminmax(panel_PL))
+            _check_range(max(-lowest, highest), self.exponent)
+
+
+def exponent_for(max_diagonal: float, num_cells: int) -> int:
+    """How many bits below 1 the fixed-point total keeps.
+
+    Args:
+        max_diagonal: Largest diagonal entry of the first cell's partial sum; 0 where it saw only zeros.
+        num_cells: Cells that will be summed, the first included.
+
+    Raises:
+        NumericsError: ``max_diagonal`` is negative or not finite.
+
+    >>> exponent_for(1.0, 8), exponent_for(1000.0, 1), exponent_for(0.001, 1)
+    (49, 42, 61)
+    """
+    if not (math.isfinite(max_diagonal) and max_diagonal >= 0):
+        raise NumericsError(
+            f"the first cell's largest second moment must be finite and not negative, found {max_diagonal};"
+            " look for the calibration row whose activations are not finite"
+        )
+    diagonal_bits = math.ceil(math.log2(max_diagonal or _DEFAULT_DIAGONAL))
+    return _TOTAL_BITS - math.ceil(math.log2(num_cells)) - _HEADROOM_BITS - diagonal_bits
+
+
+def merged_panels(
+    totals: Sequence[Total], device: torch.device | str = "cpu"
+) -> Iterator[tuple[int, int, torch.Tensor]]:
+    """The sum of several totals of one exponent, panel by panel.
+
+    Shapes:
+        Of a panel: int64 [P, C], or [P, end of the panel]; not to be changed.
+
+    Yields:
+        First row, row behind the last, and the panel on the device.
+
+    Raises:
+        NumericsError: The sum leaves its range.
+
+    Cost: memory of two panels.
+    """
+    first, *others = totals
+    for number, (start, end) in enumerate(panels_of(first.columns)):
+        panel_PL = first.panels[number].to(device)
+        for other in others:
+            # What the workers gave may be mapped read-only and stays.
+            panel_PL = panel_PL + other.panels[number].to(device)
+            lowest, highest = (bound.item() for bound in torch.aminmax(panel_PL))
+            _check_range(max(-lowest, highest), first.exponent)
+        yield start, end, panel_PL
+
+
+def matrix_from(
+    totals: Sequence[Total], *, columns: int | None = None, device: torch.device | str = "cpu"
+) -> torch.Tensor:
+    """What several totals mean together.
+
+    Args:
+        totals: Of disjoint cells and one exponent; at least one.
+        columns: As many of the first rows and columns; all by default.
+        device: Where the matrix is made.
+
+    Returns:
+        fp32 [C, C]; of symmetric totals both triangles, equal bit for bit.
+
+    Raises:
+        NumericsError: The sum leaves its range.
+
+    Cost: memory of three panels in 64 bits.
+    """
+    size = columns or totals[0].columns
+    matrix_CC = torch.empty(size, size, dtype=torch.float32, device=device)
+    for start, end, panel_PL in merged_panels(totals, device):
+        kept_PL = panel_PL[: max(0, min(end, size) - start), :size]
+        matrix_CC[start:end, : kept_PL.shape[1]] = kept_PL.double().mul_(2.0 ** -totals[0].exponent)
+    if not totals[0].is_whole:
+        mirror_(matrix_CC)
+    return matrix_CC
+
+
+def _check_range(largest: float, exponent: int) -> None:
+    if largest >= _LIMIT:
+        raise NumericsError(
+            f"the sum of second moments may reach {math.ldexp(_LIMIT, -exponent):.3g}, found"
+            f" {math.ldexp(largest, -exponent):.3g}: later cells exceed the first more than"
+            f" {1 << _HEADROOM_BITS} times on average; sum again with a smaller exponent",
+            exponent=exponent,
+        )
