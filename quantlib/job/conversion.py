@@ -332,7 +332,7 @@ def _place_streams(run: _Run) -> int:
     """Embed the cells that nobody has, or take them up where the last checkpoint left them.
 
     Returns:
-        The first block that is left for some stream.
+        The first block that some stream has not passed, or whose shard is missing.
     """
     checkpoint = run.checkpoint if _can_start_from(run, run.checkpoint) else None
     first = checkpoint.block if checkpoint else 0
@@ -352,7 +352,13 @@ def _place_streams(run: _Run) -> int:
         run.history.from_checkpoint = checkpoint.block
         run.excluded_rows = list(checkpoint.excluded_rows)
         run.errors.update({block: dict(errors) for block, errors in checkpoint.block_errors.items()})
-    return min(run.crew.positions)
+    pending = [index for index, unit in run.plan.block_units.items() if unit.name not in run.records]
+    reached = min([*run.crew.positions, *pending])
+    passed = [run.records[run.plan.block_units[block.index].name] for block in run.plan.blocks[:reached]]
+    run.excluded_rows = sorted(
+        {row for record in passed for row in record.excluded_rows}.union(run.excluded_rows)
+    )
+    return reached
 
 
 def _welcome(run: _Run) -> None:

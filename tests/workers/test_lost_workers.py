@@ -150,6 +150,18 @@ def test_node_removed_without_grace_costs_only_its_workers(
     assert (renewal["workers"], renewal["keeps_others"]) == (2, True)
 
 
+def test_worker_without_a_cell_takes_only_what_it_solved_with_it(root, ray_cluster):
+    # One calibration cell: of three workers two have none, and the stream is past the block that is lost.
+    given = {"sequences": 20, "evaluation": None, "propagation": "original"}
+    options, alone = _options(root, "idle", workers=3, **given), _options(root, "idle-alone", **given)
+    quantize(alone)
+    with WorkerPool(options) as pool:
+        report = _convert(options, pool, _at({"block 3/5: solve": _kill(1)}))
+    assert shard_digests(Path(options.output)) == shard_digests(Path(alone.output))
+    assert [renewal["keeps_others"] for renewal in report["history"]["renewals"]] == [True]
+    assert not report["history"]["replayed_blocks"]
+
+
 def test_node_that_joins_is_used_from_the_next_block_on(root, expected, ray_cluster: RayNodes):
     options = _options(root, "grown", threads_per_worker=2)
 
