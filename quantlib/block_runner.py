@@ -58,7 +58,7 @@ class BlockRunner:
         self._prepared: planner.Prepared | None = None
         self._modules: dict[str, tuple[int, nn.Module]] = {}
         self._outer: OuterModel | None = None
-        self._totals: dict[int, list[list[Any]]] = {}
+        self._totals: dict[int, list[tuple[list[Any], list[str]]]] = {}
 
     def prepare(self, options: JobOptions, threads: int) -> dict[str, Any]:
         """Plan the job; see `quantlib.job.planner.prepare`."""
@@ -226,7 +226,7 @@ class BlockRunner:
             module = self._module(_ORIGINAL, block)
             return self._statistics.observe(module, block, key, excluded_rows, exponents)
 
-    def totals(self, block: int, exponents: Sequence[int]) -> list[list[Any]]:
+    def totals(self, block: int, exponents: Sequence[int]) -> list[tuple[list[Any], list[str]]]:
         """All sums over the cells observed here, for other workers; see `BlockStatistics.totals`.
 
         They are kept until `forget_totals`: should another worker be lost, they are asked for again, with
@@ -234,9 +234,9 @@ class BlockRunner:
         """
         with self._working("capture"):
             batches = self._totals.setdefault(block, [])
-            latest = self._statistics.totals(block, exponents)
-            if latest:
-                batches.append([self._share(total.cpu()) for total in latest])
+            totals, keys = self._statistics.totals(block, exponents)
+            if keys:
+                batches.append(([self._share(total.cpu()) for total in totals], keys))
             return batches
 
     def forget_totals(self, block: int) -> None:

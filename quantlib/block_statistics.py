@@ -74,21 +74,21 @@ class BlockStatistics:
                 following_stream(cell).move(block, lambda _: followed_BTD)
         return sums.summaries[key]
 
-    def totals(self, block: int, exponents: Sequence[int]) -> list[Total]:
+    def totals(self, block: int, exponents: Sequence[int]) -> tuple[list[Total], list[str]]:
         """The sums over the cells of a block observed since last asked, from now on someone else's.
 
         Returns:
             Of X^T X for every input group, then of X_ref^T X where targets are corrected; with a row and a
-            column more where a group's biases are (`calibration.moments`). Nothing if no cell was.
+            column more where a group's biases are (`calibration.moments`). And the keys of the cells.
 
         Raises:
             NumericsError: As `observe`.
         """
         sums = self._sums.pop(block, None)
         if sums is None:
-            return []
+            return [], []
         self._add_pending(sums, exponents)
-        return sums.totals
+        return sums.totals, list(sums.summaries)
 
     def _exponents(self, plan: BlockPlan, cell: Cell, observed: "_Observed") -> list[int]:
         num_cells = len(cells_of(self._plan)[CALIBRATION])

@@ -67,6 +67,10 @@ class Cell:
         self.quantized = Stream(hidden_BTD) if compares else None
         self.reference = Stream(hidden_BTD) if has_reference else None
 
+    def clear(self) -> None:
+        """Have no streams any more."""
+        self.main = self.quantized = self.reference = None
+
     @property
     def named_streams(self) -> list[tuple[str, Stream]]:
         """All its streams: ``main``, and ``quantized`` and ``reference`` where they are."""

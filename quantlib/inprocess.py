@@ -68,6 +68,9 @@ class LocalTransport:
     def take_in(self, newcomers: Sequence[int]) -> None:
         """Nobody comes."""
 
+    def send_away(self, newcomers: Sequence[int]) -> None:
+        """Nobody comes."""
+
     def renew(self) -> None:
         """There is one worker and it is this process: nothing can be started in its place."""
         raise WorkerError("the only worker is this process; start the same command again")

@@ -57,12 +57,15 @@ class WorkerCells:
 
     def keep(self, keys: Sequence[str]) -> None:
         """Have no other cells than these any more."""
-        self._mine = {key: self._mine[key] for key in keys}
+        for key in self._mine.keys() - set(keys):
+            self._mine.pop(key).clear()
 
     def give(self, key: str) -> dict[str, tuple[torch.Tensor, int]]:
         """Part with a cell: its streams on the CPU and where they stand."""
         cell = self._mine.pop(key)
-        return {name: (stream.hidden_BTD.cpu(), stream.position) for name, stream in cell.named_streams}
+        streams = {name: (stream.hidden_BTD.cpu(), stream.position) for name, stream in cell.named_streams}
+        cell.clear()
+        return streams
 
     def take(self, key: str, streams: Mapping[str, tuple[torch.Tensor, int]]) -> None:
         """Have a cell that another worker gave."""

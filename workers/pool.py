@@ -55,6 +55,7 @@ class WorkerPool:
         # Asked for while the job runs: handle, and what its first answer will be.
         self._awaited: dict[int, tuple[Any, Any]] = {}
         self._newcomers: dict[int, Any] = {}
+        self._num_refused = 0
         self._numbers = itertools.count()
         self._looked = time.monotonic()
         self._is_renewed = False
@@ -89,6 +90,7 @@ class WorkerPool:
         self._keep(self._placed(RENEWAL_TIMEOUT_S, longest_s))
         if not self.actors:
             raise self._not_placed(0, longest_s)
+        self._ask_for_missing()
 
     def drop_lost(self) -> list[int]:
         """Do without the workers whose process or node is gone, and ask for others in their place.
@@ -97,6 +99,8 @@ class WorkerPool:
             Their numbers. One that does not answer in time is not among them: it may be busy loading.
         """
         answers = {actor.pulse.remote(): number for number, actor in self.actors.items()}
+        if not answers:
+            return []
         answered, _ = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWER_TIMEOUT_S)
         gone = [answers[reference] for reference in answered if not _is_well(reference)]
         for number in gone:
@@ -112,7 +116,8 @@ class WorkerPool:
             self._looked = time.monotonic()
             offered = ray.cluster_resources()
             cores, gpus = int(offered.get("CPU", 1)), int(offered.get("GPU", 0))
-            self._count = max(self._count, gpus if self._uses_gpus else _workers_for(cores, self._options))
+            fitting = gpus if self._uses_gpus else _workers_for(cores, self._options)
+            self._count = max(self._count, fitting - self._num_refused)
             self._ask_for_missing()
         return bool(self._answered())
 
@@ -121,16 +126,23 @@ class WorkerPool:
         came = []
         for number in self._answered():
             actor, reference = self._awaited.pop(number)
-            if self._has_started(reference):
+            if _is_well(reference):
                 actor.load.remote()
                 self._newcomers[number] = actor
                 came.append(number)
+            else:
+                self._refuse(actor)
         return came
 
     def take_in(self, numbers: Iterable[int]) -> None:
         """Count newcomers among the workers."""
         for number in numbers:
             self.actors[number] = self._newcomers.pop(number)
+
+    def send_away(self, numbers: Iterable[int]) -> None:
+        """Do without newcomers, and ask for no others in their place."""
+        for number in numbers:
+            self._refuse(self._newcomers.pop(number))
 
     def actor(self, number: int) -> Any:
         """A worker's or a newcomer's handle."""
@@ -142,6 +154,11 @@ class WorkerPool:
         for actor in [*self.actors.values(), *self._newcomers.values(), *awaited]:
             ray.kill(actor)
         self.actors, self._newcomers, self._awaited = {}, {}, {}
+
+    def _refuse(self, actor: Any) -> None:
+        ray.kill(actor)
+        self._count -= 1
+        self._num_refused += 1
 
     def _answered(self) -> list[int]:
         numbers = {reference: number for number, (_, reference) in self._awaited.items()}

@@ -105,6 +105,10 @@ class RayTransport:
         """Count newcomers among the workers."""
         self._pool.take_in(newcomers)
 
+    def send_away(self, newcomers: Sequence[int]) -> None:
+        """Do without newcomers, and ask for no others in their place."""
+        self._pool.send_away(newcomers)
+
     def renew(self) -> None:
         """Start all workers anew; see `WorkerPool.renew`."""
         with self._lock:

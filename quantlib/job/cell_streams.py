@@ -75,15 +75,23 @@ class CellStreams:
     def restore(self, checkpoint: ActivationCheckpoint) -> None:
         """Put the cells that were dealt last where a checkpoint left them."""
         homes, submit = self._holdings.homes, self._transport.submit
+        # Until all have come nobody knows which did.
+        self._holdings.moving.update(self._dealt)
         shares = {w: [key for key in self._dealt if homes[key] == w] for w in self._transport.workers}
         results(
             self._transport,
             [submit(worker, "restore_activations", checkpoint, keys) for worker, keys in shares.items()],
         )
+        self._holdings.moving.difference_update(self._dealt)
         self._holdings.place(self._dealt, checkpoint.block)
+
+    def forget_dealt(self) -> None:
+        """Cells that are there are not to be restored."""
+        self._dealt = []
 
     def give_up_restoring(self) -> None:
         """Those cells are missing again: some may stand where the checkpoint is and some not."""
+        self._holdings.moving.difference_update(self._dealt)
         for key in self._dealt:
             self._holdings.homes.pop(key, None)
 
@@ -120,12 +128,11 @@ class CellStreams:
             after_evaluation: Whether they wait until the block before was compared.
         """
         keys = [key for key in self.evaluation if self.stands(key, block)]
-        pieces = self.pieces(block, "forward", keys)
-        if not after_evaluation:
-            return pieces
         return [
             dataclasses.replace(piece, after=frozenset({PieceId(block - 1, "evaluate", piece.id.part)}))
-            for piece in pieces
+            if after_evaluation and self.waits(key_of(piece), block - 1)
+            else piece
+            for piece in self.pieces(block, "forward", keys)
         ]
 
     def begin(self, worker: int, piece: Piece, method: str, needs: Handle, *arguments: Any) -> Handle:

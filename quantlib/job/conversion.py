@@ -291,14 +291,11 @@ def _with_renewals(run: _Run, work: Callable[[], T]) -> T:
 
 def _go_on_after(run: _Run, lost: WorkerLostError) -> None:
     """With the workers that are left if that can be done, else with all of them started anew."""
-    aborted = None
     # What one that hangs was doing is not known to have ended.
-    if "worker" not in lost.facts:
-        aborted = run.call("go on with the workers left", run.crew.carry_on)
-    keeps = aborted is not None
-    if aborted is None:
-        aborted = run.call("start workers anew", run.crew.renew)
-    run.history.aborted_uploads += aborted
+    keeps = "worker" not in lost.facts and run.call("go on with the workers left", run.crew.carry_on)
+    if not keeps:
+        run.call("start workers anew", run.crew.renew)
+    run.history.aborted_uploads += run.call("give up unfinished uploads", run.crew.abort_uploads)
     renewal = {"because": lost.message, "workers": run.crew.num_workers, "keeps_others": keeps}
     run.history.renewals.append(renewal)
 
@@ -336,7 +333,7 @@ def _place_streams(run: _Run) -> int:
     """
     checkpoint = run.checkpoint if _can_start_from(run, run.checkpoint) else None
     first = checkpoint.block if checkpoint else 0
-    if any(block.index == first for block in _blocks_to_run(run)):
+    if not run.crew.positions and any(block.index == first for block in _blocks_to_run(run)):
         run.crew.prefetch(first)
     records = run.call("embed", run.crew.prelude, _pending(run, "prelude"))
     run.records.update({record.unit: record for record in records})
@@ -363,8 +360,10 @@ def _place_streams(run: _Run) -> int:
 
 def _welcome(run: _Run) -> None:
     """Let workers that came meanwhile take part."""
-    came = run.submit("welcome workers", run.crew.welcome).result() if run.crew.awaits_workers else 0
-    run.history.joined_workers += came
+    if run.crew.awaits_workers:
+        came, problems = run.submit("welcome workers", run.crew.welcome).result()
+        run.history.joined_workers += came
+        run.history.refused_workers += problems
 
 
 def _can_start_from(run: _Run, checkpoint: ActivationCheckpoint | None) -> bool:
@@ -414,7 +413,8 @@ def _convert_block(run: _Run, block: BlockPlan, following: BlockPlan | None) -> 
         notes = (list(run.excluded_rows), dict(run.seconds[index]))
         run.writing = run.submit(run.name_of(index, "write"), crew.write, unit, linears, *notes)
     if _runs_quantized(plan):
-        run.errors[index] = run.stage(index, "evaluate", crew.advance, index)
+        errors = run.stage(index, "evaluate", crew.advance, index)
+        run.errors[index] = run.errors.get(index, {}) if errors is None else errors
 
 
 def _move_streams(run: _Run, block: BlockPlan, *, is_ahead: bool = False) -> _Begun[dict[str, Any] | None]:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from quantlib.errors import NumericsError, QuantError
+from quantlib.errors import NumericsError, QuantError, WorkerLostError
 from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.block_parts import BlockParts
 from quantlib.job.cell_streams import CellStreams, key_of
@@ -41,6 +41,7 @@ class Crew:
         self._transport = transport
         self._threads = threads
         self._options: JobOptions | None = None
+        self._plan: tuple[Plan, str | None] | None = None
         self._job: _Job | None = None
         self._num_moved = 0
 
@@ -85,6 +86,7 @@ class Crew:
         Args:
             run_id: The run that holds the lease; units are recorded only while it does.
         """
+        self._plan = (plan, run_id)
         self._all("open", plan, run_id)
         self._job = _Job(self._transport, plan, run_id)
         self._job.employ(self._transport.workers)
@@ -99,30 +101,28 @@ class Crew:
         if self._job is not None:
             self._job.dispatcher.close()
 
-    def renew(self) -> int:
-        """Start the workers anew after one was lost; what they held is gone, the plan is given again.
-
-        Returns:
-            How many unfinished uploads of the old ones were given up.
-        """
-        job = self._opened
-        job.dispatcher.close()
-        self._num_moved += job.cells.num_moved
+    def renew(self) -> None:
+        """Start the workers anew after one was lost; what they held is gone, the plan is given again."""
+        assert self._plan is not None, "open(plan) comes first"
+        if self._job is not None:
+            self._job.dispatcher.close()
+            self._num_moved += self._job.cells.num_moved
+            self._job = None
         self._transport.renew()
-        self.open(job.plan, job.run_id)
-        return self._one("abort_uploads")
+        self.open(*self._plan)
 
-    def carry_on(self) -> int | None:
+    def carry_on(self) -> bool:
         """Go on with the workers that are left; what the lost ones held is brought up again by `prelude`.
 
         Returns:
-            How many unfinished uploads of the lost ones were given up; None when nobody is left: `renew`.
+            False when that cannot be done, as nobody is left, or nobody is gone that is known of: `renew`.
         """
-        job, gone = self._opened, self._transport.drop_lost()
-        if not gone or not self._transport.workers:
-            return None
-        job.holdings.lose(gone)
+        job, gone = self._job, self._transport.drop_lost()
+        if job is None or not gone or not self._transport.workers:
+            return False
         job.dispatcher.close()
+        job.holdings.lose(gone)
+        job.cells.forget_dealt()
         job.dispatcher = Dispatcher(self._transport)
         job.statistics.clear()
         job.parts.read_anew(())
@@ -130,20 +130,34 @@ class Crew:
             kept = [key for key, home in job.holdings.homes.items() if home == worker]
             self._transport.submit(worker, "keep_cells", kept)
         job.employ(self._transport.workers)
+        return True
+
+    def abort_uploads(self) -> int:
+        """Give up what lost workers were writing, and tell how many uploads; nobody may be writing."""
         return self._one("abort_uploads")
 
-    def welcome(self) -> int:
-        """Have workers that came meanwhile take part from now on; gives how many."""
-        job, came = self._opened, self._transport.newcomers()
-        if came:
-            submit = self._transport.submit
-            results(self._transport, [submit(worker, "open", job.plan, job.run_id) for worker in came])
-            if job.plan.has_streams:
-                prelude = job.parts.read(job.plan.prelude_tensors)
-                results(self._transport, [submit(worker, "embed", prelude, []) for worker in came])
-            self._transport.take_in(came)
-            job.employ(came)
-        return len(came)
+    def welcome(self) -> tuple[int, list[str]]:
+        """Have workers that came meanwhile take part from now on.
+
+        Returns:
+            How many; and what was wrong with others, which are sent away: the job can do without them.
+        """
+        job, came, problems = self._opened, self._transport.newcomers(), []
+        calls: list[tuple[Any, ...]] = [("open", job.plan, job.run_id)]
+        if came and job.plan.has_streams:
+            calls.append(("embed", job.parts.read(job.plan.prelude_tensors), []))
+        for call in calls:
+            handles = {worker: self._transport.submit(worker, *call) for worker in came}
+            for worker, handle in handles.items():
+                try:
+                    self._transport.result(handle)
+                except QuantError as error:
+                    problems.append(error.message)
+                    came.remove(worker)
+                    self._transport.send_away([worker])
+        self._transport.take_in(came)
+        job.employ(came)
+        return len(came), problems
 
     def check_finished(self, records: Sequence[DoneRecord]) -> tuple[dict[str, DoneRecord], dict[str, str]]:
         """Compare finished shards with their records, the workers sharing them; see `BlockRunner`."""
@@ -308,8 +322,12 @@ class Crew:
         )
         return self._transport.result(handle)
 
-    def advance(self, block: int) -> dict[str, Any]:
-        """Run the quantized streams through a block as it was packed; errors against the original stream."""
+    def advance(self, block: int) -> dict[str, Any] | None:
+        """Run the quantized streams through a block as it was packed.
+
+        Returns:
+            Errors against the original stream; None when only streams that were lost were brought up again.
+        """
         job, packed = self._opened, self._opened.parts.packed(block)
         compared = job.holdings.compared.setdefault(block, {})
 
@@ -328,6 +346,8 @@ class Crew:
             for piece in job.cells.pieces(block, stage, [key for key in keys if job.cells.waits(key, block)])
         ]
         job.run(pieces, begin, heard)
+        if len(compared) < len(job.cells.evaluation):
+            return None
         return _stream_errors([compared[key] for key in sorted(compared)])
 
     def release(self, block: int) -> None:
@@ -384,9 +404,18 @@ class Crew:
         """Have the observers share their sums: for every input group what `GroupSolver.solve` wants."""
         job, held = self._opened, self._opened.holdings
         exponents = held.exponents[block]
-        observers = sorted({cell.worker for cell in held.observed[block].values()})
+        observed = held.observed[block]
+        observers = sorted({cell.worker for cell in observed.values()})
         handles = [self._transport.submit(worker, "totals", block, exponents) for worker in observers]
-        batches = [batch for found in results(self._transport, handles) for batch in found]
+        batches = []
+        for worker, found in zip(observers, results(self._transport, handles), strict=True):
+            told = sorted(key for key, cell in observed.items() if cell.worker == worker)
+            if sorted(key for _, keys in found for key in keys) != told:
+                raise WorkerLostError(
+                    f"worker {worker} was to have summed {told} in block {block} and has summed others",
+                    worker=worker,
+                )
+            batches += [totals for totals, _ in found]
         num_groups = len(job.plan.blocks[block].input_groups)
         given: dict[int, list[list[Handle]]] = {group: [[], []] for group in range(num_groups)}
         for number in range(len(exponents)):

@@ -13,12 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from quantlib.errors import QuantError, WorkerError
+from quantlib.errors import WorkerError
 from quantlib.job.schedule import Piece, PieceId, Schedule
 from quantlib.job.transport import Handle, Transport
 
 # So often the workers are asked whether they live.
 PULSE_S = 20.0
+_END = object()
 _STOPPED = "the job was stopped; the same command continues it"
 
 
@@ -43,9 +44,9 @@ class Dispatcher:
         self._schedule = Schedule()
         self._stages: dict[PieceId, _Stage] = {}
         self._handles: dict[int, Handle] = {}
-        self._events: queue.SimpleQueue[tuple[int, Handle] | None] = queue.SimpleQueue()
+        self._events: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self._stopped: BaseException | None = None
         threading.Thread(target=self._listen, name="dispatch", daemon=True).start()
 
     def join(self, worker: int, *, memory_bytes: int) -> None:
@@ -67,10 +68,13 @@ class Dispatcher:
             heard: Told of every result, and of who has it, before any other piece is begun.
 
         Raises:
-            QuantError: What a piece raised, after those under way have ended; the rest was dropped.
+            QuantError: What a piece raised, after those under way have ended; the rest was dropped. Or the
+                dispatcher was stopped.
         """
         futures: dict[PieceId, Future[Any]] = {piece.id: Future() for piece in pieces}
         with self._lock:
+            if self._stopped is not None:
+                raise self._stopped
             self._schedule.add(pieces)
             self._stages |= dict.fromkeys(futures, _Stage(begin=begin, heard=heard, futures=futures))
         self._events.put(None)
@@ -82,16 +86,17 @@ class Dispatcher:
         return [future.result() for future in futures.values()]
 
     def drop_waiting(self) -> None:
-        """Begin nothing of what the stages still want; they end in an error once what is under way has."""
+        """Begin nothing any more; stages end in an error once what is under way has ended."""
         with self._lock:
+            self._stopped = self._stopped or WorkerError(_STOPPED)
             running = {piece.id for piece in self._schedule.running.values()}
             for name in self._stages.keys() - running:
                 self._drop(name, WorkerError(_STOPPED))
 
     def close(self) -> None:
-        """Begin nothing any more; whoever still waits is told that the job was stopped."""
-        self._closed.set()
-        self._events.put(None)
+        """Begin nothing any more; whoever still waits is told at once that the job was stopped."""
+        self._abandon(WorkerError(_STOPPED))
+        self._events.put(_END)
 
     def _withdraw(self, futures: Mapping[PieceId, Future[Any]]) -> list[Future[Any]]:
         """Drop what was not begun; gives the futures of what was. A dropped one carries the first error."""
@@ -105,17 +110,21 @@ class Dispatcher:
 
     def _listen(self) -> None:
         asked = time.monotonic()
-        while not self._closed.is_set():
-            with suppress(queue.Empty):
-                event = self._events.get(timeout=PULSE_S)
-                with self._lock:
-                    if event is not None:
-                        self._end(*event)
-                    self._begin()
-            if time.monotonic() - asked >= PULSE_S:
-                self._feel_pulses()
-                asked = time.monotonic()
-        self._abandon(WorkerError(_STOPPED))
+        try:
+            while True:
+                with suppress(queue.Empty):
+                    event = self._events.get(timeout=PULSE_S)
+                    if event is _END:
+                        return
+                    with self._lock:
+                        if event is not None:
+                            self._end(*event)
+                        self._begin()
+                if time.monotonic() - asked >= PULSE_S:
+                    self._transport.feel_pulses()
+                    asked = time.monotonic()
+        except Exception as error:  # noqa: BLE001 - a silent worker or a defect: every stage raises it
+            self._abandon(error)
 
     def _begin(self) -> None:
         for assignment in self._schedule.assign():
@@ -150,15 +159,10 @@ class Dispatcher:
         self._schedule.drop([name])
         self._stages.pop(name).futures[name].set_exception(error)
 
-    def _feel_pulses(self) -> None:
-        try:
-            self._transport.feel_pulses()
-        except QuantError as error:
-            self._abandon(error)
-
-    def _abandon(self, error: QuantError) -> None:
-        """Tell every stage; what is under way is not waited for."""
+    def _abandon(self, error: BaseException) -> None:
+        """Tell every stage, also those to come; what is under way is not waited for."""
         with self._lock:
+            self._stopped = self._stopped or error
             for worker in list(self._schedule.running):
                 self._fail(worker, error)
             for name in list(self._stages):

@@ -19,6 +19,7 @@ class History:
         renewals: Why it went on with other workers, how many there were then, and whether those that lived
             kept what they had.
         joined_workers: How many came while the job ran.
+        refused_workers: What was wrong with others that came.
         aborted_uploads: Unfinished uploads of runs and workers that died.
         moved_cells: How often a worker that had nothing to do took over a cell of a busy one.
     """
@@ -32,5 +33,6 @@ class History:
     retries: dict[str, int] = field(default_factory=dict)
     renewals: list[dict[str, Any]] = field(default_factory=list)
     joined_workers: int = 0
+    refused_workers: list[str] = field(default_factory=list)
     aborted_uploads: int = 0
     moved_cells: int = 0

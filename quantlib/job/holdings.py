@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from quantlib.job.activations import CALIBRATION, corpus_of
 from quantlib.job.transport import Handle
 
 
@@ -78,6 +79,12 @@ class Holdings:
         """
         lost = self.moving | {key for key, worker in self.homes.items() if worker in gone}
         self.moving = set()
+        for block, groups in self.packed.items():
+            missing = [group for group, held in groups.items() if held.worker in gone]
+            for group in missing:
+                del groups[group]
+            if missing and block in self.observed:
+                lost |= self._passed_unobserved(block)
         for cells in self.observed.values():
             for key in [key for key, held in cells.items() if held.worker in gone]:
                 lost.add(key)
@@ -87,6 +94,13 @@ class Holdings:
                 kept.pop(key, None)
         for parts in self.sources.values():
             parts[:] = [None if part is None or part.worker in gone else part for part in parts]
-        for groups in self.packed.values():
-            for group in [group for group, held in groups.items() if held.worker in gone]:
-                del groups[group]
+
+    def _passed_unobserved(self, block: int) -> set[str]:
+        """Calibration cells that an earlier loss took out of a block's sums when its codes were all there."""
+        return {
+            key
+            for key in self.homes
+            if corpus_of(key) == CALIBRATION
+            and key not in self.observed[block]
+            and max(self.follows[key], self.quantized[key]) > block
+        }

@@ -311,6 +311,7 @@ def history_sentences(report: Mapping[str, Any]) -> list[str]:
         found.append(f"{how} ({renewal['workers']} of them): {renewal['because']}")
     if joined := history.get("joined_workers"):
         found.append(f"Workers that came while the job ran: {joined}")
+    found += [f"A worker that came was of no use: {reason}" for reason in history.get("refused_workers", ())]
     if moved := history.get("moved_cells"):
         found.append(f"Cells that a worker with nothing to do took over from a busy one: {moved}")
     if history.get("renewals"):

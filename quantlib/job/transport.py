@@ -56,6 +56,10 @@ class Transport(Protocol):
         """Count newcomers among the workers."""
         ...
 
+    def send_away(self, newcomers: Sequence[int]) -> None:
+        """Do without newcomers, and ask for no others in their place."""
+        ...
+
     def renew(self) -> None:
         """Start all workers anew, elsewhere or fewer of them where that must be.
 

@@ -177,4 +177,17 @@ def test_drop_waiting_ends_a_stage_whose_pieces_wait_for_another(threads, dispat
         dispatcher.drop_waiting()
         with pytest.raises(WorkerError, match="stopped"):
             waiting.result(timeout=10)
-    assert dispatcher.run(_pieces(2), begin) == [0, 1]
+    # A stage that slept before it was tried again, say, would otherwise wait for ever.
+    with pytest.raises(WorkerError, match="stopped"):
+        dispatcher.run(_pieces(2), begin)
+
+
+def test_a_defect_in_the_transport_ends_every_stage(threads, dispatcher):
+    def begin(worker: int, piece: Piece) -> Future[Any]:
+        return threads.workers[worker].submit(lambda: piece.id.part)
+
+    threads.when_done = None
+    with pytest.raises(TypeError):
+        dispatcher.run(_pieces(3), begin)
+    with pytest.raises(TypeError):
+        dispatcher.run(_pieces(3), begin)

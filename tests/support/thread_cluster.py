@@ -1,0 +1,161 @@
+"""Workers that are threads of this process and can be killed at any call: a fault in its exact place.
+
+Each worker is a real `BlockRunner` behind the interface of `quantlib.job.transport.Transport`. What a killed
+worker was doing, and every value it shared, is lost, as with a Ray actor.
+"""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from quantlib.block_runner import BlockRunner
+from quantlib.errors import WorkerLostError
+
+_STORAGE_METHODS = ("read", "read_packed", "write", "check_finished")
+_LANES = ("compute", "storage", "exchange")
+
+
+@dataclass(frozen=True, slots=True)
+class _Handle:
+    worker: int
+    future: Future[Any] = field(default_factory=Future)
+
+
+@dataclass(frozen=True, slots=True)
+class _Shared:
+    worker: int
+    value: Any
+
+
+class ThreadCluster:
+    """A transport to workers in threads.
+
+    Args:
+        num_workers: At the start, and after a renewal.
+
+    Attributes:
+        before: Called in the worker's thread with (worker, method, arguments) before every call; what it
+            raises, the call raises.
+        dead: Workers that were killed.
+    """
+
+    def __init__(self, num_workers: int) -> None:
+        self.before: Callable[[int, str, tuple[Any, ...]], None] = lambda *_: None
+        self.dead: set[int] = set()
+        self._num_workers = num_workers
+        self._runners: dict[int, BlockRunner] = {}
+        self._lanes: dict[tuple[int, str], ThreadPoolExecutor] = {}
+        self._handles: list[_Handle] = []
+        self._lock = threading.Lock()
+        self._waiting: list[int] = []
+        self.workers = [self._start() for _ in range(num_workers)]
+
+    def kill(self, worker: int) -> None:
+        """End a worker as a power cut would."""
+        with self._lock:
+            self.dead.add(worker)
+            pending = [handle for handle in self._handles if handle.worker == worker]
+        for handle in pending:
+            with suppress(InvalidStateError):
+                handle.future.set_exception(_lost(worker))
+
+    def come(self) -> int:
+        """A worker more, which waits to be taken in."""
+        self._waiting.append(self._start())
+        return self._waiting[-1]
+
+    def close(self) -> None:
+        """End all threads."""
+        for lane in self._lanes.values():
+            lane.shutdown(wait=False, cancel_futures=True)
+
+    def submit(self, worker: int, method: str, *arguments: Any) -> _Handle:
+        """Start a method."""
+        handle = _Handle(worker)
+        with self._lock:
+            if worker in self.dead:
+                handle.future.set_exception(_lost(worker))
+                return handle
+            self._handles.append(handle)
+        lane = "storage" if method in _STORAGE_METHODS else "exchange" if method == "give" else "compute"
+        self._lanes[worker, lane].submit(self._call, handle, method, arguments)
+        return handle
+
+    def result(self, handle: _Handle) -> Any:
+        """Wait for a method."""
+        return handle.future.result()
+
+    def when_done(self, handle: _Handle, call: Callable[[], None]) -> None:
+        """Call once a method has ended."""
+        handle.future.add_done_callback(lambda _: call())
+
+    def feel_pulses(self) -> None:
+        """A killed worker's calls fail by themselves."""
+
+    def drop_lost(self) -> list[int]:
+        """Do without the killed ones."""
+        gone = [worker for worker in self.workers if worker in self.dead]
+        self.workers = [worker for worker in self.workers if worker not in self.dead]
+        return gone
+
+    @property
+    def has_newcomers(self) -> bool:
+        """Whether some wait."""
+        return bool(self._waiting)
+
+    def newcomers(self) -> list[int]:
+        """Their numbers."""
+        came, self._waiting = self._waiting, []
+        return came
+
+    def take_in(self, newcomers: Sequence[int]) -> None:
+        """They are workers now."""
+        self.workers = [*self.workers, *newcomers]
+
+    def send_away(self, newcomers: Sequence[int]) -> None:
+        """They are not."""
+        self.dead.update(newcomers)
+
+    def renew(self) -> None:
+        """Kill all and start as many as there were first."""
+        for worker in self.workers:
+            self.kill(worker)
+        self.workers = [self._start() for _ in range(self._num_workers)]
+
+    def _start(self) -> int:
+        worker = len(self._runners)
+        self._runners[worker] = BlockRunner(share=lambda value: _Shared(worker, value))
+        for lane in _LANES:
+            self._lanes[worker, lane] = ThreadPoolExecutor(1, thread_name_prefix=f"{lane}-{worker}")
+        return worker
+
+    def _call(self, handle: _Handle, method: str, arguments: tuple[Any, ...]) -> None:
+        if handle.worker in self.dead:
+            return
+        try:
+            self.before(handle.worker, method, arguments)
+            values = [self._resolved(argument) for argument in arguments]
+            value, error = getattr(self._runners[handle.worker], method)(*values), None
+        except Exception as raised:  # noqa: BLE001 - it is the caller's
+            value, error = None, raised
+        with suppress(InvalidStateError):
+            if error is None:
+                handle.future.set_result(value)
+            else:
+                handle.future.set_exception(error)
+
+    def _resolved(self, argument: Any) -> Any:
+        if isinstance(argument, list):
+            return [self._resolved(item) for item in argument]
+        if isinstance(argument, _Handle | _Shared) and argument.worker in self.dead:
+            raise _lost(argument.worker)
+        if isinstance(argument, _Handle):
+            return self._resolved(argument.future.result())
+        return argument.value if isinstance(argument, _Shared) else argument
+
+
+def _lost(worker: int) -> WorkerLostError:
+    return WorkerLostError(f"a worker was lost: {worker}")
