@@ -11,7 +11,7 @@ from torch import nn
 
 from quantlib.cell_store import read_cell, write_cell
 from quantlib.cells import Cell, Stream, cut_into_cells
-from quantlib.job.activations import CALIBRATION, EVALUATION, ActivationCheckpoint, cell_key
+from quantlib.job.activations import CALIBRATION, EVALUATION, ActivationCheckpoint, cell_key, corpus_of
 from quantlib.job.manifest import tokens_uri
 from quantlib.job.plan import Plan
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
@@ -45,7 +45,7 @@ class WorkerCells:
         for key in keys:
             cell = self._all[key]
             hidden_BTD, inputs = outer.embed(cell.ids_BT.to(self._device))
-            is_evaluation = key.startswith(EVALUATION)
+            is_evaluation = corpus_of(key) == EVALUATION
             has_reference = self._plan.options["correct_targets"] and not is_evaluation
             cell.start(hidden_BTD, compares=is_evaluation, has_reference=has_reference)
             self._mine[key] = cell

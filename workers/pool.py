@@ -46,9 +46,8 @@ class WorkerPool:
         if options.device == "cuda" and not self._uses_gpus:
             raise _refused("device cuda was asked for, but the cluster offers no GPU; choose cpu", "device")
         cores = int(offered.get("CPU", 1))
-        fitting = int(offered["GPU"]) if self._uses_gpus else _workers_for(cores, options)
         self._options = options
-        self._count = options.workers or fitting
+        self._count = options.workers or self._offered(offered)
         self._is_local = options.ray_address is None
         self.threads = options.threads_per_worker or max(1, cores // self._count)
         self.actors: dict[int, Any] = {}
@@ -114,10 +113,8 @@ class WorkerPool:
         """Whether workers that were asked for while the job runs have answered."""
         if self._options.workers is None and time.monotonic() - self._looked > _LOOK_AGAIN_S:
             self._looked = time.monotonic()
-            offered = ray.cluster_resources()
-            cores, gpus = int(offered.get("CPU", 1)), int(offered.get("GPU", 0))
-            fitting = gpus if self._uses_gpus else _workers_for(cores, self._options)
-            self._count = max(self._count, fitting - self._num_refused)
+            wanted = self._offered(ray.cluster_resources()) - self._num_refused
+            self._count = max(self._count, wanted)
             self._ask_for_missing()
         return bool(self._answered())
 
@@ -216,6 +213,12 @@ class WorkerPool:
                 " node?"
             ) from error
         return True
+
+    def _offered(self, resources: Mapping[str, float]) -> int:
+        """How many workers a job takes of a cluster with these resources, unless it is told."""
+        if self._uses_gpus:
+            return int(resources.get("GPU", 0))
+        return _workers_for(int(resources.get("CPU", 1)), self._options)
 
     def _fitting(self) -> int:
         """How many workers the nodes that live can hold, were they empty."""

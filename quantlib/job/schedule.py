@@ -1,8 +1,7 @@
 """Who does what next: a state that only events move, without clocks, threads or workers of its own.
 
-A *piece* is the smallest part of a stage that one worker does: a cell through a block, a row tile of an
-input group. The real job and the simulation of a cluster both follow what `Schedule.assign` says, so what is
-shown here (each piece done once, nobody idle while something is ready, no budget exceeded) holds for both.
+A *piece* is the smallest part of a stage that one worker does: a cell through a block, an input group to
+solve. Each is done once, nobody is idle while something is ready that fits, and no worker's memory exceeded.
 """
 
 import heapq
@@ -22,14 +21,12 @@ class PieceId:
     Attributes:
         block: Index of the block.
         stage: ``capture``, ``solve``, ...
-        part: Number within the stage: a cell, an input group.
-        subpart: Number within the part: a row tile, a panel.
+        part: Number within the stage: of a cell, of an input group.
     """
 
     block: int
     stage: str
     part: int
-    subpart: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

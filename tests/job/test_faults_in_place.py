@@ -1,5 +1,6 @@
 """Workers lost, late or failing in one exact place of a job: it ends, and with the bytes of one process."""
 
+import dataclasses
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import torch
 
 from quantlib.errors import NumericsError, QuantError, TransientStorageError, WorkerLostError
 from quantlib.inprocess import DirectStages, quantize
-from quantlib.job import conversion, failures
+from quantlib.job import failures
 from quantlib.job.conversion import Progress, convert
 from quantlib.job.crew import Crew
 from quantlib.job.failures import Policy
@@ -49,9 +50,10 @@ def calm(root) -> dict[str, tuple[dict[str, str], list[float]]]:
 @pytest.fixture(autouse=True)
 def at_once(monkeypatch):
     torch.set_num_threads(1)
-    monkeypatch.setattr(conversion, "delay_s", lambda *_: 0.0)
     retry = Policy(action="retry", attempts=4, first_delay_s=0.2)
-    monkeypatch.setattr(failures, "POLICIES", ((TransientStorageError, retry), *failures.POLICIES))
+    renew = dataclasses.replace(failures.policy_for(WorkerLostError("x")), first_delay_s=0.0)
+    sooner = ((TransientStorageError, retry), (WorkerLostError, renew))
+    monkeypatch.setattr(failures, "POLICIES", (*sooner, *failures.POLICIES))
 
 
 def _options(root: Path, name: str, **changes: Any) -> JobOptions:
