@@ -30,11 +30,13 @@ from quantlib.inprocess import quantize
 from quantlib.job.clean import clean_work, format_cleaned
 from quantlib.job.command_line import COMMANDS, build_parser, options_of, values_of
 from quantlib.job.estimate import describe_plan, format_plan
+from quantlib.job.memory import Room, Surroundings, budgets_from, plan_memory
 from quantlib.job.planner import build_plan
 from quantlib.job.progress_bar import progress_bar
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_text import format_report, format_summary
 from quantlib.machine import default_threads, measured_flops_per_second
+from quantlib.memory_watch import machine_memory_bytes, memory_bytes
 from quantlib.storage import join_uri, normalize_uri, open_store
 
 _INTERRUPTED = 130
@@ -73,8 +75,17 @@ def _plan(parsed: argparse.Namespace) -> int:
     options = options_of(parsed)
     num_workers = options.workers or 1
     plan, _ = build_plan(options, default_threads(num_workers))
+    is_here = options.runner == "inprocess"
+    surroundings = Surroundings(
+        workers=num_workers,
+        idle_bytes=memory_bytes(),
+        has_device=plan.device_kind.startswith("cuda"),
+        store_workers=0 if is_here else num_workers,
+    )
+    room = Room(worker_bytes=machine_memory_bytes() if is_here else None)
+    memory = plan_memory(plan, surroundings, budgets_from(options, room))
     described = describe_plan(
-        plan, num_workers=num_workers, flops_per_second=measured_flops_per_second(plan.threads)
+        plan, memory, num_workers=num_workers, flops_per_second=measured_flops_per_second(plan.threads)
     )
     print(json.dumps(described, indent=1) if parsed.json else format_plan(described))
     return 0

@@ -5,7 +5,6 @@ block being worked on; everything else comes in as arguments and goes out as sma
 ``share``, as tensors other workers may ask for.
 """
 
-import resource
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,15 +27,17 @@ from quantlib.job.finished import check_unit, read_unit
 from quantlib.job.lease import refuse_taken_over
 from quantlib.job.manifest import DoneRecord, remove_record, store_record
 from quantlib.job.options import JobOptions
-from quantlib.job.plan import Plan
+from quantlib.job.plan import Groups, Plan
 from quantlib.job.publish import publish
-from quantlib.machine import refuse_other_device
+from quantlib.machine import device_bytes, refuse_other_device
+from quantlib.memory_watch import PeakMemory, give_back_what_is_freed, memory_bytes
 from quantlib.model.skeleton import OuterModel, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
 from quantlib.steps import dequantized_weights, score_streams, stream_error
 from quantlib.storage import join_uri, open_store
+from quantlib.stream_shelf import Shelf
 from quantlib.worker_cells import WorkerCells, following_stream
 
 Tensors = Mapping[str, torch.Tensor]
@@ -58,13 +59,19 @@ class BlockRunner:
         self._prepared: planner.Prepared | None = None
         self._modules: dict[str, tuple[int, nn.Module]] = {}
         self._outer: OuterModel | None = None
-        self._totals: dict[int, list[tuple[list[Any], list[str]]]] = {}
+        self._peak = PeakMemory()
+        self._totals: dict[tuple[int, Groups], list[tuple[list[Any], list[str]]]] = {}
 
     def prepare(self, options: JobOptions, threads: int) -> dict[str, Any]:
         """Plan the job; see `quantlib.job.planner.prepare`."""
         with self._clock.computing("plan"):
             self._prepared = planner.prepare(options, threads)
-            return {"plan": self._prepared.plan, "report": self._prepared.report}
+            return {
+                "plan": self._prepared.plan,
+                "report": self._prepared.report,
+                "idle_bytes": memory_bytes(),
+                "device_bytes": device_bytes(self._prepared.plan.device_kind),
+            }
 
     def begin(self, options: JobOptions, threads: int) -> dict[str, Any]:
         """Make the work prefix ready, holding its lease; see `quantlib.job.planner.begin`."""
@@ -74,17 +81,20 @@ class BlockRunner:
             self._prepared = None
             return planner.begin(prepared, options)
 
-    def open(self, plan: Plan, run_id: str | None = None) -> None:
+    def open(self, plan: Plan, run_id: str | None = None, activation_bytes: int | None = None) -> None:
         """Take up a plan.
 
         Args:
             run_id: The run that holds the lease of the work prefix; it is checked before a unit is recorded.
+            activation_bytes: What of the streams may be in memory; None for all.
 
         Raises:
             PlanMismatchError: This worker's device is of another kind than the plan's.
         """
         refuse_other_device(plan.device_kind)
         torch.set_num_threads(plan.threads)
+        if plan.options["worker_memory"] is not None:
+            give_back_what_is_freed()
         self._run_id = run_id
         self._plan = plan
         self._units = {unit.name: unit for unit in plan.units}
@@ -97,7 +107,8 @@ class BlockRunner:
         self._work_store = open_store(plan.work, engine)
         self._checkpoint: Checkpoint = planner.open_planned_source(self._source_store, plan)
         self._skeleton: Skeleton = load_skeleton(self._checkpoint.config, list(self._checkpoint.tensors))
-        self._cells = WorkerCells(plan, self._work_store, self._device)
+        self._shelf = Shelf(activation_bytes)
+        self._cells = WorkerCells(plan, self._work_store, self._device, self._shelf)
         settings = SolverSettings.from_options(plan.options)
         self._solver = GroupSolver(self._packer, settings, self._device)
         self._statistics = BlockStatistics(plan, self._cells, self._device)
@@ -206,6 +217,10 @@ class BlockRunner:
             module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
             self._modules[_QUANTIZED] = (block, module)
 
+    def unload(self, block: int) -> None:
+        """Have a block live no longer."""
+        self._modules = {kind: loaded for kind, loaded in self._modules.items() if loaded[0] != block}
+
     def load_head(self, parts: Sequence[Tensors]) -> None:
         """Make what stands after the last block live, in place of all blocks."""
         with self._clock.computing("load"):
@@ -218,30 +233,35 @@ class BlockRunner:
         block: int,
         key: str,
         _needed: Sequence[Any],
+        groups: Groups,
         excluded_rows: Sequence[int],
         exponents: Sequence[int] | None,
+        moves: bool,
     ) -> dict[str, Any]:
-        """Move a calibration cell through the loaded block; see `BlockStatistics.observe`."""
+        """Run a calibration cell through the loaded block; see `BlockStatistics.observe`."""
         with self._working("capture"):
             module = self._module(_ORIGINAL, block)
-            return self._statistics.observe(module, block, key, excluded_rows, exponents)
+            return self._statistics.observe(module, block, key, groups, excluded_rows, exponents, moves=moves)
 
-    def totals(self, block: int, exponents: Sequence[int]) -> list[tuple[list[Any], list[str]]]:
+    def totals(
+        self, block: int, groups: Groups, exponents: Sequence[int]
+    ) -> list[tuple[list[Any], list[str]]]:
         """All sums over the cells observed here, for other workers; see `BlockStatistics.totals`.
 
         They are kept until `forget_totals`: should another worker be lost, they are asked for again, with
         those of the cells that were then observed here.
         """
         with self._working("capture"):
-            batches = self._totals.setdefault(block, [])
-            totals, keys = self._statistics.totals(block, exponents)
+            batches = self._totals.setdefault((block, groups), [])
+            totals, keys = self._statistics.totals(block, groups, exponents)
             if keys:
                 batches.append(([self._share(total.cpu()) for total in totals], keys))
             return batches
 
     def forget_totals(self, block: int) -> None:
         """Nobody needs the sums of a block any more."""
-        self._totals.pop(block, None)
+        for key in [key for key in self._totals if key[0] == block]:
+            del self._totals[key]
 
     def forward(self, block: int, key: str, _needed: Sequence[Any]) -> None:
         """Move the stream of a cell that follows the original blocks through the loaded one."""
@@ -359,7 +379,9 @@ class BlockRunner:
             "bytes_read": sum(store.traffic.bytes_read for store in stores),
             "bytes_written": sum(store.traffic.bytes_written for store in stores),
             "cpu_seconds": time.process_time(),
-            "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "peak_memory_bytes": self._peak.peak_bytes(),
+            "peak_device_bytes": torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None,
+            "waiting_on_disk_bytes": self._shelf.file_bytes,
         }
 
     def _refuse_taken_over(self) -> None:

@@ -12,7 +12,7 @@ from quantlib.calibration.totals import Total, exponent_for
 from quantlib.cells import Cell
 from quantlib.errors import NumericsError
 from quantlib.job.activations import CALIBRATION, cells_of
-from quantlib.job.plan import BlockPlan, Plan
+from quantlib.job.plan import BlockPlan, Groups, Plan
 from quantlib.steps import observe_cell, record_inputs
 from quantlib.worker_cells import WorkerCells, following_stream
 
@@ -28,26 +28,31 @@ class BlockStatistics:
     def __init__(self, plan: Plan, cells: WorkerCells, device: torch.device) -> None:
         self._plan, self._cells, self._device = plan, cells, device
         self._corrects: bool = plan.options["correct_targets"]
-        self._sums: dict[int, _Sums] = {}
+        self._sums: dict[tuple[int, Groups], _Sums] = {}
 
     def observe(
         self,
         module: nn.Module,
         block: int,
         key: str,
+        groups: Groups,
         excluded_rows: Sequence[int],
         exponents: Sequence[int] | None,
+        *,
+        moves: bool,
     ) -> dict[str, Any]:
-        """One forward of a cell: its partial sums join the others, and its stream goes on to the next block.
+        """One forward of a cell: its partial sums join the others.
 
         Asked again about a cell that was counted, it gives the same answer without doing anything.
 
         Args:
             key: Of the cell.
-            excluded_rows: Calibration rows left out in blocks before.
+            groups: Input groups that are summed; all are looked through for rows that are not finite.
+            excluded_rows: Calibration rows left out so far.
             exponents: Of all sums, in the order of the totals; None as long as cell 0 is not observed. They
                 come from that one cell so that they do not depend on who observed which cell; until they are
                 there the partial sums are kept.
+            moves: Whether the stream that follows the original blocks goes on to the next one.
 
         Returns:
             ``excluded``, rows left out now; ``tokens``; from cell 0 ``exponents``.
@@ -56,71 +61,70 @@ class BlockStatistics:
             NumericsError: The cell's sums are not finite or cannot be added; names the cell, its rows and
                 the linear.
         """
-        sums = self._sums.setdefault(block, _Sums(block=block))
-        plan = self._plan.blocks[block]
+        sums = self._sums.setdefault((block, groups), _Sums(plan=self._plan.blocks[block], groups=groups))
         if key not in sums.summaries:
             cell = self._cells[key]
-            observed = self._observe(module, plan, cell, excluded_rows)
+            observed = self._observe(module, sums, cell, excluded_rows)
             summary: dict[str, Any] = {
                 "excluded": sorted(cell.first_row + row for row in observed.left_out),
                 "tokens": observed.num_tokens,
-                "exponents": self._exponents(plan, cell, observed) if cell.number == 0 else None,
+                "exponents": self._exponents(sums, cell, observed) if cell.number == 0 else None,
             }
-            sums.pending.append((cell, observed))
+            sums.pending.append((cell, observed.partials))
             self._add_pending(sums, exponents or summary["exponents"])
             sums.summaries[key] = summary
             followed_BTD = observed.followed_BTD
-            if followed_BTD is not None:
+            if moves and followed_BTD is not None:
                 following_stream(cell).move(block, lambda _: followed_BTD)
         return sums.summaries[key]
 
-    def totals(self, block: int, exponents: Sequence[int]) -> tuple[list[Total], list[str]]:
+    def totals(self, block: int, groups: Groups, exponents: Sequence[int]) -> tuple[list[Total], list[str]]:
         """The sums over the cells of a block observed since last asked, from now on someone else's.
 
         Returns:
-            Of X^T X for every input group, then of X_ref^T X where targets are corrected; with a row and a
-            column more where a group's biases are (`calibration.moments`). And the keys of the cells.
+            Of X^T X for every one of the input groups, then of X_ref^T X where targets are corrected; with a
+            row and a column more where a group's biases are (`calibration.moments`). And the keys of the
+            cells.
 
         Raises:
             NumericsError: As `observe`.
         """
-        sums = self._sums.pop(block, None)
+        sums = self._sums.pop((block, groups), None)
         if sums is None:
             return [], []
         self._add_pending(sums, exponents)
         return sums.totals, list(sums.summaries)
 
-    def _exponents(self, plan: BlockPlan, cell: Cell, observed: "_Observed") -> list[int]:
+    def _exponents(self, sums: "_Sums", cell: Cell, observed: "_Observed") -> list[int]:
         num_cells = len(cells_of(self._plan)[CALIBRATION])
-        peaks = [float(gram.diagonal().max()) for gram in observed.grams]
-        peaks += [float(cross.abs().max()) for cross in observed.crosses]
         exponents = []
-        for number, peak in enumerate(peaks):
-            with _naming(cell, plan, number):
+        for number, partial_CC in enumerate(observed.partials):
+            peak = 0.0 if partial_CC is None else _peak(partial_CC, is_whole=number >= len(sums.groups))
+            with _naming(cell, sums.plan, sums.leader(number)):
                 exponents.append(exponent_for(peak, num_cells))
         return exponents
 
     def _add_pending(self, sums: "_Sums", exponents: Sequence[int] | None) -> None:
         if exponents is None:
             return
-        plan = self._plan.blocks[sums.block]
-        sizes = _total_sizes(plan)
         if not sums.totals:
+            sizes = _total_sizes(sums.plan, sums.groups)
             wanted = [(size, False) for size in sizes] + [(size, True) for size in sizes if self._corrects]
             sums.totals = [
                 Total.zeros(size, exponent, is_whole=is_whole, device=self._device)
                 for (size, is_whole), exponent in zip(wanted, exponents, strict=True)
             ]
-        for cell, observed in sums.pending:
-            partials = [*observed.grams, *observed.crosses]
+        for cell, partials in sums.pending:
             for number, (total, partial_CC) in enumerate(zip(sums.totals, partials, strict=True)):
-                with _naming(cell, plan, number):
-                    total.add_(partial_CC)
+                with _naming(cell, sums.plan, sums.leader(number)):
+                    if partial_CC is not None:
+                        total.add_(partial_CC)
         sums.pending.clear()
 
     def _observe(
-        self, module: nn.Module, plan: BlockPlan, cell: Cell, excluded_rows: Sequence[int]
+        self, module: nn.Module, sums: "_Sums", cell: Cell, excluded_rows: Sequence[int]
     ) -> "_Observed":
+        plan = sums.plan
         assert cell.main is not None and cell.main.position == plan.index
         excluded = {row - cell.first_row for row in excluded_rows} & set(range(len(cell.ids_BT)))
         inputs = self._cells.inputs_of(cell, plan.index)
@@ -130,13 +134,16 @@ class BlockStatistics:
             followed_BTD, references = record_inputs(module, plan, cell.reference.hidden_BTD, inputs)
         with _naming(cell, plan):
             output_BTD, statistics, left_out = observe_cell(
-                module, plan, cell.main.hidden_BTD, inputs, excluded, references
+                module, plan, cell.main.hidden_BTD, inputs, excluded, sums.groups, references
             )
         if self._plan.options["propagation"] == "original":
             followed_BTD = output_BTD
         return _Observed(
-            grams=[gram for gram in statistics.grams if gram is not None],
-            crosses=statistics.crosses,
+            partials=[
+                found.get(group)
+                for found in (statistics.grams, statistics.crosses)[: 1 + self._corrects]
+                for group in sums.groups
+            ],
             num_tokens=statistics.num_tokens,
             left_out=left_out,
             followed_BTD=followed_BTD,
@@ -145,18 +152,23 @@ class BlockStatistics:
 
 @dataclass(slots=True, kw_only=True)
 class _Sums:
-    """A worker's share of a block's statistics.
+    """A worker's share of the statistics of some input groups of a block.
 
     Attributes:
         totals: Exact sums over the cells that were added.
-        pending: Cells observed before the exponents were known.
+        pending: Cells observed before the exponents were known, and their partial sums.
         summaries: Key of every observed cell -> what was told of it.
     """
 
-    block: int
+    plan: BlockPlan
+    groups: Groups
     totals: list[Total] = field(default_factory=list)
-    pending: list[tuple[Cell, "_Observed"]] = field(default_factory=list)
+    pending: list[tuple[Cell, list[torch.Tensor | None]]] = field(default_factory=list)
     summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def leader(self, total: int) -> str:
+        """A linear that reads what a total is a sum of."""
+        return self.plan.input_groups[self.groups[total % len(self.groups)]][0]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,29 +176,31 @@ class _Observed:
     """What one forward of a calibration cell gave.
 
     Attributes:
-        grams: X^T X of every input group.
-        crosses: X_ref^T X of every input group, where targets are corrected.
+        partials: X^T X of every group that is summed, then X_ref^T X where targets are corrected; None of a
+            group that no token reached.
         num_tokens: Tokens counted.
         left_out: Rows of the cell that are not finite.
         followed_BTD: Where the stream that follows the original blocks has come to, if the cell has one.
     """
 
-    grams: list[torch.Tensor]
-    crosses: list[torch.Tensor]
+    partials: list[torch.Tensor | None]
     num_tokens: int
     left_out: set[int]
     followed_BTD: torch.Tensor | None
 
 
-def _total_sizes(plan: BlockPlan) -> list[int]:
-    """Rows of the totals of every input group."""
+def _peak(partial_CC: torch.Tensor, *, is_whole: bool) -> float:
+    return float(partial_CC.abs().max() if is_whole else partial_CC.diagonal().max())
+
+
+def _total_sizes(plan: BlockPlan, groups: Groups) -> list[int]:
+    """Rows of the totals of input groups."""
     columns = {linear.name: linear.columns for linear in plan.linears}
-    centered = plan.centered_groups
-    return [columns[group[0]] + (n in centered) for n, group in enumerate(plan.input_groups)]
+    return [columns[plan.input_groups[n][0]] + (n in plan.centered_groups) for n in groups]
 
 
 @contextmanager
-def _naming(cell: Cell, plan: BlockPlan, total: int | None = None) -> Iterator[None]:
+def _naming(cell: Cell, plan: BlockPlan, linear: str | None = None) -> Iterator[None]:
     """Let an error say in which rows of the calibration text to look, and at the input of which linear."""
     try:
         yield
@@ -194,8 +208,8 @@ def _naming(cell: Cell, plan: BlockPlan, total: int | None = None) -> Iterator[N
         first, last = cell.first_row, cell.first_row + len(cell.ids_BT) - 1
         facts: dict[str, object] = {"block": plan.index, "cell": cell.number}
         place = plan.prefix
-        if total is not None:
-            facts["linear"] = place = plan.input_groups[total % len(plan.input_groups)][0]
+        if linear is not None:
+            facts["linear"] = place = linear
         raise NumericsError(
             f"{place}, calibration cell {cell.number} (rows {first} to {last}): {error.message}",
             **{**error.facts, **facts},

@@ -9,30 +9,47 @@ from dataclasses import dataclass
 
 import torch
 
+from quantlib.stream_shelf import Shelf
 
-@dataclass(slots=True)
+
 class Stream:
     """Activations on their way through the blocks.
 
+    Args:
+        hidden_BTD: Input of block 0.
+        shelf: Where they wait.
+
     Attributes:
-        hidden_BTD: Input of the block at ``position``.
         position: Index of the block that comes next.
     """
 
-    hidden_BTD: torch.Tensor
-    position: int = 0
+    def __init__(self, hidden_BTD: torch.Tensor, shelf: Shelf) -> None:
+        self._shelf, self._kept, self.position = shelf, shelf.put(hidden_BTD), 0
+
+    @property
+    def hidden_BTD(self) -> torch.Tensor:
+        """Input of the block at ``position``."""
+        return self._kept.get()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the hidden states."""
+        return self._kept.num_bytes
 
     def move(self, block: int, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Go through a block once: asked again after it has been passed, nothing happens."""
         if self.position == block:
-            self.hidden_BTD = run(self.hidden_BTD)
-            self.position = block + 1
+            self.place(run(self.hidden_BTD), block + 1)
         assert self.position == block + 1, f"stream stands before block {self.position}, not {block}"
 
     def place(self, hidden_BTD: torch.Tensor, position: int) -> None:
         """Stand before a block without having run through those before it."""
-        self.hidden_BTD = hidden_BTD
-        self.position = position
+        self.end()
+        self._kept, self.position = self._shelf.put(hidden_BTD), position
+
+    def end(self) -> None:
+        """Give up the place on the shelf."""
+        self._kept.release()
 
 
 @dataclass(slots=True)
@@ -43,6 +60,7 @@ class Cell:
         number: Its place among the cells of its corpus.
         first_row: Row of the corpus that is its row 0.
         ids_BT: Token ids, int32.
+        shelf: Where its streams wait.
         main: The stream that calibrates, or of an evaluation cell the original stream.
         quantized: The other stream of an evaluation cell.
         reference: The original stream of a calibration cell whose main stream is the quantized one.
@@ -51,6 +69,7 @@ class Cell:
     number: int
     first_row: int
     ids_BT: torch.Tensor
+    shelf: Shelf
     main: Stream | None = None
     quantized: Stream | None = None
     reference: Stream | None = None
@@ -63,12 +82,15 @@ class Cell:
             compares: Whether a second, quantized stream runs beside the first.
             has_reference: Whether a second, original stream does.
         """
-        self.main = Stream(hidden_BTD)
-        self.quantized = Stream(hidden_BTD) if compares else None
-        self.reference = Stream(hidden_BTD) if has_reference else None
+        self.clear()
+        self.main = Stream(hidden_BTD, self.shelf)
+        self.quantized = Stream(hidden_BTD, self.shelf) if compares else None
+        self.reference = Stream(hidden_BTD, self.shelf) if has_reference else None
 
     def clear(self) -> None:
         """Have no streams any more."""
+        for _, stream in self.named_streams:
+            stream.end()
         self.main = self.quantized = self.reference = None
 
     @property
@@ -84,13 +106,18 @@ class Cell:
         return self.main, self.quantized
 
 
-def cut_into_cells(rows_BT: torch.Tensor, sequences_per_cell: int) -> list[Cell]:
+def cut_into_cells(rows_BT: torch.Tensor, sequences_per_cell: int, shelf: Shelf) -> list[Cell]:
     """Neighbouring rows, in order; the last cell may hold fewer.
 
-    >>> [tuple(cell.ids_BT.shape) for cell in cut_into_cells(torch.zeros(5, 3, dtype=torch.int32), 2)]
+    >>> [tuple(cell.ids_BT.shape) for cell in cut_into_cells(torch.zeros(5, 3), 2, Shelf())]
     [(2, 3), (2, 3), (1, 3)]
     """
     return [
-        Cell(number=number, first_row=start, ids_BT=rows_BT[start : start + sequences_per_cell])
+        Cell(
+            number=number,
+            first_row=start,
+            ids_BT=rows_BT[start : start + sequences_per_cell],
+            shelf=shelf,
+        )
         for number, start in enumerate(range(0, rows_BT.shape[0], sequences_per_cell))
     ]

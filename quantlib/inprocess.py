@@ -11,8 +11,10 @@ from quantlib.errors import WorkerError
 from quantlib.job.conversion import Progress, convert
 from quantlib.job.crew import Crew
 from quantlib.job.failures import retrying
+from quantlib.job.memory import Room
 from quantlib.job.options import JobOptions
 from quantlib.machine import default_threads
+from quantlib.memory_watch import machine_memory_bytes
 
 T = TypeVar("T")
 
@@ -34,6 +36,11 @@ class LocalTransport:
     def workers(self) -> list[int]:
         """This process."""
         return [0]
+
+    @property
+    def room(self) -> Room:
+        """What this machine, or the container, has."""
+        return Room(worker_bytes=machine_memory_bytes())
 
     def submit(self, worker: int, method: str, *arguments: Any) -> Future[Any]:
         """Start a method; futures among the arguments become their values."""

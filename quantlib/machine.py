@@ -44,6 +44,11 @@ def refuse_other_device(kind: str) -> None:
         )
 
 
+def device_bytes(kind: str) -> int | None:
+    """Memory of the GPU here; None where a kind of device has no memory of its own."""
+    return torch.cuda.get_device_properties(0).total_memory if kind.startswith("cuda") else None
+
+
 def compute_dtype(config: Mapping[str, Any], kind: str) -> str:
     """Name of the dtype in which a model's blocks run: its own where this device is fast in it, else fp32.
 

@@ -38,12 +38,14 @@ def observe_cell(
     hidden_BTD: torch.Tensor,
     inputs: BlockInputs,
     excluded: Collection[int],
+    summed: Collection[int],
     references: Sequence[torch.Tensor] = (),
 ) -> tuple[torch.Tensor, InputStatistics, set[int]]:
-    """One forward of a cell that gathers the statistics of every input group.
+    """One forward of a cell that gathers the statistics of input groups.
 
     Args:
         excluded: Rows of the cell left out so far.
+        summed: Numbers of the groups.
         references: What the groups read in the reference stream, from `record_inputs`; gives the products of
             both streams' inputs too.
 
@@ -61,6 +63,7 @@ def observe_cell(
             _leaders(plan),
             num_rows=rows,
             left_out=excluded,
+            summed=summed,
             references=references,
             centered=plan.centered_groups,
         ) as observer:
@@ -69,12 +72,13 @@ def observe_cell(
         if statistics.bad_rows:
             excluded |= statistics.bad_rows
             continue
-        for group, gram in zip(plan.input_groups, statistics.grams, strict=True):
-            if gram is None or not bool(torch.isfinite(gram.diagonal()).all()):
+        for group, gram_CC in statistics.grams.items():
+            if not bool(torch.isfinite(gram_CC.diagonal()).all()):
+                leader = plan.input_groups[group][0]
                 raise NumericsError(
-                    f"the inputs of {group[0]} are finite but their squares overflow fp32;"
+                    f"the inputs of {leader} are finite but their squares overflow fp32;"
                     " the source model is not usable in this precision",
-                    linear=group[0],
+                    linear=leader,
                 )
         return output_BTD, statistics, excluded
 

@@ -16,6 +16,7 @@ from quantlib.job.manifest import tokens_uri
 from quantlib.job.plan import Plan
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.storage import Store
+from quantlib.stream_shelf import Shelf
 from quantlib.tokens import read_rows
 
 
@@ -24,10 +25,11 @@ class WorkerCells:
 
     Args:
         store: Of the work prefix.
+        shelf: Where their streams wait.
     """
 
-    def __init__(self, plan: Plan, store: Store, device: torch.device) -> None:
-        self._plan, self._store, self._device = plan, store, device
+    def __init__(self, plan: Plan, store: Store, device: torch.device, shelf: Shelf) -> None:
+        self._plan, self._store, self._device, self._shelf = plan, store, device, shelf
         digests = {CALIBRATION: plan.calibration_digest, EVALUATION: plan.evaluation_digest}
         self._all = {
             cell_key(corpus, cell.number): cell
@@ -82,7 +84,7 @@ class WorkerCells:
     def num_bytes(self) -> int:
         """Bytes of all streams."""
         streams = [stream for cell in self._mine.values() for _, stream in cell.named_streams]
-        return sum(stream.hidden_BTD.nbytes for stream in streams)
+        return sum(stream.num_bytes for stream in streams)
 
     def save(self, block: int) -> dict[str, tuple[str, int]]:
         """Store the streams, which stand before a block; cell key -> sha256 and size of its object."""
@@ -117,7 +119,7 @@ class WorkerCells:
         if digest is None:
             return []
         rows_BT = read_rows(self._store, tokens_uri(self._plan.work, digest))
-        return cut_into_cells(rows_BT, self._plan.sequences_per_cell)
+        return cut_into_cells(rows_BT, self._plan.sequences_per_cell, self._shelf)
 
 
 def following_stream(cell: Cell) -> Stream:

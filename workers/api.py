@@ -18,5 +18,5 @@ def open_crew(options: JobOptions) -> Iterator[Crew]:
         RecipeError: More workers than the machine can hold.
         WorkerError: No cluster, or workers that could not be placed.
     """
-    with cluster(options.ray_address), WorkerPool(options) as pool:
+    with cluster(options.ray_address, options.object_store_memory), WorkerPool(options) as pool:
         yield Crew(RayTransport(pool), pool.threads)

@@ -9,6 +9,7 @@ import ray
 from ray import exceptions
 
 from quantlib.errors import RecipeError, WorkerError
+from quantlib.job.memory import Room
 from quantlib.job.options import JobOptions
 from workers.block_worker import start_worker
 
@@ -141,6 +142,19 @@ class WorkerPool:
         for number in numbers:
             self._refuse(self._newcomers.pop(number))
 
+    @property
+    def room(self) -> Room:
+        """What the node with least memory has for each worker that it may hold."""
+        holding = [node for node in ray.nodes() if node["Alive"] and self._fitting_on(node)]
+        shares = [min(self._count, self._fitting_on(node)) for node in holding]
+        each = [node["Resources"].get("memory", 0) // n for node, n in zip(holding, shares, strict=True)]
+        stores = [node["Resources"].get("object_store_memory", 0) for node in holding]
+        return Room(
+            worker_bytes=int(min(each, default=0)) or None,
+            store_bytes=int(min(stores, default=0)) or None,
+            store_workers=max(shares, default=1),
+        )
+
     def actor(self, number: int) -> Any:
         """A worker's or a newcomer's handle."""
         return self.actors.get(number) or self._newcomers[number]
@@ -222,10 +236,12 @@ class WorkerPool:
 
     def _fitting(self) -> int:
         """How many workers the nodes that live can hold, were they empty."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        by_cores = [int(node.get("CPU", 0) // self.threads) for node in nodes]
-        by_gpus = [int(node.get("GPU", 0)) if self._uses_gpus else self._count for node in nodes]
-        return sum(min(cores, gpus) for cores, gpus in zip(by_cores, by_gpus, strict=True))
+        return sum(self._fitting_on(node) for node in ray.nodes() if node["Alive"])
+
+    def _fitting_on(self, node: Mapping[str, Any]) -> int:
+        offered = node["Resources"]
+        by_cores = int(offered.get("CPU", 0) // self.threads)
+        return min(by_cores, int(offered.get("GPU", 0))) if self._uses_gpus else by_cores
 
     def _not_placed(self, placed: int, timeout_s: float) -> WorkerError:
         missing = self._count - placed

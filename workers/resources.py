@@ -9,6 +9,7 @@ from typing import Any
 import ray
 
 from quantlib.errors import WorkerError
+from quantlib.units import parse_bytes
 
 _WORKER_ENVIRONMENT = {
     # Tensors are mapped from the object store instead of copied out of it.
@@ -23,8 +24,11 @@ _WORKER_ENVIRONMENT = {
 
 
 @contextmanager
-def cluster(address: str | None) -> Iterator[None]:
+def cluster(address: str | None, object_store_memory: str | None = None) -> Iterator[None]:
     """A connection to a Ray cluster: the one at ``address``, one already joined, or a small one of our own.
+
+    Args:
+        object_store_memory: Of the one of our own; others have what they were started with.
 
     Raises:
         WorkerError: There is no cluster at the address.
@@ -40,6 +44,8 @@ def cluster(address: str | None) -> Iterator[None]:
         # Workers inherit this process's environment; a runtime_env would keep Ray from using the processes
         # that it starts ahead.
         where = {"address": "local", "include_dashboard": False}
+        if object_store_memory is not None:
+            where["object_store_memory"] = parse_bytes(object_store_memory, "object_store_memory")
     try:
         ray.init(**where, log_to_driver=False, logging_level=logging.ERROR)
     except (OSError, TimeoutError, RuntimeError, ValueError) as error:

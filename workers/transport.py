@@ -13,6 +13,7 @@ import ray
 from ray import exceptions
 
 from quantlib.errors import QuantError, WorkerLostError
+from quantlib.job.memory import Room
 from workers.pool import WorkerPool
 
 # Methods that may run beside computation, in the actor's storage lane.
@@ -48,6 +49,11 @@ class RayTransport:
     def workers(self) -> list[int]:
         """Numbers of the workers there are now."""
         return list(self._pool.actors)
+
+    @property
+    def room(self) -> Room:
+        """The memory that their nodes have for them."""
+        return self._pool.room
 
     def submit(self, worker: int, method: str, *arguments: Any) -> ray.ObjectRef:
         """Start a method of a worker.

@@ -44,7 +44,7 @@ def layout_shard(specs: Sequence[TensorSpec]) -> ShardLayout:
     relative: dict[str, tuple[int, int]] = {}
     position = 0
     for spec in specs:
-        end = position + _spec_bytes(spec)
+        end = position + spec_bytes(spec)
         if spec.name in entries:
             raise PackingError(f"tensor {spec.name!r} would be in one shard twice", tensor=spec.name)
         entries[spec.name] = {
@@ -66,7 +66,12 @@ def layout_shard(specs: Sequence[TensorSpec]) -> ShardLayout:
     return ShardLayout(header=header, offsets=offsets, size_bytes=len(header) + position)
 
 
-def _spec_bytes(spec: TensorSpec) -> int:
+def spec_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor's data.
+
+    Raises:
+        PackingError: The dtype or the shape is none that safetensors knows.
+    """
     if spec.dtype not in DTYPE_BYTES:
         raise PackingError(
             f"tensor {spec.name!r} has the dtype {spec.dtype!r}, safetensors knows {', '.join(DTYPE_BYTES)}",
@@ -102,6 +107,6 @@ def index_bytes(units: Iterable[UnitPlan]) -> bytes:
                     tensor=spec.name,
                 )
             weight_map[spec.name] = unit.shard
-            total_bytes += _spec_bytes(spec)
+            total_bytes += spec_bytes(spec)
     index = {"metadata": {"total_size": total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
     return (json.dumps(index, indent=2, ensure_ascii=False) + "\n").encode("utf-8")

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from quantlib.job.holdings import Held, Holdings
-from quantlib.job.plan import Plan
+from quantlib.job.plan import Groups, Plan
 from quantlib.job.transport import Handle, Transport
 
 # In the place of an input group: a whole block, read back from the output.
@@ -50,10 +50,10 @@ class BlockParts:
         self.prefetch(block)
         return [part.handle for part in self._holdings.sources[block] if part is not None]
 
-    def is_solved(self, block: int) -> bool:
-        """Whether all its input groups were packed and are there."""
-        groups = self._plan.blocks[block].input_groups
-        return len(self._holdings.packed.get(block, {})) == len(groups)
+    def is_solved(self, block: int, groups: Groups | None = None) -> bool:
+        """Whether input groups, all by default, were packed and are there."""
+        wanted = range(len(self._plan.blocks[block].input_groups)) if groups is None else groups
+        return self._holdings.packed.get(block, {}).keys() >= set(wanted)
 
     def packed(self, block: int) -> list[Handle]:
         """A block's packed tensors: as solved, or from the output where it was finished before."""
@@ -79,6 +79,12 @@ class BlockParts:
         if key not in self._live:
             self._live[key] = (last, self._transport.submit(worker, "load_head", parts))
         return self._live[key][1]
+
+    def unload(self, block: int) -> None:
+        """Have no worker keep a block live."""
+        for worker, method in [key for key, (made, _) in self._live.items() if made == block]:
+            self._transport.submit(worker, "unload", block)
+            del self._live[worker, method]
 
     def read_anew(self, blocks: Collection[int]) -> None:
         """What could not be read or made is tried again when it is next asked for."""

@@ -159,6 +159,21 @@ class CellStreams:
         return self._is_quantized or corpus_of(key) == EVALUATION
 
 
+def after_first_cell(pieces: Sequence[Piece]) -> list[Piece]:
+    """Have all pieces but the first of every worker wait for that of cell 0, whose sums all others need.
+
+    Until it is done a worker keeps what it saw of each cell apart: of one, so that memory has a bound.
+    """
+    first = next(piece.id for piece in pieces if piece.id.part == 0)
+    begun = {piece.home: piece.id for piece in reversed(pieces)}
+    return [
+        piece
+        if piece.id in (first, begun[piece.home])
+        else dataclasses.replace(piece, after=frozenset({first}))
+        for piece in pieces
+    ]
+
+
 def key_of(piece: Piece) -> str:
     """The cell that a piece is about."""
     return cell_key(EVALUATION if piece.id.stage in _EVALUATING else CALIBRATION, piece.id.part)

@@ -28,8 +28,9 @@ from quantlib.job.failures import delay_s, policy_for
 from quantlib.job.history import History
 from quantlib.job.lease import Lease, LeaseRecord, new_record
 from quantlib.job.manifest import DoneRecord
+from quantlib.job.memory import MemoryPlan
 from quantlib.job.options import JobOptions
-from quantlib.job.plan import BlockPlan, Plan, UnitPlan
+from quantlib.job.plan import BlockPlan, Groups, Plan, UnitPlan
 from quantlib.job.report import build_report
 from quantlib.storage import open_store
 
@@ -73,6 +74,7 @@ class _Begun(Generic[T]):
 
     block: int
     kind: str
+    share: float
     started: float
     future: StageFuture[T]
 
@@ -82,6 +84,7 @@ class _Run:
     """What the loop keeps while it runs."""
 
     plan: Plan
+    memory: MemoryPlan
     crew: Crew
     stages: StageRunner
     on_progress: Callable[[Progress], None]
@@ -110,16 +113,20 @@ class _Run:
         self.on_progress(Progress(done=self.done, total=self.total, label=name))
         return self.submit(name, function, *arguments).result()
 
-    def start(self, block: int, kind: str, function: Callable[..., T], *arguments: Any) -> "_Begun[T]":
+    def start(
+        self, block: int, kind: str, function: Callable[..., T], *arguments: Any, share: float = 1.0
+    ) -> "_Begun[T]":
+        """Begin a stage of a block, or a share of it."""
         name, started = self.name_of(block, kind), time.monotonic()
         self.on_progress(Progress(done=self.done, total=self.total, label=name))
         future = self.submit(name, function, *arguments)
-        return _Begun(block=block, kind=kind, started=started, future=future)
+        return _Begun(block=block, kind=kind, share=share, started=started, future=future)
 
     def end(self, begun: "_Begun[T]") -> T:
         outcome = begun.future.result()
-        self.seconds.setdefault(begun.block, {})[begun.kind] = time.monotonic() - begun.started
-        self.done += _WEIGHTS[begun.kind]
+        seconds = self.seconds.setdefault(begun.block, {})
+        seconds[begun.kind] = seconds.get(begun.kind, 0.0) + time.monotonic() - begun.started
+        self.done += _WEIGHTS[begun.kind] * begun.share
         return outcome
 
     def stage(self, block: int, kind: str, function: Callable[..., T], *arguments: Any) -> T:
@@ -193,7 +200,7 @@ def convert(
         acquire = _counted(history, "lease", Lease.acquire)
         lease = stages.submit("lease", acquire, store, plan.work, tell, new_record()).result()
     with lease, closing(crew):
-        run = _Run(plan, crew, stages, on_progress, lease, history)
+        run = _Run(plan, prepared["memory"], crew, stages, on_progress, lease, history)
         # What an earlier start left is another job's: this one has not begun.
         with _before_work(PlanMismatchError):
             began = run.submit("begin", crew.begin).result()
@@ -246,6 +253,7 @@ def _attempt(run: _Run, records: Sequence[DoneRecord], started: datetime, clock:
     run.history.moved_cells = run.crew.moved_cells
     report = build_report(
         plan=run.plan,
+        memory=asdict(run.memory),
         records=run.records,
         history=asdict(run.history),
         figures=run.figures,
@@ -311,7 +319,7 @@ def _with_streams(run: _Run) -> list[dict[str, float]] | None:
         _welcome(run)
         crew.prefetch(block.index)
         keeps = following is not None and cadence.is_due(following.index)
-        if following is not None:
+        if following is not None and run.memory.pipelines:
             crew.prefetch(following.index)
         _convert_block(run, block, None if keeps else following)
         # After a loss some streams may be ahead of those that are brought up again.
@@ -394,46 +402,64 @@ def _convert_block(run: _Run, block: BlockPlan, following: BlockPlan | None) -> 
     """
     plan, crew, index = run.plan, run.crew, block.index
     unit = plan.block_units[index]
-    moving, run.ahead = run.ahead or _move_streams(run, block), None
-    captured = run.end(moving)
-    if captured is not None:
-        run.excluded_rows = captured["excluded_rows"]
-    run.finish_writing()
-    if index > 0:
-        crew.release(index - 1)
-    if unit.name in run.records:
-        run.history.replayed_blocks.append(index)
-        run.excluded_rows = sorted({*run.excluded_rows, *run.records[unit.name].excluded_rows})
-    else:
-        tokens = 0 if captured is None else captured["tokens"]
-        solving = run.start(index, "solve", crew.solve, index, tokens)
-        if following is not None and _overlaps(run):
-            run.ahead = _move_streams(run, following, is_ahead=True)
+    passes = _passes(run, block)
+    for groups in passes:
+        moving, run.ahead = run.ahead or _move_streams(run, block, groups), None
+        captured = run.end(moving)
+        if captured is not None:
+            run.excluded_rows = captured["excluded_rows"]
+        run.finish_writing()
+        if index > 0:
+            crew.release(index - 1)
+        if unit.name in run.records:
+            run.history.replayed_blocks.append(index)
+            run.excluded_rows = sorted({*run.excluded_rows, *run.records[unit.name].excluded_rows})
+            continue
+        tokens, share = 0 if captured is None else captured["tokens"], 1.0 / len(passes)
+        solving = run.start(index, "solve", crew.solve, index, groups, tokens, share=share)
+        if following is not None and groups == passes[-1] and _overlaps(run):
+            run.ahead = _move_streams(run, following, _passes(run, following)[0], is_ahead=True)
         linears = run.end(solving)
-        notes = (list(run.excluded_rows), dict(run.seconds[index]))
-        run.writing = run.submit(run.name_of(index, "write"), crew.write, unit, linears, *notes)
+        if groups == passes[-1]:
+            notes = (list(run.excluded_rows), dict(run.seconds[index]))
+            run.writing = run.submit(run.name_of(index, "write"), crew.write, unit, linears, *notes)
     if _runs_quantized(plan):
         errors = run.stage(index, "evaluate", crew.advance, index)
         run.errors[index] = run.errors.get(index, {}) if errors is None else errors
+    if not run.memory.pipelines:
+        run.finish_writing()
+        crew.release(index)
 
 
-def _move_streams(run: _Run, block: BlockPlan, *, is_ahead: bool = False) -> _Begun[dict[str, Any] | None]:
+def _passes(run: _Run, block: BlockPlan) -> list[Groups]:
+    """Input groups to go through a block for, one time after the other; the streams go on with the last."""
+    is_pending = run.plan.block_units[block.index].name not in run.records
+    passes = run.crew.passes(block.index)
+    return passes if is_pending and _needs_statistics(block) else passes[-1:]
+
+
+def _move_streams(
+    run: _Run, block: BlockPlan, groups: Groups, *, is_ahead: bool = False
+) -> _Begun[dict[str, Any] | None]:
     """Start the first stage of a block: with statistics if codes are still to be found.
 
     Args:
+        groups: Input groups whose statistics are wanted.
         is_ahead: Whether the block before is not evaluated yet.
     """
     after_evaluation = is_ahead and run.plan.evaluation_digest is not None
     is_pending = run.plan.block_units[block.index].name not in run.records
     if is_pending and _needs_statistics(block):
-        arguments = (block.index, run.excluded_rows, after_evaluation)
-        return run.start(block.index, "capture", run.crew.capture, *arguments)
+        arguments = (block.index, groups, run.excluded_rows, after_evaluation)
+        share = 1.0 / len(_passes(run, block))
+        return run.start(block.index, "capture", run.crew.capture, *arguments, share=share)
     return run.start(block.index, "forward", run.crew.forward, block.index, after_evaluation)
 
 
 def _overlaps(run: _Run) -> bool:
     """Whether a block may be begun before the one before it is quantized."""
-    return run.crew.num_workers > 1 and run.plan.options["propagation"] == "original"
+    is_original = run.plan.options["propagation"] == "original"
+    return is_original and run.crew.num_workers > 1 and run.memory.pipelines
 
 
 def _without_streams(run: _Run) -> None:

@@ -12,12 +12,13 @@ from typing import Any
 from quantlib.errors import NumericsError, QuantError, WorkerLostError
 from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.block_parts import BlockParts
-from quantlib.job.cell_streams import CellStreams, key_of
+from quantlib.job.cell_streams import CellStreams, after_first_cell, key_of
 from quantlib.job.dispatch import Dispatcher
 from quantlib.job.holdings import Held, Holdings
 from quantlib.job.manifest import DoneRecord
+from quantlib.job.memory import MemoryPlan, Surroundings, budgets_from, plan_memory
 from quantlib.job.options import JobOptions
-from quantlib.job.plan import BlockPlan, Plan, UnitPlan
+from quantlib.job.plan import BlockPlan, Groups, Plan, UnitPlan
 from quantlib.job.schedule import Piece, PieceId
 from quantlib.job.transport import Handle, Transport, ask_all, ask_one, results
 from quantlib.storage import normalize_uri
@@ -41,6 +42,7 @@ class Crew:
         self._transport = transport
         self._threads = threads
         self._options: JobOptions | None = None
+        self._memory: MemoryPlan | None = None
         self._plan: tuple[Plan, str | None] | None = None
         self._job: _Job | None = None
         self._num_moved = 0
@@ -69,11 +71,23 @@ class Crew:
         """Plan the job in a worker process; see `quantlib.job.planner.prepare`.
 
         Paths are made absolute here: a worker may run in another folder.
+
+        Returns:
+            ``plan``, its ``memory``, and the ``report`` of an output that is finished, or None.
         """
         given = {name: getattr(options, name) for name in _ADDRESSES}
         absolute = {name: normalize_uri(uri) for name, uri in given.items() if uri is not None}
         self._options = dataclasses.replace(options, **absolute)
-        return self._one("prepare", self._options, self._threads)
+        prepared = self._one("prepare", self._options, self._threads)
+        room = dataclasses.replace(self._transport.room, device_bytes=prepared["device_bytes"])
+        surroundings = Surroundings(
+            workers=self.num_workers,
+            idle_bytes=prepared["idle_bytes"],
+            has_device=prepared["plan"].device_kind.startswith("cuda"),
+            store_workers=room.store_workers,
+        )
+        self._memory = plan_memory(prepared["plan"], surroundings, budgets_from(options, room))
+        return {"plan": prepared["plan"], "memory": self._memory, "report": prepared["report"]}
 
     def begin(self) -> dict[str, Any]:
         """Make the work prefix ready, holding its lease; see `quantlib.job.planner.begin`."""
@@ -87,8 +101,10 @@ class Crew:
             run_id: The run that holds the lease; units are recorded only while it does.
         """
         self._plan = (plan, run_id)
-        self._all("open", plan, run_id)
-        self._job = _Job(self._transport, plan, run_id)
+        memory = self._memory
+        assert memory is not None, "prepare(options) comes first"
+        self._all("open", plan, run_id, memory.activation_bytes)
+        self._job = _Job(self._transport, plan, run_id, memory)
         self._job.employ(self._transport.workers)
 
     def drop_waiting(self) -> None:
@@ -143,7 +159,7 @@ class Crew:
             How many; and what was wrong with others, which are sent away: the job can do without them.
         """
         job, came, problems = self._opened, self._transport.newcomers(), []
-        calls: list[tuple[Any, ...]] = [("open", job.plan, job.run_id)]
+        calls: list[tuple[Any, ...]] = [("open", job.plan, job.run_id, job.memory.activation_bytes)]
         if came and job.plan.has_streams:
             calls.append(("embed", job.parts.read(job.plan.prelude_tensors), []))
         for call in calls:
@@ -218,45 +234,67 @@ class Crew:
         """Have `prelude` embed those cells anew."""
         self._opened.cells.give_up_restoring()
 
+    def passes(self, block: int) -> list[Groups]:
+        """Input groups that are summed and solved together, each time in a pass over all cells.
+
+        Those that are packed are left out, but for the last ones: with them the streams go on.
+        """
+        *others, last = self._opened.memory.slices[block]
+        return [*(groups for groups in others if not self._opened.parts.is_solved(block, groups)), last]
+
     def capture(
-        self, block: int, excluded_rows: Sequence[int], after_evaluation: bool = False
+        self,
+        block: int,
+        groups: Groups,
+        excluded_rows: Sequence[int],
+        after_evaluation: bool = False,
     ) -> dict[str, Any]:
-        """One forward of every cell through a block: statistics and the next inputs.
+        """One forward of every cell through a block: statistics and, in the last pass, the next inputs.
 
         Args:
-            excluded_rows: Calibration rows left out in blocks before.
+            groups: One of `passes`.
+            excluded_rows: Calibration rows left out so far.
             after_evaluation: Whether the evaluation cells of the block before are still to be compared.
         """
         job, held = self._opened, self._opened.holdings
-        if job.parts.is_solved(block):
+        is_last = groups == job.memory.slices[block][-1]
+        if job.parts.is_solved(block, groups):
             # It is all there but for its shard: only streams that were lost are left to move.
             self.forward(block, after_evaluation)
             return held.captured[block]
-        observed = held.observed.setdefault(block, {})
+        observed = held.observed.setdefault(block, {}).setdefault(groups, {})
+        exponents = held.exponents.setdefault(block, {})
 
         def begin(worker: int, piece: Piece) -> Handle:
             needs = job.parts.live(worker, "load", block)
             if piece.id.stage == "forward" or key_of(piece) in observed:
                 return job.cells.begin(worker, piece, "forward", needs)
-            known = held.exponents.get(block)
-            return job.cells.begin(worker, piece, "observe", needs, list(excluded_rows), known)
+            known = exponents.get(groups)
+            arguments = (groups, list(excluded_rows), known, is_last)
+            return job.cells.begin(worker, piece, "observe", needs, *arguments)
 
         def heard(worker: int, piece: Piece, result: Any) -> None:
             key = key_of(piece)
             if result is not None:
                 observed[key] = Held(worker, None, result)
                 if result["exponents"] is not None:
-                    held.exponents[block] = result["exponents"]
-            if job.cells.follows(key):
+                    exponents[groups] = result["exponents"]
+            if is_last and job.cells.follows(key):
                 held.follows[key] = block + 1
 
-        wanted = [k for k in job.cells.calibration if k not in observed or job.cells.stands(k, block)]
+        moves = [key for key in job.cells.calibration if is_last and job.cells.stands(key, block)]
+        wanted = [key for key in job.cells.calibration if key not in observed or key in moves]
         pieces = job.cells.pieces(block, "capture", wanted)
-        job.run(pieces + job.cells.forwards(block, after_evaluation=after_evaluation), begin, heard)
+        if groups not in exponents:
+            pieces = after_first_cell(pieces)
+        if is_last:
+            pieces += job.cells.forwards(block, after_evaluation=after_evaluation)
+        job.run(pieces, begin, heard)
+        job.parts.unload(block)
         told = [cell.told for cell in observed.values()]
         excluded = sorted({row for result in told for row in result["excluded"]}.union(excluded_rows))
         self._refuse_many(excluded)
-        self._take_totals(block)
+        self._take_totals(block, groups)
         tokens = sum(result["tokens"] for result in told)
         held.captured[block] = {"excluded_rows": excluded, "tokens": tokens}
         return held.captured[block]
@@ -274,9 +312,14 @@ class Crew:
         standing = [key for key in job.cells.calibration if job.cells.stands(key, block)]
         pieces = job.cells.pieces(block, "capture", standing)
         job.run(pieces + job.cells.forwards(block, after_evaluation=after_evaluation), begin, heard)
+        job.parts.unload(block)
 
-    def solve(self, block: int, tokens: int) -> list[dict[str, Any]]:
-        """Quantize a block's linears, an input group at a time; report rows in the plan's order."""
+    def solve(self, block: int, groups: Groups, tokens: int) -> list[dict[str, Any]]:
+        """Quantize the linears of some input groups, a group at a time.
+
+        Returns:
+            Report rows of all that are quantized by now, in the plan's order.
+        """
         job, plan = self._opened, self._opened.plan.blocks[block]
         packed = job.holdings.packed.setdefault(block, {})
         statistics = job.statistics.get(block, {})
@@ -289,14 +332,20 @@ class Crew:
             packed[piece.id.part] = Held(worker, result["packed"], result["linears"])
 
         pieces = [
-            Piece(id=PieceId(block, "solve", number), rank=block, cost=_solve_cost(plan, group))
-            for number, group in enumerate(plan.input_groups)
+            Piece(
+                id=PieceId(block, "solve", number),
+                rank=block,
+                cost=_solve_cost(plan, plan.input_groups[number]),
+            )
+            for number in groups
             if number not in packed
         ]
         job.run(pieces, begin, heard)
         job.statistics.pop(block, None)
-        if self.num_workers == 1:
-            # Several keep them until the shard is finished: codes that are lost can be made again.
+        if self.num_workers == 1 or len(job.memory.slices[block]) > 1:
+            # Several workers keep them until the shard is finished, where one pass gives them all: codes that
+            # are lost can be made again.
+            job.holdings.observed.pop(block, None)
             self._forget_totals(block)
         rows = {row["name"]: row for group in packed.values() for row in group.told}
         return [rows[linear.name] for linear in plan.linears if linear.name in rows]
@@ -346,6 +395,7 @@ class Crew:
             for piece in job.cells.pieces(block, stage, [key for key in keys if job.cells.waits(key, block)])
         ]
         job.run(pieces, begin, heard)
+        job.parts.unload(block)
         if len(compared) < len(job.cells.evaluation):
             return None
         return _stream_errors([compared[key] for key in sorted(compared)])
@@ -400,13 +450,14 @@ class Crew:
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         return ask_all(self._transport, method, *arguments)
 
-    def _take_totals(self, block: int) -> None:
+    def _take_totals(self, block: int, groups: Groups) -> None:
         """Have the observers share their sums: for every input group what `GroupSolver.solve` wants."""
         job, held = self._opened, self._opened.holdings
-        exponents = held.exponents[block]
-        observed = held.observed[block]
+        exponents = held.exponents[block][groups]
+        observed = held.observed[block][groups]
         observers = sorted({cell.worker for cell in observed.values()})
-        handles = [self._transport.submit(worker, "totals", block, exponents) for worker in observers]
+        submit = self._transport.submit
+        handles = [submit(worker, "totals", block, groups, exponents) for worker in observers]
         batches = []
         for worker, found in zip(observers, results(self._transport, handles), strict=True):
             told = sorted(key for key, cell in observed.items() if cell.worker == worker)
@@ -416,11 +467,10 @@ class Crew:
                     worker=worker,
                 )
             batches += [totals for totals, _ in found]
-        num_groups = len(job.plan.blocks[block].input_groups)
-        given: dict[int, list[list[Handle]]] = {group: [[], []] for group in range(num_groups)}
+        given: dict[int, list[list[Handle]]] = {group: [[], []] for group in groups}
         for number in range(len(exponents)):
-            group = number % num_groups
-            given[group][number // num_groups] += [batch[number] for batch in batches]
+            kind, place = divmod(number, len(groups))
+            given[groups[place]][kind] += [batch[number] for batch in batches]
         job.statistics[block] = given
 
     def _forget_totals(self, block: int) -> None:
@@ -440,8 +490,8 @@ class Crew:
 class _Job:
     """A plan, and what its workers have and do."""
 
-    def __init__(self, transport: Transport, plan: Plan, run_id: str | None) -> None:
-        self.plan, self.run_id = plan, run_id
+    def __init__(self, transport: Transport, plan: Plan, run_id: str | None, memory: MemoryPlan) -> None:
+        self.plan, self.run_id, self.memory = plan, run_id, memory
         self.holdings = Holdings()
         self.parts = BlockParts(transport, plan, self.holdings)
         self.cells = CellStreams(transport, plan, self.holdings)

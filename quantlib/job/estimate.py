@@ -8,23 +8,24 @@ pass of descent. Corrected targets add a stream, a whole product of two inputs a
 from typing import Any
 
 from quantlib.checkpoint.layout import layout_shard
+from quantlib.job.memory import MemoryPlan
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
 from quantlib.job.scheme_defaults import FOLLOWING
 
-_DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-
-def describe_plan(plan: Plan, *, num_workers: int, flops_per_second: float) -> dict[str, Any]:
+def describe_plan(
+    plan: Plan, memory: MemoryPlan, *, num_workers: int, flops_per_second: float
+) -> dict[str, Any]:
     """A plan in numbers, as JSON values.
 
     Args:
+        memory: How it fits.
         flops_per_second: Of one worker.
 
     Returns:
-        Counts, bytes in and out, ``worker_memory_bytes`` by purpose, ``rough_seconds`` of computation.
+        Counts, bytes in and out, ``memory_bytes`` by place and purpose, ``rough_seconds`` of computation.
     """
     shards = {name: size for name, (size, _) in plan.source_objects.items() if name.endswith(".safetensors")}
-    memory = _worker_memory(plan, num_workers)
     tokens = _tokens(plan)
     flops = sum(_block_flops(plan, block, tokens) for block in plan.blocks)
     return {
@@ -50,7 +51,15 @@ def describe_plan(plan: Plan, *, num_workers: int, flops_per_second: float) -> d
         "threads_per_worker": plan.threads,
         "device_kind": plan.device_kind,
         "compute_dtype": plan.compute_dtype,
-        "worker_memory_bytes": {**memory, "total": sum(memory.values())},
+        "memory_bytes": {
+            "worker": dict(memory.worker),
+            "device": dict(memory.device),
+            "object_store": dict(memory.store),
+            "unsliced": memory.unsliced_bytes,
+        },
+        "most_slices": max(len(passes) for passes in memory.slices),
+        "one_block_at_a_time": not memory.pipelines,
+        "waiting_activations_bytes": memory.waiting_bytes,
         "rough_seconds": flops / flops_per_second / num_workers,
         "identity": plan.identity(),
     }
@@ -58,7 +67,6 @@ def describe_plan(plan: Plan, *, num_workers: int, flops_per_second: float) -> d
 
 def format_plan(described: dict[str, Any]) -> str:
     """The numbers of `describe_plan` for a terminal."""
-    memory = described["worker_memory_bytes"]
     lines = [
         f"{described['source']}  ->  {described['output']}",
         f"{described['model_type']}: {described['blocks']} blocks,"
@@ -72,11 +80,25 @@ def format_plan(described: dict[str, Any]) -> str:
         f" {described['evaluation_tokens']} evaluation tokens",
         f"{described['workers']} worker(s) of {described['threads_per_worker']} threads on"
         f" {described['device_kind']} in {described['compute_dtype']}",
-        f"memory of a worker about {_mb(memory['total'])}: "
-        + ", ".join(f"{name} {_mb(size)}" for name, size in memory.items() if name != "total"),
+        *_memory_lines(described),
         f"computation about {described['rough_seconds']:.0f} s at the rate measured here",
     ]
     return "\n".join(lines)
+
+
+def _memory_lines(described: dict[str, Any]) -> list[str]:
+    places = {"worker": "a worker", "device": "its GPU", "object_store": "the object store of a node"}
+    lines = []
+    for place, words in places.items():
+        needs = {name: size for name, size in described["memory_bytes"][place].items() if size}
+        parts = ", ".join(f"{name} {_mb(size)}" for name, size in needs.items())
+        lines += [f"memory of {words} at most about {_mb(sum(needs.values()))}: {parts}"] * bool(needs)
+    measures = ["one block at a time"] * described["one_block_at_a_time"]
+    if described["waiting_activations_bytes"]:
+        measures.append(f"{_mb(described['waiting_activations_bytes'])} of activations wait outside")
+    if described["most_slices"] > 1:
+        measures.append(f"up to {described['most_slices']} passes of the cells through a block")
+    return lines + [f"to fit: {', '.join(measures)}"] * bool(measures)
 
 
 def _solver_lines(described: dict[str, Any]) -> list[str]:
@@ -116,30 +138,6 @@ def _block_flops(plan: Plan, block: BlockPlan, tokens: dict[str, int]) -> float:
     solved = [linear for linear in block.linears if linear.method == "gptq"]
     solves = 1 + plan.options["descent_passes"]
     return flops + solves * sum(2.0 * linear.rows * linear.columns**2 for linear in solved)
-
-
-def _worker_memory(plan: Plan, num_workers: int) -> dict[str, int]:
-    """Bytes by purpose, at the largest block."""
-    wide = _DTYPE_BYTES[plan.compute_dtype]
-    weights = max(sum(linear.rows * linear.columns for linear in b.linears) for b in plan.blocks)
-    widest = max(plan.blocks, key=lambda b: sum(_columns(b)[g[0]] ** 2 for g in b.input_groups))
-    squares = sum(_columns(widest)[group[0]] ** 2 for group in widest.input_groups)
-    hidden = plan.blocks[0].linears[0].columns
-    tokens = _tokens(plan)
-    corrects = plan.options["correct_targets"]
-    streams = (4 if corrects else 2) * tokens["calibration"] + 4 * tokens["evaluation"]
-    # Of X^T X half a total in int64 and a cell's part in fp32; of X_ref^T X the whole of both.
-    per_entry = 4 + 4 + (8 + 4) * corrects
-    return {
-        "block": weights * (2 * 2 + 2 * wide),
-        "statistics": per_entry * squares if plan.calibration_digest else 0,
-        "activations": streams * hidden * wide // num_workers,
-        "packing": weights * 2,
-    }
-
-
-def _columns(block: BlockPlan) -> dict[str, int]:
-    return {linear.name: linear.columns for linear in block.linears}
 
 
 def _unit_bytes(unit: UnitPlan) -> int:

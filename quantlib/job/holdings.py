@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlib.job.activations import CALIBRATION, corpus_of
+from quantlib.job.plan import Groups
 from quantlib.job.transport import Handle
 
 
@@ -35,8 +36,8 @@ class Holdings:
         moving: Cells on their way to that worker: not known to have come.
         follows: Cell -> the block before which the stream stands that follows the original blocks.
         quantized: Cell -> the same of the stream that runs through quantized blocks.
-        observed: Block -> cell -> who has it in a sum.
-        exponents: Block -> exponents of its sums.
+        observed: Block -> input groups that are summed in one pass -> cell -> who has it in a sum.
+        exponents: Block -> input groups likewise -> exponents of their sums.
         captured: Block -> what its capture gave.
         compared: Block -> evaluation cell -> what the comparison of its streams gave.
         sources: Block -> parts of its source tensors.
@@ -47,8 +48,8 @@ class Holdings:
     moving: set[str] = field(default_factory=set)
     follows: dict[str, int] = field(default_factory=dict)
     quantized: dict[str, int] = field(default_factory=dict)
-    observed: dict[int, dict[str, Held]] = field(default_factory=dict)
-    exponents: dict[int, list[int]] = field(default_factory=dict)
+    observed: dict[int, dict[Groups, dict[str, Held]]] = field(default_factory=dict)
+    exponents: dict[int, dict[Groups, list[int]]] = field(default_factory=dict)
     captured: dict[int, dict[str, Any]] = field(default_factory=dict)
     compared: dict[int, dict[str, Any]] = field(default_factory=dict)
     sources: dict[int, list[Held | None]] = field(default_factory=dict)
@@ -74,8 +75,8 @@ class Holdings:
     def lose(self, gone: Collection[int]) -> None:
         """Some workers are gone: forget what they had, and the cells that must be brought up again.
 
-        A cell must be brought up again when its streams are gone, and when a sum is gone that it is in. Lost
-        codes are made again from the sums, which are kept until the shard is finished.
+        A cell must be brought up again when its streams are gone, when a sum is gone that it is in, and when
+        it has passed a block of which codes are gone whose sums are not kept, or do not hold it.
         """
         lost = self.moving | {key for key, worker in self.homes.items() if worker in gone}
         self.moving = set()
@@ -83,9 +84,10 @@ class Holdings:
             missing = [group for group, held in groups.items() if held.worker in gone]
             for group in missing:
                 del groups[group]
-            if missing and block in self.observed:
-                lost |= self._passed_unobserved(block)
-        for cells in self.observed.values():
+            if block in self.captured:
+                for group in missing:
+                    lost |= self._passed_unobserved(block, group)
+        for cells in [cells for passes in self.observed.values() for cells in passes.values()]:
             for key in [key for key, held in cells.items() if held.worker in gone]:
                 lost.add(key)
                 del cells[key]
@@ -95,12 +97,14 @@ class Holdings:
         for parts in self.sources.values():
             parts[:] = [None if part is None or part.worker in gone else part for part in parts]
 
-    def _passed_unobserved(self, block: int) -> set[str]:
-        """Calibration cells that an earlier loss took out of a block's sums when its codes were all there."""
+    def _passed_unobserved(self, block: int, group: int) -> set[str]:
+        """Calibration cells beyond a block that are not in the sums of one of its input groups."""
+        passes = self.observed.get(block, {})
+        observed = {key for groups, cells in passes.items() if group in groups for key in cells}
         return {
             key
             for key in self.homes
             if corpus_of(key) == CALIBRATION
-            and key not in self.observed[block]
+            and key not in observed
             and max(self.follows[key], self.quantized[key]) > block
         }

@@ -15,6 +15,7 @@ from quantlib.job.rules import Rule, rule_values, rules_from
 from quantlib.job.scheme_defaults import FOLLOWING, with_scheme_defaults
 from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES
+from quantlib.units import parse_bytes
 
 _WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evaluation", "Execution"
 
@@ -139,6 +140,18 @@ class JobOptions:
     threads_per_worker: int | None = declare(
         None, _RUN, "CPU threads of a worker; by default an equal share.", minimum=1
     )
+    worker_memory: str | None = declare(
+        None,
+        _RUN,
+        "Memory that a worker's process may take, such as 24GB; less is done at a time until it fits; by"
+        " default what its machine has.",
+    )
+    device_memory: str | None = declare(
+        None, _RUN, "Memory that a worker may take of its GPU, such as 70GB; by default what it has."
+    )
+    object_store_memory: str | None = declare(
+        None, _RUN, "Memory of Ray's object store on a node, such as 8GB; by default Ray's choice."
+    )
     device: str | None = declare(
         None,
         _RUN,
@@ -189,6 +202,9 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
         options, **_following(options, {name: getattr(options, name) for name in FOLLOWING})
     )
     _refuse_missing_calibration(options, rules)
+    for name in ("worker_memory", "device_memory", "object_store_memory"):
+        if getattr(options, name) is not None:
+            parse_bytes(getattr(options, name), name)
     if options.correct_targets and options.propagation != "quantized":
         raise RecipeError(
             f"correct_targets needs propagation quantized, found {options.propagation}: with the original"

@@ -18,6 +18,9 @@ from quantlib.schemes import WeightScheme
 
 SCHEMA = 2
 
+# Numbers of input groups of a block.
+Groups = tuple[int, ...]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:

@@ -22,6 +22,7 @@ _LOSSES = ("nll_original", "nll_quantized", "kl_divergence")
 def build_report(
     *,
     plan: Plan,
+    memory: Mapping[str, Any],
     records: Mapping[str, DoneRecord],
     history: Mapping[str, Any],
     figures: Sequence[Mapping[str, float]] | None,
@@ -81,7 +82,7 @@ def build_report(
         "stages": _stages(telemetry),
         "timeline": _timeline(telemetry, started, seconds),
         "cpu_seconds": sum(worker["cpu_seconds"] for worker in telemetry),
-        "memory": {"worker_peak_rss_bytes": [worker["peak_rss_bytes"] for worker in telemetry]},
+        "memory": _memory(memory, telemetry),
         "fallbacks": [
             {"linear": row["name"], "kind": row["fallback"], "detail": f"{row['tokens']} tokens"}
             for rows in linears.values()
@@ -155,6 +156,17 @@ def _calibration(plan: Plan, excluded_rows: Sequence[int]) -> dict[str, Any] | N
         "tokens": (sequences - len(excluded_rows)) * plan.options["sequence_length"],
         "digest": plan.calibration_digest,
         "excluded_rows": list(excluded_rows),
+    }
+
+
+def _memory(planned: Mapping[str, Any], telemetry: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What was planned beside what every worker took at most."""
+    named = ("pipelines", "worker", "device", "store", "unsliced_bytes")
+    measured = ("peak_memory_bytes", "peak_device_bytes", "waiting_on_disk_bytes")
+    return {
+        "planned": {name: planned[name] for name in named},
+        "most_slices": max((len(passes) for passes in planned["slices"]), default=1),
+        **{f"worker_{name}": [worker[name] for worker in telemetry] for name in measured},
     }
 
 

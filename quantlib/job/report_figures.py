@@ -220,6 +220,12 @@ def part(mapping: Mapping[str, Any] | None, name: str) -> Any:
     return None if mapping is None else mapping.get(name)
 
 
+def planned_memory(report: Mapping[str, Any]) -> dict[str, int]:
+    """Purpose -> bytes of a worker when it needs most, as planned; empty where nothing was planned."""
+    planned = part(part(report.get("memory"), "planned"), "worker") or {}
+    return {name: size for name, size in planned.items() if is_number(size) and size > 0}
+
+
 def is_number(value: object) -> bool:
     """True for a finite int or float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -217,13 +217,20 @@ def _timeline(report: Mapping[str, Any]) -> str:
 
 
 def _memory(report: Mapping[str, Any]) -> str:
-    peaks = figures.part(report.get("memory"), "worker_peak_rss_bytes") or ()
+    peaks = figures.part(report.get("memory"), "worker_peak_memory_bytes") or ()
+    planned = figures.planned_memory(report)
     bars = [(f"worker {i}", peak, figures.size(peak)) for i, peak in enumerate(peaks) if is_number(peak)]
+    if planned:
+        bars = [("planned", sum(planned.values()), figures.size(sum(planned.values()))), *bars]
     moved = report.get("bytes") or {}
     facts = _facts(
         {
             "read from storage": figures.size(moved.get("read")),
             "written to storage": figures.size(moved.get("written")),
+            "planned for": ", ".join(f"{name} {figures.size(size)}" for name, size in planned.items()),
+            "passes of the cells through a block": figures.count(
+                figures.part(report.get("memory"), "most_slices")
+            ),
         }
     )
     top = max((peak for _, peak, _ in bars), default=0)

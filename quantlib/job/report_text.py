@@ -61,11 +61,13 @@ def _stages(report: Mapping[str, Any]) -> str:
         for name, stage in stages
     ]
     text = _table(("stage", "seconds", "CPU seconds", "calls"), rows) if rows else ""
-    peaks = figures.part(report.get("memory"), "worker_peak_rss_bytes") or ()
+    peaks = figures.part(report.get("memory"), "worker_peak_memory_bytes") or ()
+    planned = figures.planned_memory(report)
     moved = report.get("bytes") or {}
     facts = []
     if peaks:
-        facts.append("peak memory of the workers: " + ", ".join(figures.size(peak) for peak in peaks))
+        words = f" (planned at most {figures.size(sum(planned.values()))})" if planned else ""
+        facts.append(f"peak memory of the workers: {', '.join(figures.size(peak) for peak in peaks)}{words}")
     if is_number(moved.get("read")):
         facts.append(f"read {figures.size(moved['read'])}, written {figures.size(moved.get('written'))}")
     if sentence := figures.lanes_sentence(report):

@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from quantlib.job.memory import Room
+
 # Stands for a value on a worker, or for one that is being made there.
 Handle = Any
 
@@ -17,6 +19,11 @@ class Transport(Protocol):
     @property
     def workers(self) -> list[int]:
         """Numbers of the workers there are now; no number is given twice."""
+        ...
+
+    @property
+    def room(self) -> Room:
+        """The memory that their machines have for them."""
         ...
 
     def submit(self, worker: int, method: str, *arguments: Any) -> Handle:

@@ -18,6 +18,7 @@ from quantlib.job.plan import BlockPlan
 from quantlib.model.skeleton import BlockInputs, BlockSpec, Skeleton
 from quantlib.steps import observe_cell
 from quantlib.storage import Store
+from quantlib.stream_shelf import Shelf
 
 _CELL_TOKENS = 4096
 
@@ -36,7 +37,7 @@ def gather_hessians(
     """
     prelude = read_tensors(store, checkpoint, skeleton.prelude_tensors)
     outer = skeleton.build_outer(prelude, dtype=torch.float32, device="cpu")
-    cells = cut_into_cells(rows_BT, max(1, _CELL_TOKENS // rows_BT.shape[1]))
+    cells = cut_into_cells(rows_BT, max(1, _CELL_TOKENS // rows_BT.shape[1]), Shelf())
     # By rows of the cell: what a block is called with holds for one shape, and the last cell may be smaller.
     inputs: dict[int, list[BlockInputs]] = {}
     for cell in cells:
@@ -61,13 +62,15 @@ def _observed(
     for cell in cells:
         assert cell.main is not None
         own_inputs = inputs[len(cell.ids_BT)]
-        output_BTD, observed, left_out = observe_cell(block, plan, cell.main.hidden_BTD, own_inputs, ())
+        output_BTD, observed, left_out = observe_cell(
+            block, plan, cell.main.hidden_BTD, own_inputs, (), range(len(plan.input_groups))
+        )
         if left_out:
             raise NumericsError(
                 f"{spec.prefix}: rows {sorted(left_out)} of calibration cell {cell.number} have activations"
                 " that are not finite; compare variants on other text or another model"
             )
-        grams = [gram_CC for gram_CC in observed.grams if gram_CC is not None]
+        grams = [observed.grams[group] for group in range(len(plan.input_groups))]
         if not totals:
             exponents = [exponent_for(float(gram_CC.diagonal().max()), len(cells)) for gram_CC in grams]
             totals = [

@@ -28,6 +28,11 @@ class _Block(nn.Module):
         return hidden + self.c(torch.relu(self.a(hidden)) + self.b(hidden))
 
 
+class _Dividing(_Block):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden + self.c(self.a(hidden) / hidden[..., :4])
+
+
 _PLAN = BlockPlan(
     index=0,
     prefix="layers.0",
@@ -36,6 +41,7 @@ _PLAN = BlockPlan(
     input_groups=(("layers.0.a", "layers.0.b"), ("layers.0.c",)),
 )
 _INPUTS = BlockInputs(args=(), kwargs={})
+_BOTH = (0, 1)
 
 
 def _hidden(rows: int = 5) -> torch.Tensor:
@@ -52,12 +58,12 @@ def _expected(block: _Block, hidden: torch.Tensor) -> list[torch.Tensor]:
 @torch.inference_mode()
 def test_observe_cell_sums_the_inputs_of_every_group():
     block, hidden = _Block(), _hidden()
-    output, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, ())
+    output, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, (), _BOTH)
     assert torch.equal(output, block(hidden))
     assert statistics.num_tokens == 15
     assert excluded == set()
-    for gram, expected in zip(statistics.grams, _expected(block, hidden), strict=True):
-        assert gram is not None
+    for group, expected in enumerate(_expected(block, hidden)):
+        gram = statistics.grams[group]
         torch.testing.assert_close(gram.tril().double(), expected.tril(), rtol=1e-5, atol=1e-5)
 
 
@@ -66,18 +72,32 @@ def test_observe_cell_leaves_out_rows_that_are_not_finite_and_names_them():
     block, hidden = _Block(), _hidden()
     hidden[1, 2, 0] = float("nan")
     hidden[3, 0, 5] = float("inf")
-    _, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, ())
+    _, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, (), _BOTH)
     assert excluded == {1, 3}
     assert statistics.num_tokens == 9
-    for gram, expected in zip(statistics.grams, _expected(block, hidden[[0, 2, 4]]), strict=True):
-        assert gram is not None
+    for group, expected in enumerate(_expected(block, hidden[[0, 2, 4]])):
+        gram = statistics.grams[group]
         torch.testing.assert_close(gram.tril().double(), expected.tril(), rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("group", _BOTH)
+def test_observe_cell_of_one_group_finds_the_same_rows_and_the_same_bits(group: int):
+    """One row has an infinity that only the input of ``c`` shows."""
+    block, hidden = _Dividing(), _hidden()
+    hidden[2, 1] = 0.0
+    _, whole, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, (), _BOTH)
+    _, alone, excluded_alone = observe_cell(block, _PLAN, hidden, _INPUTS, (), (group,))
+    assert excluded == {2}
+    assert (excluded_alone, alone.num_tokens) == (excluded, whole.num_tokens)
+    assert list(alone.grams) == [group]
+    assert torch.equal(alone.grams[group], whole.grams[group])
 
 
 @torch.inference_mode()
 def test_observe_cell_keeps_rows_out_that_were_left_out_before():
     block, hidden = _Block(), _hidden()
-    _, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, {4})
+    _, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, {4}, _BOTH)
     assert excluded == {4}
     assert statistics.num_tokens == 12
 
@@ -85,7 +105,7 @@ def test_observe_cell_keeps_rows_out_that_were_left_out_before():
 @torch.inference_mode()
 def test_observe_cell_finite_inputs_that_overflow_are_an_error_that_names_the_linear():
     with pytest.raises(NumericsError, match=r"layers\.0\.a"):
-        observe_cell(_Block(), _PLAN, _hidden() * 1e25, _INPUTS, ())
+        observe_cell(_Block(), _PLAN, _hidden() * 1e25, _INPUTS, (), _BOTH)
 
 
 @torch.inference_mode()
@@ -97,13 +117,12 @@ def test_observe_cell_gives_the_sums_of_groups_that_are_to_be_centered():
     corrected = LinearPlan(name="layers.0.b", rows=4, columns=6, method=None, scheme=None, corrects_bias=True)
     plan = dataclasses.replace(_PLAN, linears=(kept, corrected))
     _, read = record_inputs(block, plan, reference, _INPUTS)
-    _, statistics, _ = observe_cell(block, plan, hidden, _INPUTS, {4}, read)
+    _, statistics, _ = observe_cell(block, plan, hidden, _INPUTS, {4}, _BOTH, read)
     x, its = (rows[:4].double().reshape(-1, 6) for rows in (hidden, reference))
     ones = torch.ones(12, 1, dtype=torch.float64)
     x1, its1 = torch.cat([x, ones], 1), torch.cat([its, ones], 1)
     gram = statistics.grams[0]
-    assert gram is not None
     torch.testing.assert_close(gram.tril().double(), (x1.T @ x1).tril(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(statistics.crosses[0].double(), its1.T @ x1, rtol=1e-5, atol=1e-5)
     # The other group has no bias that changes.
-    assert [len(product) for product in (statistics.grams[1], statistics.crosses[1])] == [4, 4]  # pyright: ignore[reportArgumentType]
+    assert [len(product) for product in (statistics.grams[1], statistics.crosses[1])] == [4, 4]

@@ -11,13 +11,12 @@ import pytest
 import torch
 
 from quantlib.errors import NumericsError, QuantError, TransientStorageError, WorkerLostError
-from quantlib.inprocess import DirectStages, quantize
+from quantlib.inprocess import quantize
 from quantlib.job import failures
-from quantlib.job.conversion import Progress, convert
-from quantlib.job.crew import Crew
+from quantlib.job.conversion import Progress
 from quantlib.job.failures import Policy
 from quantlib.job.options import JobOptions
-from tests.support.thread_cluster import ThreadCluster
+from tests.support.thread_cluster import ThreadCluster, convert_on
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
 
 pytestmark = pytest.mark.slow
@@ -78,24 +77,9 @@ def _run(
     on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> dict[str, Any]:
     """A job that may not hang; gives its report or raises its error."""
-    cluster, stages, found = ThreadCluster(workers), DirectStages(), {}
+    cluster = ThreadCluster(workers)
     cluster.before = lambda *call: fault(cluster, *call)
-
-    def run() -> None:
-        try:
-            found["report"] = convert(options, Crew(cluster, 1), stages, on_progress)
-        except Exception as error:  # noqa: BLE001 - raised again below
-            found["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeout=120)
-    stages.close(waits=False)
-    cluster.close()
-    assert not thread.is_alive(), "the job hangs"
-    if "error" in found:
-        raise found["error"]
-    return found["report"]
+    return convert_on(cluster, options, on_progress)
 
 
 def _once(

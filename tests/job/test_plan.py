@@ -12,6 +12,7 @@ from quantlib.inprocess import quantize
 from quantlib.job.estimate import describe_plan, format_plan
 from quantlib.job.finished import check_unit
 from quantlib.job.manifest import DoneRecord, read_plan, read_records, store_plan, store_record
+from quantlib.job.memory import Budgets, Surroundings, plan_memory
 from quantlib.job.plan import plan_from_json, plan_to_json
 from quantlib.job.planner import build_plan
 from quantlib.storage import join_uri, open_store
@@ -160,7 +161,8 @@ def test_manifest_unit_counts_as_finished_only_while_its_shard_is_what_was_recor
 
 
 def test_estimate_counts_bytes_as_they_are_written(root, plan):
-    described = describe_plan(plan, num_workers=1, flops_per_second=1e9)
+    memory = plan_memory(plan, Surroundings(workers=1, idle_bytes=0), Budgets())
+    described = describe_plan(plan, memory, num_workers=1, flops_per_second=1e9)
     written = sum(path.stat().st_size for path in (root / "written").glob("*.safetensors"))
     assert described["bytes_out"] == written
     assert described["blocks"] == 3

@@ -56,7 +56,11 @@ def example_report(num_blocks: int = 3) -> dict[str, Any]:
             "hidden_storage_share": 0.8127,
         },
         "cpu_seconds": 298.4,
-        "memory": {"worker_peak_rss_bytes": [1_070_000_000, 1_230_000_000]},
+        "memory": {
+            "planned": {"worker": {"idle": 600_000_000, "block": 28_000_000, "working": 640_000_000}},
+            "most_slices": 1,
+            "worker_peak_memory_bytes": [1_070_000_000, 1_230_000_000],
+        },
         "fallbacks": [],
         "dropped": {},
         "versions": {"torch": "2.13.0+cpu"},

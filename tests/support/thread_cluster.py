@@ -13,6 +13,11 @@ from typing import Any
 
 from quantlib.block_runner import BlockRunner
 from quantlib.errors import WorkerLostError
+from quantlib.inprocess import DirectStages
+from quantlib.job.conversion import Progress, convert
+from quantlib.job.crew import Crew
+from quantlib.job.memory import Room
+from quantlib.job.options import JobOptions
 
 _STORAGE_METHODS = ("read", "read_packed", "write", "check_finished")
 _LANES = ("compute", "storage", "exchange")
@@ -40,11 +45,13 @@ class ThreadCluster:
         before: Called in the worker's thread with (worker, method, arguments) before every call; what it
             raises, the call raises.
         dead: Workers that were killed.
+        room: The memory that they have.
     """
 
     def __init__(self, num_workers: int) -> None:
         self.before: Callable[[int, str, tuple[Any, ...]], None] = lambda *_: None
         self.dead: set[int] = set()
+        self.room = Room()
         self._num_workers = num_workers
         self._runners: dict[int, BlockRunner] = {}
         self._lanes: dict[tuple[int, str], ThreadPoolExecutor] = {}
@@ -155,6 +162,29 @@ class ThreadCluster:
         if isinstance(argument, _Handle):
             return self._resolved(argument.future.result())
         return argument.value if isinstance(argument, _Shared) else argument
+
+
+def convert_on(
+    cluster: ThreadCluster, options: JobOptions, on_progress: Callable[[Progress], None] = lambda _: None
+) -> dict[str, Any]:
+    """A job that may not hang; gives its report or raises its error, and closes the cluster."""
+    stages, found = DirectStages(), {}
+
+    def run() -> None:
+        try:
+            found["report"] = convert(options, Crew(cluster, 1), stages, on_progress)
+        except Exception as error:  # noqa: BLE001 - raised again below
+            found["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(timeout=120)
+    stages.close(waits=False)
+    cluster.close()
+    assert not thread.is_alive(), "the job hangs"
+    if "error" in found:
+        raise found["error"]
+    return found["report"]
 
 
 def _lost(worker: int) -> WorkerLostError:

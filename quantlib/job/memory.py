@@ -1,0 +1,283 @@
+"""How a job fits into memory: what is done at a time and what one after the other.
+
+Nothing here changes a byte of the output. A *slice* is the input groups of a block that are summed and solved
+together: less memory means more slices, and every slice is another pass of the cells through the block.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from quantlib.errors import RecipeError
+from quantlib.job.memory_needs import block_needs, cell_needs
+from quantlib.job.options import JobOptions
+from quantlib.job.plan import Groups, Plan
+from quantlib.units import format_bytes, parse_bytes
+
+# What is on the GPU where there is one; everything else is in the memory of its machine.
+_ON_DEVICE = ("block", "working", "statistics", "solve", "activations")
+# What goes from worker to worker: in an object store where there is one.
+_EXCHANGED = ("source", "packed", "sums")
+
+Slices = tuple[tuple[Groups, ...], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Budgets:
+    """Bytes that may be used; None where nothing is said.
+
+    Attributes:
+        worker: Memory of a worker's process, its libraries included.
+        device: Memory of a worker's GPU.
+        store: Ray's shared memory on a node.
+    """
+
+    worker: int | None = None
+    device: int | None = None
+    store: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """The memory that machines have for workers.
+
+    Attributes:
+        worker_bytes: For each worker; None when it is not known.
+        device_bytes: Of its GPU; None without one.
+        store_bytes: Of a node's object store; None without one.
+        store_workers: How many workers share it; 0 where tensors are passed on within a process.
+    """
+
+    worker_bytes: int | None = None
+    device_bytes: int | None = None
+    store_bytes: int | None = None
+    store_workers: int = 0
+
+
+def budgets_from(options: JobOptions, room: Room) -> Budgets:
+    """What a request allows; what it does not name is bounded by the machines."""
+
+    def named(option: str) -> int | None:
+        text: str | None = getattr(options, option)
+        return None if text is None else parse_bytes(text, option)
+
+    return Budgets(
+        worker=named("worker_memory") or room.worker_bytes,
+        device=named("device_memory") or room.device_bytes,
+        store=named("object_store_memory") or room.store_bytes,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Surroundings:
+    """Where the work is done.
+
+    Attributes:
+        workers: How many there are.
+        idle_bytes: Memory of a worker's process before any work.
+        has_device: Whether a worker computes on a GPU with memory of its own.
+        store_workers: How many share an object store; 0 where tensors are passed on within a process.
+    """
+
+    workers: int
+    idle_bytes: int
+    has_device: bool = False
+    store_workers: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """What is done at a time, and what it takes.
+
+    Attributes:
+        slices: Of every block, in order; the streams go on with the last.
+        pipelines: Whether the next block is fetched and begun while one is still worked on and written.
+        activation_bytes: What the streams of a worker may take of its memory, or of its GPU; None for all.
+        waiting_bytes: What is thus left of them to wait on disk, or beside a GPU in its machine's memory.
+        worker: Purpose -> bytes of a worker's process when it needs most.
+        device: The same of its GPU; empty without one.
+        store: The same of a node's object store; empty without one.
+        unsliced_bytes: What worker and GPU would need beyond idle memory with everything at a time.
+    """
+
+    slices: Slices
+    pipelines: bool = True
+    activation_bytes: int | None = None
+    waiting_bytes: int = 0
+    worker: Mapping[str, int]
+    device: Mapping[str, int]
+    store: Mapping[str, int]
+    unsliced_bytes: int
+
+
+def plan_memory(plan: Plan, surroundings: Surroundings, budgets: Budgets) -> MemoryPlan:
+    """The least frugal way in which a job fits.
+
+    First streams leave memory, then one block is worked on at a time, then its input groups are cut into
+    slices.
+
+    Raises:
+        RecipeError: A budget is too small for one input group alone; says what would do.
+    """
+    needs = _Needs(plan, surroundings)
+    at_once = needs.peak(needs.unsliced(), pipelines=True, resident=needs.streams)
+    unsliced_bytes = sum(at_once.worker.values()) + sum(at_once.device.values()) - surroundings.idle_bytes
+    for slices, pipelines in _ways(needs, budgets):
+        found = needs.peak(slices, pipelines=pipelines, resident=0)
+        if found.fits(budgets):
+            room = found.room(budgets)
+            resident = needs.streams if room is None else min(room, needs.streams)
+            found = needs.peak(slices, pipelines=pipelines, resident=resident)
+            return MemoryPlan(
+                slices=slices,
+                pipelines=pipelines,
+                activation_bytes=room,
+                waiting_bytes=needs.streams - resident,
+                worker=found.worker,
+                device=found.device,
+                store=found.store,
+                unsliced_bytes=unsliced_bytes,
+            )
+    raise _refusal(needs.peak(needs.single_groups(), pipelines=False, resident=0), budgets)
+
+
+def _ways(needs: "_Needs", budgets: Budgets) -> Iterator[tuple[Slices, bool]]:
+    yield needs.unsliced(), True
+    yield needs.unsliced(), False
+    yield needs.cut(budgets), False
+
+
+@dataclass(frozen=True, slots=True)
+class _Peak:
+    """Purpose -> bytes, of a moment or of the worst of several."""
+
+    worker: Mapping[str, int]
+    device: Mapping[str, int]
+    store: Mapping[str, int]
+
+    def fits(self, budgets: Budgets) -> bool:
+        """Whether no budget is exceeded."""
+        used = (self.worker, self.device, self.store)
+        limits = (budgets.worker, budgets.device, budgets.store)
+        return all(
+            limit is None or sum(use.values()) <= limit for use, limit in zip(used, limits, strict=True)
+        )
+
+    def room(self, budgets: Budgets) -> int | None:
+        """Bytes left where streams are; None where nothing bounds them."""
+        use, limit = (self.device, budgets.device) if self.device else (self.worker, budgets.worker)
+        return None if limit is None else limit - sum(use.values())
+
+    def or_worse(self, other: "_Peak") -> "_Peak":
+        """Of every place the fuller one."""
+        pairs = ((self.worker, other.worker), (self.device, other.device), (self.store, other.store))
+        return _Peak(*(max(pair, key=lambda use: sum(use.values())) for pair in pairs))
+
+
+class _Needs:
+    """What a job takes, as a function of how it is done."""
+
+    def __init__(self, plan: Plan, surroundings: Surroundings) -> None:
+        self._surroundings = surroundings
+        self._blocks = [block_needs(plan, block) for block in plan.blocks]
+        cells = cell_needs(plan, surroundings.workers)
+        self.streams, self._working = cells.streams, cells.working
+        is_original = plan.options["propagation"] == "original"
+        self._begins_next = is_original and surroundings.workers > 1
+        self._runs_quantized = plan.evaluation_digest is not None or not is_original
+
+    def unsliced(self) -> Slices:
+        """Every block in one slice."""
+        return tuple((tuple(range(len(block.groups))),) for block in self._blocks)
+
+    def single_groups(self) -> Slices:
+        """Every input group by itself."""
+        return tuple(tuple((group,) for group in range(len(b.groups))) or ((),) for b in self._blocks)
+
+    def cut(self, budgets: Budgets) -> Slices:
+        """Every block in as few slices as fit, in the order of its input groups."""
+        return tuple(self._cut(number, budgets) for number in range(len(self._blocks)))
+
+    def peak(self, slices: Slices, *, pipelines: bool, resident: int) -> _Peak:
+        """The fullest that every place gets."""
+        moments = (
+            moment
+            for number, passes in enumerate(slices)
+            for groups in passes
+            for moment in self._moments(number, groups, pipelines=pipelines)
+        )
+        return self._worst(moments, resident)
+
+    def _cut(self, number: int, budgets: Budgets) -> tuple[Groups, ...]:
+        passes: list[Groups] = []
+        groups: Groups = ()
+        for group in range(len(self._blocks[number].groups)):
+            moments = self._moments(number, (*groups, group), pipelines=False)
+            if groups and not self._worst(moments, 0).fits(budgets):
+                passes.append(groups)
+                groups = ()
+            groups = (*groups, group)
+        return (*passes, groups)
+
+    def _moments(self, number: int, groups: Groups, *, pipelines: bool) -> Iterator[dict[str, int]]:
+        """What is there at a time while a slice of a block is summed, solved, and evaluated."""
+        block = self._blocks[number]
+        following = self._blocks[number + 1] if number + 1 < len(self._blocks) else None
+        always = {"source": block.source, "packed": block.packed}
+        ahead = {"block": 0, "statistics": 0}
+        if pipelines:
+            neighbours = [*self._blocks[max(0, number - 1) : number], *([following] if following else [])]
+            always["source"] += sum(neighbour.source for neighbour in neighbours)
+            always["packed"] += block.packed
+            if following is not None and self._begins_next:
+                statistics = sum(group.total + group.partial for group in following.groups)
+                ahead = {"block": following.live, "statistics": statistics}
+        mine = [block.groups[group] for group in groups]
+        totals = sum(group.total for group in mine)
+        partials = sum(group.partial for group in mine)
+        yield {**always, "block": block.live, "working": self._working, "statistics": totals + partials}
+        solve = max((group.solve for group in mine), default=0)
+        yield {**always, **ahead, "sums": totals, "working": self._working * pipelines, "solve": solve}
+        if self._runs_quantized:
+            made = block.live + block.levels + ahead["block"]
+            yield {**always, **ahead, "block": made, "working": self._working}
+
+    def _worst(self, moments: Iterable[dict[str, int]], resident: int) -> _Peak:
+        worst = self._placed({}, resident)
+        for moment in moments:
+            worst = worst.or_worse(self._placed(moment, resident))
+        return worst
+
+    def _placed(self, moment: Mapping[str, int], resident: int) -> _Peak:
+        """A moment by the places where things are."""
+        around = self._surroundings
+        needs = {**moment, "activations": resident}
+        worker, device, store = {"idle": around.idle_bytes}, {}, {}
+        if around.has_device:
+            worker["waiting activations"] = self.streams - resident
+        for purpose, size in needs.items():
+            if purpose in _EXCHANGED and around.store_workers:
+                each = around.store_workers if purpose == "sums" else 1
+                store[purpose] = size * each
+            elif purpose in _ON_DEVICE and around.has_device:
+                device[purpose] = size
+            else:
+                worker[purpose] = size
+        return _Peak(worker, device, store)
+
+
+def _refusal(least: _Peak, budgets: Budgets) -> RecipeError:
+    needed = {
+        "worker_memory": (least.worker, budgets.worker),
+        "device_memory": (least.device, budgets.device),
+        "object_store_memory": (least.store, budgets.store),
+    }
+    for option, (use, limit) in needed.items():
+        if limit is not None and sum(use.values()) > limit:
+            purposes = ", ".join(f"{name} {format_bytes(size)}" for name, size in use.items() if size)
+            return RecipeError(
+                f"{option} must be at least {format_bytes(sum(use.values()))} for one input group at a time"
+                f" ({purposes}), found {format_bytes(limit)}; allow that much, or use larger machines",
+                option=option,
+                needed_bytes=sum(use.values()),
+            )
+    raise AssertionError("every budget is large enough")

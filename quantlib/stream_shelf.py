@@ -1,0 +1,139 @@
+"""Where streams wait between two blocks: in memory while there is room, else on disk or beside the GPU.
+
+B sequences, T positions, D hidden.
+"""
+
+import os
+import tempfile
+import threading
+from dataclasses import dataclass
+
+import torch
+
+from quantlib.errors import WorkerError
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where in the file a stream is."""
+
+    offset: int
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def num_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
+
+
+class Shelf:
+    """Keeps hidden states [B, T, D] until they are asked for.
+
+    Args:
+        room_bytes: Of memory, that of the device where there is one; None for no limit. What has no room goes
+            to a file without a name in the folder for temporary files, so that nothing is left of a worker
+            that dies; from a GPU, to the memory of its machine.
+    """
+
+    def __init__(self, room_bytes: int | None = None) -> None:
+        self._room_bytes = room_bytes
+        self._used_bytes = 0
+        self._file_bytes = 0
+        self._free: dict[int, list[int]] = {}
+        self._file: int | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def file_bytes(self) -> int:
+        """The size that the file has come to."""
+        return self._file_bytes
+
+    def put(self, hidden_BTD: torch.Tensor) -> "Kept":
+        """Keep hidden states.
+
+        Raises:
+            WorkerError: There is no room in memory, and the disk is full.
+        """
+        size = hidden_BTD.nbytes
+        with self._lock:
+            has_room = self._room_bytes is None or self._used_bytes + size <= self._room_bytes
+            self._used_bytes += size * has_room
+        if has_room:
+            return Kept(self, hidden_BTD, hidden_BTD.device)
+        if hidden_BTD.device.type != "cpu":
+            return Kept(self, hidden_BTD.cpu(), hidden_BTD.device)
+        return Kept(self, self._written(hidden_BTD), hidden_BTD.device)
+
+    def _written(self, hidden_BTD: torch.Tensor) -> _Place:
+        size = hidden_BTD.nbytes
+        with self._lock:
+            if self._file is None:
+                with tempfile.TemporaryFile() as file:
+                    self._file = os.dup(file.fileno())
+            places = self._free.get(size)
+            offset = places.pop() if places else self._file_bytes
+            if offset == self._file_bytes:
+                self._file_bytes += size
+        view, done = _bytes_of(hidden_BTD.contiguous()), 0
+        try:
+            while done < size:
+                done += os.pwrite(self._file, view[done:], offset + done)
+        except OSError as error:
+            raise WorkerError(
+                f"{size} bytes of activations have no room in memory and could not be written to"
+                f" {tempfile.gettempdir()}: {error.strerror}; set TMPDIR to a larger disk, or allow more"
+                " worker_memory",
+                option="worker_memory",
+            ) from error
+        return _Place(offset, hidden_BTD.shape, hidden_BTD.dtype)
+
+    def _read(self, place: _Place) -> torch.Tensor:
+        assert self._file is not None
+        hidden_BTD = torch.empty(place.shape, dtype=place.dtype)
+        view, done = _bytes_of(hidden_BTD), 0
+        while done < place.num_bytes:
+            done += os.preadv(self._file, [view[done:]], place.offset + done)
+        return hidden_BTD
+
+    def _release(self, content: torch.Tensor | _Place, device: torch.device) -> None:
+        with self._lock:
+            if isinstance(content, _Place):
+                self._free.setdefault(content.num_bytes, []).append(content.offset)
+            elif content.device == device:
+                self._used_bytes -= content.nbytes
+
+    def __del__(self) -> None:
+        if self._file is not None:
+            os.close(self._file)
+
+
+def _bytes_of(hidden_BTD: torch.Tensor) -> memoryview:
+    return hidden_BTD.flatten().view(torch.uint8).numpy().data
+
+
+class Kept:
+    """Hidden states on a shelf."""
+
+    def __init__(self, shelf: Shelf, content: torch.Tensor | _Place, device: torch.device) -> None:
+        self._shelf, self._content, self._device = shelf, content, device
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the hidden states."""
+        content = self._content
+        return content.num_bytes if isinstance(content, _Place) else content.nbytes
+
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether they take room on the shelf, and not beside it."""
+        return isinstance(self._content, torch.Tensor) and self._content.device == self._device
+
+    def get(self) -> torch.Tensor:
+        """The hidden states, on the device from which they came."""
+        if isinstance(self._content, _Place):
+            return self._shelf._read(self._content)
+        return self._content.to(self._device)
+
+    def release(self) -> None:
+        """They are not asked for again."""
+        self._shelf._release(self._content, self._device)

@@ -1,0 +1,144 @@
+"""How a job is cut to fit: no budget exceeded, nothing left out, and not more than it takes."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantlib.errors import RecipeError
+from quantlib.job.memory import Budgets, MemoryPlan, Room, Surroundings, budgets_from, plan_memory
+from quantlib.job.memory_needs import block_needs, cell_needs
+from quantlib.job.plan import BlockPlan, LinearPlan, Plan
+from quantlib.job.planner import build_plan
+from quantlib.schemes import scheme_from_name
+from tests.support.tiny_jobs import tiny_options
+
+_SCHEME = scheme_from_name("W4A16", 32)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> Plan:
+    root: Path = tmp_path_factory.mktemp("memory")
+    return build_plan(tiny_options(root), 1)[0]
+
+
+def _with_blocks(plan: Plan, shapes: list[list[tuple[int, int]]], propagation: str) -> Plan:
+    """The same job over blocks of one linear a group, of these rows and columns."""
+    blocks, units = [], []
+    for index, linears in enumerate(shapes):
+        names = [f"model.layers.{index}.l{number}" for number in range(len(linears))]
+        block = BlockPlan(
+            index=index,
+            prefix=f"model.layers.{index}",
+            tensors=tuple(f"{name}.weight" for name in names),
+            linears=tuple(
+                LinearPlan(name=n, rows=r, columns=c, method="gptq", scheme=_SCHEME, corrects_bias=False)
+                for n, (r, c) in zip(names, linears, strict=True)
+            ),
+            input_groups=tuple((name,) for name in names),
+        )
+        blocks.append(block)
+        first = next(unit for unit in plan.units if unit.stage == "block")
+        units.append(
+            dataclasses.replace(first, name=f"block-{index:05d}", block=index, tensors=(), copied=())
+        )
+    options = {**plan.options, "propagation": propagation}
+    return dataclasses.replace(plan, blocks=tuple(blocks), units=tuple(units), options=options)
+
+
+@st.composite
+def _jobs(draw):
+    width = st.integers(1, 40).map(lambda n: 32 * n)
+    linears = st.lists(st.tuples(width, width), min_size=1, max_size=6)
+    shapes = draw(st.lists(linears, min_size=1, max_size=3))
+    return shapes, draw(st.sampled_from(["original", "quantized"]))
+
+
+_AROUND = [
+    Surroundings(workers=1, idle_bytes=10**6),
+    Surroundings(workers=4, idle_bytes=10**6, store_workers=2),
+    Surroundings(workers=4, idle_bytes=10**6, store_workers=4, has_device=True),
+]
+
+
+def _sizes(found: MemoryPlan) -> tuple[int, ...]:
+    return tuple(sum(place.values()) for place in (found.worker, found.device, found.store))
+
+
+@settings(max_examples=80, deadline=None)
+@given(job=_jobs(), around=st.sampled_from(_AROUND), share=st.floats(0.0, 1.2))
+def test_every_group_is_in_one_slice_and_no_budget_exceeded(tiny, job, around, share):
+    plan = _with_blocks(tiny, *job)
+    roomy = plan_memory(plan, around, Budgets())
+    assert roomy.pipelines
+    assert max(len(passes) for passes in roomy.slices) == 1
+    worker, device, store = (max(1, int(share * size)) for size in _sizes(roomy))
+    budgets = Budgets(worker=worker, device=device, store=store)
+    try:
+        found = plan_memory(plan, around, budgets)
+    except RecipeError as refused:
+        needed, option = refused.facts["needed_bytes"], refused.facts["option"]
+        assert isinstance(needed, int)
+        place = {"worker_memory": "worker", "device_memory": "device", "object_store_memory": "store"}[
+            str(option)
+        ]
+        assert needed > getattr(budgets, place)
+        # That much will do, as far as this budget goes.
+        plan_memory(plan, around, Budgets(**{place: needed}))
+        with pytest.raises(RecipeError):
+            plan_memory(plan, around, Budgets(**{place: needed - 1}))
+        return
+    for block, passes in zip(plan.blocks, found.slices, strict=True):
+        assert [group for groups in passes for group in groups] == list(range(len(block.input_groups)))
+    for used, limit in zip(_sizes(found), (budgets.worker, budgets.device, budgets.store), strict=True):
+        assert not used or used <= limit
+    if share >= 1.0:
+        assert (found.pipelines, found.waiting_bytes, found.slices) == (True, 0, roomy.slices)
+
+
+@settings(max_examples=40, deadline=None)
+@given(job=_jobs(), shares=st.tuples(st.floats(0.2, 1.0), st.floats(0.2, 1.0)))
+def test_more_memory_never_means_more_passes(tiny, job, shares):
+    plan, around = _with_blocks(tiny, *job), _AROUND[0]
+    size = _sizes(plan_memory(plan, around, Budgets()))[0]
+    passes = []
+    for share in sorted(shares):
+        try:
+            found = plan_memory(plan, around, Budgets(worker=int(share * size)))
+        except RecipeError:
+            continue
+        passes.append(sum(len(block) for block in found.slices))
+    assert passes == sorted(passes, reverse=True)
+
+
+def test_needs_of_a_block_from_its_shapes(tiny):
+    """R = 96, C = 64: float32 streams, int64 sums of the lower triangle, an fp32 Hessian and its factor."""
+    plan = _with_blocks(tiny, [[(96, 64)]], "original")
+    needs = block_needs(plan, plan.blocks[0])
+    assert (needs.live, needs.levels) == (4 * 96 * 64, 4 * 96 * 64)
+    group = needs.groups[0]
+    assert group.partial == 4 * 64 * 64
+    assert group.total >= 8 * 64 * 65 / 2
+    assert group.solve >= 8 * 64 * 64 + 4 * 96 * 64
+    rows, length, cells = plan.options["sequences"], plan.options["sequence_length"], plan.sequences_per_cell
+    held_out = plan.options["evaluation_sequences"]
+    alone = cell_needs(plan, 1)
+    each = cells * length * 64 * 4
+    assert alone.streams == each * (math.ceil(rows / cells) + 2 * math.ceil(held_out / cells))
+    assert cell_needs(plan, 1000).streams == 3 * each
+
+
+def test_budgets_are_those_of_the_request_before_those_of_the_machine(tmp_path):
+    options = tiny_options(tmp_path, worker_memory="2GB", object_store_memory="3 MiB")
+    room = Room(worker_bytes=10, store_bytes=20)
+    assert budgets_from(options, room) == Budgets(worker=2 * 10**9, device=None, store=3 * 2**20)
+    assert budgets_from(tiny_options(tmp_path), room) == Budgets(worker=10, device=None, store=20)
+
+
+@pytest.mark.parametrize("wrong", ["2 apples", "0", "-3GB", "GB", "1..5GB"])
+def test_amount_of_memory_that_is_none_is_refused(tmp_path, wrong):
+    with pytest.raises(RecipeError, match="worker_memory must be an amount such as 24GB"):
+        tiny_options(tmp_path, worker_memory=wrong)
