@@ -6,6 +6,7 @@ With ``--table`` the same runs as rows for a README.
 """
 
 import argparse
+import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,7 +23,7 @@ from quantlib.simulation.prediction import WORDS, predict
 GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 IN_TABLE = (8, 64, 256)
 _KIND = "H100"
-_WORKLOAD = Workload(sequences=512)
+WORKLOAD = Workload(sequences=512)
 _SCHEME = scheme_from_name("W4A16", 128)
 
 _WIDTH, _HEIGHT = 760, 430
@@ -33,7 +34,7 @@ _LIGHT, _DARK = ("#ffffff", "#1f2733", "#dfe4ea"), ("#0d1117", "#e4e9ef", "#2d35
 _TICKS_S = (60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)
 
 
-def scaling_runs() -> dict[str, list[dict[str, Any]]]:
+def scaling_runs(workload: Workload = WORKLOAD) -> dict[str, list[dict[str, Any]]]:
     """Model -> its predictions on every number of GPUs."""
     runs: dict[str, list[dict[str, Any]]] = {}
     for name in SHIPPED:
@@ -42,7 +43,7 @@ def scaling_runs() -> dict[str, list[dict[str, Any]]]:
             parse_cluster(f"{gpus}x{_KIND}", network=DEFAULT_NETWORK, storage=DEFAULT_STORAGE)
             for gpus in GPUS
         ]
-        runs[name] = [predict(shape, _WORKLOAD, cluster) for cluster in clusters]
+        runs[name] = [predict(shape, workload, cluster) for cluster in clusters]
     return runs
 
 
@@ -156,7 +157,7 @@ def _label_places(wanted: Mapping[str, float], apart: float = 18.0) -> dict[str,
 
 
 def _sequences() -> str:
-    return f"{_WORKLOAD.sequences} x {_WORKLOAD.sequence_length} tokens"
+    return f"{WORKLOAD.sequences} x {WORKLOAD.sequence_length} tokens"
 
 
 def _rates() -> str:
@@ -192,10 +193,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Predicted time over GPUs of the shipped models.")
     parser.add_argument("output", nargs="?", type=Path, help="SVG file to write.")
     parser.add_argument("--table", action="store_true", help="Print the table of the README.")
+    parser.add_argument(
+        "--adds-on-nodes", action="store_true", help="As if a node's workers added their sums first."
+    )
     parsed = parser.parse_args(arguments)
     if parsed.output is None and not parsed.table:
         parser.error("name a file to write, or --table")
-    runs = scaling_runs()
+    runs = scaling_runs(dataclasses.replace(WORKLOAD, adds_on_nodes=parsed.adds_on_nodes))
     if parsed.output is not None:
         parsed.output.write_text(scaling_picture(runs), encoding="utf-8")
     if parsed.table:

@@ -102,8 +102,6 @@ class _Run:
         self._writing: Future | None = None
         self._ahead: Future | None = None
 
-    # The loop over blocks.
-
     def with_streams(self) -> Process:
         """Blocks in order, activations flowing."""
         yield self.clock.start(self._embed())
@@ -146,8 +144,6 @@ class _Run:
     @property
     def _is_quantized(self) -> bool:
         return self._work.propagation == "quantized"
-
-    # Stages.
 
     def _embed(self) -> Process:
         """What stands before the blocks: read by all, on every worker, and written by one."""
@@ -225,8 +221,6 @@ class _Run:
         end = self.exchange.write(since, worker, size_bytes)
         self.timeline.add_write(self.clock.now, end)
         return end
-
-    # Pieces.
 
     def _pieces(self, block: int, stage: str, cells: Sequence[_Cell]) -> list[Piece]:
         return [
@@ -318,8 +312,6 @@ class _Run:
         turn.wait(self.exchange.read_part(turn.at, worker, source_bytes), "read")
         turn.wait(self.exchange.write(turn.at, worker, output_bytes), "write")
 
-    # What a piece needs on its worker.
-
     def _turn(self, worker: int) -> Turn:
         """From when the worker has nothing else to do."""
         return Turn(self.timeline, max(self.clock.now, self._lanes[worker]))
@@ -353,8 +345,6 @@ class _Run:
         solved = self._solved_on.get(block, Counter())
         share = self._blocks[block].output_bytes / max(1, solved.total())
         return {node: weights * share for node, weights in solved.items()}
-
-    # Cells.
 
     def _deal(self) -> None:
         """A cell to whoever has fewest of its kind, and then fewest at all."""
