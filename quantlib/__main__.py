@@ -4,12 +4,12 @@ Exit codes: 0 done, 2 the request is wrong (nothing was written), 1 failed.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from typing import Any
 
 from quantlib.checkpoint.compare import compare_checkpoints
@@ -31,12 +31,17 @@ from quantlib.job.clean import clean_work, format_cleaned
 from quantlib.job.command_line import COMMANDS, build_parser, options_of, values_of
 from quantlib.job.estimate import describe_plan, format_plan
 from quantlib.job.memory import Room, Surroundings, budgets_from, plan_memory
-from quantlib.job.planner import build_plan
+from quantlib.job.options import JobOptions
+from quantlib.job.planner import build_plan, open_planned_source
 from quantlib.job.progress_bar import progress_bar
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_text import format_report, format_summary
 from quantlib.machine import default_threads, measured_flops_per_second
 from quantlib.memory_watch import machine_memory_bytes, memory_bytes
+from quantlib.simulation.config_shapes import is_shipped, shipped_shape
+from quantlib.simulation.hardware import DEFAULT_NETWORK, DEFAULT_STORAGE, parse_cluster
+from quantlib.simulation.prediction import format_prediction, parse_price, predict, workload_of
+from quantlib.simulation.shapes import ModelShape, shape_of_plan
 from quantlib.storage import join_uri, normalize_uri, open_store
 
 _INTERRUPTED = 130
@@ -73,6 +78,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _plan(parsed: argparse.Namespace) -> int:
     options = options_of(parsed)
+    if parsed.cluster is not None:
+        return _predict(parsed, options)
+    if is_shipped(options.source):
+        raise RecipeError(f"{options.source} has no weights: it can only be predicted; name a --cluster")
     num_workers = options.workers or 1
     plan, _ = build_plan(options, default_threads(num_workers))
     is_here = options.runner == "inprocess"
@@ -89,6 +98,27 @@ def _plan(parsed: argparse.Namespace) -> int:
     )
     print(json.dumps(described, indent=1) if parsed.json else format_plan(described))
     return 0
+
+
+def _predict(parsed: argparse.Namespace, options: JobOptions) -> int:
+    cluster = parse_cluster(
+        parsed.cluster,
+        network=parsed.network or DEFAULT_NETWORK,
+        storage=parsed.storage or DEFAULT_STORAGE,
+        rates=parsed.rates,
+    )
+    price = parse_price(parsed.price)
+    shape = shipped_shape(options) if is_shipped(options.source) else _shape_of_source(options)
+    found = predict(shape, workload_of(options, shape), cluster, price=price)
+    print(json.dumps(found, indent=1) if parsed.json else format_prediction(found))
+    return 0
+
+
+def _shape_of_source(options: JobOptions) -> ModelShape:
+    plan, _ = build_plan(dataclasses.replace(options, calibration=None, evaluation=None), threads=1)
+    checkpoint = open_planned_source(open_store(plan.source, options.storage_engine), plan)
+    sizes = {name: entry.end - entry.start for name, entry in checkpoint.tensors.items()}
+    return shape_of_plan(plan, checkpoint.config, sizes)
 
 
 def _quantize(parsed: argparse.Namespace) -> int:
@@ -160,7 +190,7 @@ def _clean(parsed: argparse.Namespace) -> int:
         storage_engine=values["storage_engine"],
         discard=parsed.discard,
     )
-    print(json.dumps(asdict(cleaned), indent=1) if parsed.json else format_cleaned(cleaned))
+    print(json.dumps(dataclasses.asdict(cleaned), indent=1) if parsed.json else format_cleaned(cleaned))
     return 0
 
 

@@ -15,11 +15,29 @@ from quantlib.job.option_table import check_value, kind_of
 from quantlib.job.options import JobOptions, option_fields, options_from
 from quantlib.job.provenance import with_replayed_values
 from quantlib.recipe import NOT_IN_RECIPES, read_recipe
+from quantlib.simulation.hardware import DEFAULT_NETWORK, DEFAULT_STORAGE
 
 _JOB_OPTIONS = tuple(
     name for name in option_fields() if name not in NOT_IN_RECIPES and name != "rules"
 )  # rules are tables: a recipe file has room for them, a command line has not
 _RECIPE = ("--recipe", {"metavar": "FILE.toml", "help": "Recipe file; options given here win over it."})
+# What `quantlib.simulation` takes; it reads these values itself.
+_CLUSTER = (
+    (
+        "--cluster",
+        {
+            "metavar": "GPUS",
+            "help": "Predict the job on this cluster instead, such as 8xH100 or 4x8xH100 (nodes x GPUs);"
+            " SOURCE is enough, also shapes:NAME.",
+        },
+    ),
+    ("--network", {"metavar": "RATE", "help": f"Network of a node of it. (default: {DEFAULT_NETWORK})"}),
+    ("--storage", {"metavar": "RATE", "help": f"Storage of a node of it. (default: {DEFAULT_STORAGE})"}),
+    ("--price", {"metavar": "PRICE", "help": "Of a GPU-hour of it."}),
+    ("--rates", {"metavar": "FILE.json", "help": "Measured rates of a GPU, in place of assumed ones."}),
+)
+# A prediction writes nothing and reads no text.
+_NOT_NEEDED = {"output": "(none)", "calibration": "(none)"}
 _JSON = ("--json", {"action": "store_true", "help": "Print JSON instead of text."})
 
 
@@ -51,7 +69,7 @@ COMMANDS: dict[str, Command] = {
         help="What would be done: blocks, shards, bytes in and out, memory, rough time.",
         addresses=_job_addresses(),
         options=_JOB_OPTIONS,
-        others=(_RECIPE, _JSON),
+        others=(_RECIPE, *_CLUSTER, _JSON),
     ),
     "quantize": Command(
         help="Convert a checkpoint, or finish a conversion that was interrupted.",
@@ -215,17 +233,31 @@ def _settings(name: str) -> dict[str, Any]:
 def options_of(arguments: argparse.Namespace) -> JobOptions:
     """The request behind ``plan`` or ``quantize``: recorded run, recipe file over it, command line over both.
 
+    With ``--cluster`` output and calibration text need not be named.
+
     Raises:
-        RecipeError: With ``before_work`` set; see `read_recipe`, `with_replayed_values` and `options_from`.
+        RecipeError: With ``before_work`` set; see `read_recipe`, `with_replayed_values`, `options_from`; or
+            something is said of a cluster that is not named.
         StorageError: The provenance to be replayed cannot be read; likewise.
     """
     try:
         values = {} if arguments.recipe is None else read_recipe(arguments.recipe)
         given = {name: getattr(arguments, name) for name in option_fields() if hasattr(arguments, name)}
-        return options_from(with_replayed_values({**values, **given}))
+        values = with_replayed_values({**values, **given})
+        return options_from({**_not_needed(arguments), **values})
     except RecipeError as error:
         error.before_work = True
         raise
+
+
+def _not_needed(arguments: argparse.Namespace) -> Mapping[str, str]:
+    """Values for options that a prediction does without."""
+    if getattr(arguments, "cluster", None) is not None:
+        return _NOT_NEEDED
+    for name in ("network", "storage", "price", "rates"):
+        if getattr(arguments, name, None) is not None:
+            raise RecipeError(f"{name} is about a cluster and none is named; add --cluster", option="cluster")
+    return {}
 
 
 def values_of(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -195,6 +195,8 @@ class Schedule:
         """
         begun = []
         for takes_from_others in (False, True):
+            if not any(queue.pieces for queue in self._ready.values()):
+                break
             for worker, hand in self._hands.items():
                 if hand.doing is None:
                     hand.doing = self._taken(worker, hand.memory_bytes, takes_from_others=takes_from_others)
@@ -223,7 +225,9 @@ class Schedule:
 
     def _taken(self, worker: Worker, memory_bytes: int, *, takes_from_others: bool) -> Piece | None:
         if takes_from_others:
-            homes = [home for home in self._ready if home not in (worker, None)]
+            homes = [
+                home for home, queue in self._ready.items() if queue.pieces and home not in (worker, None)
+            ]
             homes.sort(key=lambda home: -self._ready[home].load)
         else:
             homes = [worker, None]

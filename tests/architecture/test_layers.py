@@ -25,6 +25,8 @@ LAYERS = {
     "quantlib.schemes": 2,
     "quantlib.recipe": 2,
     "quantlib.solver_settings": 2,
+    "quantlib.simulation": 2,
+    "quantlib.simulation.__init__": 0,
     "quantlib.job": 2,
     "quantlib.job.__init__": 0,
     "quantlib.checkpoint": 5,

@@ -1,0 +1,54 @@
+"""What a simulated job needs of a GPU's memory, and of a node's for sums on their way."""
+
+from quantlib.simulation.costs import WIDE_BYTES, Costs
+from quantlib.simulation.hardware import Cluster
+from quantlib.simulation.shapes import BlockShape
+
+# Of an entry of an input group's matrices while they are made: a cell's part in fp32; matrix and factor while
+# they are solved; a weight with its errors.
+_PARTIAL_BYTES, _FACTOR_BYTES, _SOLVED_BYTES = 4, 8, 8
+
+
+def gpu_memory(costs: Costs, num_workers: int) -> dict[str, int]:
+    """Bytes by purpose on the GPU that needs most, at the largest block; what a forward makes is left out."""
+    work, blocks = costs.workload, costs.shape.blocks
+    two_live = bool(work.evaluation_sequences) or work.propagation == "quantized"
+    streams = [
+        costs.cell_bytes(cells[0], is_evaluation=is_evaluation) * -(-len(cells) // num_workers)
+        for cells, is_evaluation in (
+            (work.cells(work.sequences), False),
+            (work.cells(work.evaluation_sequences), True),
+        )
+        if cells
+    ]
+    partial = _PARTIAL_BYTES * (2 if work.correct_targets else 1)
+    found = {
+        "block": max(block.source_bytes for block in blocks) * (1 + two_live),
+        "sums": max(
+            sum(costs.sum_bytes(group) + partial * group.columns**2 for group in block.groups)
+            for block in blocks
+        ),
+        "activations": sum(streams),
+        "solve": max(
+            (
+                _FACTOR_BYTES * group.columns**2 + (_SOLVED_BYTES + WIDE_BYTES) * group.weights
+                for block in blocks
+                for group in block.groups
+            ),
+            default=0,
+        ),
+    }
+    return {**found, "total": sum(found.values())}
+
+
+def node_sums_bytes(costs: Costs, cluster: Cluster) -> int:
+    """Sums in the memory of a node: those of its own workers, and what its solves take from all others."""
+    cells = len(costs.workload.cells(costs.workload.sequences))
+    observers = min(cells, cluster.num_workers)
+    own = min(observers, cluster.gpus_per_node)
+
+    def held(block: BlockShape) -> int:
+        sizes = sorted((costs.sum_bytes(group) for group in block.groups), reverse=True)
+        return own * sum(sizes) + (observers - own) * sum(sizes[: cluster.gpus_per_node])
+
+    return max(held(block) for block in costs.shape.blocks)
