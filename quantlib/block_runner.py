@@ -26,7 +26,13 @@ from quantlib.job import activations, planner
 from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.finished import check_unit, read_unit
 from quantlib.job.lease import refuse_taken_over
-from quantlib.job.manifest import DoneRecord, remove_record, store_record
+from quantlib.job.manifest import (
+    DoneRecord,
+    device_kinds,
+    record_device_kind,
+    remove_record,
+    store_record,
+)
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import Plan
 from quantlib.job.publish import publish
@@ -81,9 +87,9 @@ class BlockRunner:
             run_id: The run that holds the lease of the work prefix; it is checked before a unit is recorded.
 
         Raises:
-            PlanMismatchError: This worker's device is of another kind than the plan's.
+            PlanMismatchError: This worker's device is of another kind than the plan's, which is not allowed.
         """
-        refuse_other_device(plan.device_kind)
+        kind = refuse_other_device(plan.device_kind, mixed_gpus=plan.options["mixed_gpus"])
         torch.set_num_threads(plan.threads)
         self._run_id = run_id
         self._plan = plan
@@ -95,6 +101,7 @@ class BlockRunner:
         self._source_store = open_store(plan.source, engine)
         self._output_store = open_store(plan.output, engine)
         self._work_store = open_store(plan.work, engine)
+        record_device_kind(self._work_store, plan, kind)
         self._checkpoint: Checkpoint = planner.open_planned_source(self._source_store, plan)
         self._skeleton: Skeleton = load_skeleton(self._checkpoint.config, list(self._checkpoint.tensors))
         self._cells = WorkerCells(plan, self._work_store, self._device)
@@ -360,6 +367,7 @@ class BlockRunner:
             "bytes_written": sum(store.traffic.bytes_written for store in stores),
             "cpu_seconds": time.process_time(),
             "peak_rss_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "device_kinds": device_kinds(self._work_store, self._plan),
         }
 
     def _refuse_taken_over(self) -> None:
