@@ -25,7 +25,13 @@ from quantlib.job import activations, planner
 from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.finished import check_unit, read_unit
 from quantlib.job.lease import refuse_taken_over
-from quantlib.job.manifest import DoneRecord, remove_record, store_record
+from quantlib.job.manifest import (
+    DoneRecord,
+    device_kinds,
+    record_device_kind,
+    remove_record,
+    store_record,
+)
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import Groups, Plan
 from quantlib.job.publish import publish
@@ -89,9 +95,9 @@ class BlockRunner:
             activation_bytes: What of the streams may be in memory; None for all.
 
         Raises:
-            PlanMismatchError: This worker's device is of another kind than the plan's.
+            PlanMismatchError: This worker's device is of another kind than the plan's, which is not allowed.
         """
-        refuse_other_device(plan.device_kind)
+        kind = refuse_other_device(plan.device_kind, mixed_gpus=plan.options["mixed_gpus"])
         torch.set_num_threads(plan.threads)
         if plan.options["worker_memory"] is not None:
             give_back_what_is_freed()
@@ -105,6 +111,7 @@ class BlockRunner:
         self._source_store = open_store(plan.source, engine)
         self._output_store = open_store(plan.output, engine)
         self._work_store = open_store(plan.work, engine)
+        record_device_kind(self._work_store, plan, kind)
         self._checkpoint: Checkpoint = planner.open_planned_source(self._source_store, plan)
         self._skeleton: Skeleton = load_skeleton(self._checkpoint.config, list(self._checkpoint.tensors))
         self._shelf = Shelf(activation_bytes)
@@ -382,6 +389,7 @@ class BlockRunner:
             "peak_memory_bytes": self._peak.peak_bytes(),
             "peak_device_bytes": torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None,
             "waiting_on_disk_bytes": self._shelf.file_bytes,
+            "device_kinds": device_kinds(self._work_store, self._plan),
         }
 
     def _refuse_taken_over(self) -> None:

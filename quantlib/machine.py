@@ -1,6 +1,7 @@
 """What this machine is, as far as it may change a result."""
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -11,7 +12,9 @@ from quantlib.errors import PlanMismatchError, RecipeError
 
 
 def device_kind(wanted: str | None) -> str:
-    """``cuda-sm90``, ``cpu-avx2``, ...; results are only promised to repeat within one kind.
+    """``cpu-avx2``, ``cuda-sm90-nvidia-h200``, ...; results are only promised to repeat within one kind.
+
+    Models of GPU of one architecture are different kinds: libraries choose kernels by a GPU's size too.
 
     Args:
         wanted: ``cpu`` or ``cuda``; None takes cuda where there is one.
@@ -26,22 +29,44 @@ def device_kind(wanted: str | None) -> str:
         )
     if wanted != "cpu" and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
-        return f"cuda-sm{major}{minor}"
+        model = re.sub("[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
+        return f"cuda-sm{major}{minor}-{model}"
     return f"cpu-{torch.backends.cpu.get_cpu_capability().lower().replace(' ', '-')}"
 
 
-def refuse_other_device(kind: str) -> None:
-    """Make sure that this process computes on the kind of device a plan was made for.
+def may_share(kind: str, found: str, *, mixed_gpus: bool) -> bool:
+    """Whether a device may do work of a job that was planned for another.
+
+    Args:
+        kind: The plan's, from `device_kind`.
+        found: This machine's.
+        mixed_gpus: Whether GPUs of several kinds are allowed.
+
+    >>> may_share("cuda-sm90-nvidia-h200", "cuda-sm80-nvidia-a100-sxm4-80gb", mixed_gpus=True)
+    True
+    """
+    return found == kind or (mixed_gpus and kind.startswith("cuda") and found.startswith("cuda"))
+
+
+def refuse_other_device(kind: str, *, mixed_gpus: bool) -> str:
+    """Make sure that this process computes on the kind of device a plan was made for; gives its kind.
+
+    Args:
+        kind: The plan's.
+        mixed_gpus: Whether another kind of GPU will do.
 
     Raises:
         PlanMismatchError: It does not: its results might differ in their last bits.
     """
-    found = device_kind(kind.split("-")[0])
-    if found != kind:
+    found = device_kind(kind.partition("-")[0])
+    if not may_share(kind, found, mixed_gpus=mixed_gpus):
+        ways = ", or allow mixed_gpus" if found.startswith("cuda") else ""
         raise PlanMismatchError(
-            f"the job was planned for {kind}, this worker has {found}; use one kind of device for one job",
+            f"the job was planned for {kind}, this worker has {found}; use one kind of device for one job,"
+            f" with gpu_model or worker_labels{ways}",
             device_kind=found,
         )
+    return found
 
 
 def device_bytes(kind: str) -> int | None:

@@ -5,9 +5,12 @@ holds references to them.
 """
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import ray
+
+from workers.placement import Need
 
 _STORAGE_LANE, _EXCHANGE_LANE, _PULSE_LANE = "storage", "exchange", "pulse"
 
@@ -58,11 +61,21 @@ def _resolved(argument: Any) -> Any:
     return argument
 
 
-def start_worker(*, threads: int, num_gpus: int) -> Any:
-    """Ask Ray for an actor with these resources; gives its handle at once, placed or not.
+def start_worker(need: Need, place: Mapping[str, Any]) -> Any:
+    """Ask Ray for an actor; gives its handle at once, placed or not.
 
     Ray does not restart it when it dies: its activations would be gone, and only the job can rebuild them.
+
+    Args:
+        need: What it takes, and which nodes will do.
+        place: Options of Ray for a reserved place, which is on such a node; none for any place.
     """
     lanes = {_STORAGE_LANE: 1, _EXCHANGE_LANE: 1, _PULSE_LANE: 1}
     actor: Any = ray.remote(concurrency_groups=lanes)(BlockWorker)  # pyright: ignore[reportCallIssue]
-    return actor.options(num_cpus=threads, num_gpus=num_gpus, max_restarts=0).remote()
+    return actor.options(
+        num_cpus=need.cpus,
+        num_gpus=need.gpus,
+        resources=dict(need.resources),
+        max_restarts=0,
+        **(place or {"label_selector": dict(need.labels)}),
+    ).remote()

@@ -2,16 +2,19 @@
 
 import itertools
 import time
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import ray
 from ray import exceptions
 
-from quantlib.errors import RecipeError, WorkerError
+from quantlib.errors import WorkerError
 from quantlib.job.memory import Room
 from quantlib.job.options import JobOptions
 from workers.block_worker import start_worker
+from workers.demand import demand, offered
+from workers.gang import Gang
+from workers.placement import Need, Node, capacity, hosts, the_one_gpu_model, without_other_models
 
 # After this long a worker that could not be placed is given up; an autoscaler may need minutes for a node.
 PLACEMENT_TIMEOUT_S = 900.0
@@ -21,10 +24,6 @@ RENEWAL_TIMEOUT_S = 60.0
 _LOOK_AGAIN_S = 2.0
 # A worker that lives answers a small question within this time, unless it hangs or is loading libraries.
 _ANSWER_TIMEOUT_S = 10.0
-
-# Without GPUs: few threads a worker waste little time waiting for each other (two workers of one thread took
-# four fifths of the time of one worker of two threads, wall and CPU), but each worker holds a block.
-_DEFAULT_CPU_WORKERS = 4
 
 
 class WorkerPool:
@@ -38,19 +37,19 @@ class WorkerPool:
         threads: CPU threads of each.
 
     Raises:
-        RecipeError: More was asked for than the cluster can ever hold.
+        RecipeError: More was asked for than the cluster can ever hold, or its GPUs are of several models.
     """
 
     def __init__(self, options: JobOptions) -> None:
-        offered = ray.cluster_resources()
-        self._uses_gpus = options.device != "cpu" and offered.get("GPU", 0) >= 1
-        if options.device == "cuda" and not self._uses_gpus:
-            raise _refused("device cuda was asked for, but the cluster offers no GPU; choose cpu", "device")
-        cores = int(offered.get("CPU", 1))
+        nodes = ray.nodes()
         self._options = options
-        self._count = options.workers or self._offered(offered)
         self._is_local = options.ray_address is None
-        self.threads = options.threads_per_worker or max(1, cores // self._count)
+        self._need, self._count = demand(options, nodes)
+        self.threads = self._need.cpus
+        self._keeps_to_a_model = self._need.gpus > 0 and not options.mixed_gpus
+        self._model: str | None = None
+        self._settle_model(hosts(nodes, self._need))
+        self._gang: Gang | None = None
         self.actors: dict[int, Any] = {}
         # Asked for while the job runs: handle, and what its first answer will be.
         self._awaited: dict[int, tuple[Any, Any]] = {}
@@ -59,23 +58,25 @@ class WorkerPool:
         self._numbers = itertools.count()
         self._looked = time.monotonic()
         self._is_renewed = False
-        if self._is_local:
-            self._refuse_too_many(offered)
 
     def __enter__(self) -> "WorkerPool":
         timeout_s = LOCAL_PLACEMENT_TIMEOUT_S if self._is_local else PLACEMENT_TIMEOUT_S
         try:
+            self._reserve(timeout_s)
             self._start()
-            self._keep(self._placed(timeout_s, timeout_s))
+            homes = self._placed(timeout_s, timeout_s)
+            self._keep(homes)
             if len(self.actors) < self._count:
                 raise self._not_placed(len(self.actors), timeout_s)
+            # Nodes may have come since.
+            self._settle_model(node for node in ray.nodes() if node["NodeID"] in homes.values())
         except BaseException:
-            self.kill()
+            self._close()
             raise
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.kill()
+        self._close()
 
     def renew(self) -> None:
         """Kill what is left and start again; without the lost nodes after `RENEWAL_TIMEOUT_S`.
@@ -112,9 +113,10 @@ class WorkerPool:
     @property
     def has_newcomers(self) -> bool:
         """Whether workers that were asked for while the job runs have answered."""
-        if self._options.workers is None and time.monotonic() - self._looked > _LOOK_AGAIN_S:
+        if self._may_grow and time.monotonic() - self._looked > _LOOK_AGAIN_S:
             self._looked = time.monotonic()
-            wanted = self._offered(ray.cluster_resources()) - self._num_refused
+            nodes = ray.nodes()
+            wanted = offered(self._options, nodes, self._need_among(nodes)) - self._num_refused
             self._count = max(self._count, wanted)
             self._ask_for_missing()
         return bool(self._answered())
@@ -145,8 +147,10 @@ class WorkerPool:
     @property
     def room(self) -> Room:
         """What the node with least memory has for each worker that it may hold."""
-        holding = [node for node in ray.nodes() if node["Alive"] and self._fitting_on(node)]
-        shares = [min(self._count, self._fitting_on(node)) for node in holding]
+        nodes = ray.nodes()
+        need = self._need_among(nodes)
+        holding = hosts(nodes, need)
+        shares = [min(self._count, capacity([node], need)) for node in holding]
         each = [node["Resources"].get("memory", 0) // n for node, n in zip(holding, shares, strict=True)]
         stores = [node["Resources"].get("object_store_memory", 0) for node in holding]
         return Room(
@@ -178,24 +182,64 @@ class WorkerPool:
         answered, _ = ray.wait(list(numbers), num_returns=len(numbers), timeout=0)
         return sorted(numbers[reference] for reference in answered)
 
+    @property
+    def _may_grow(self) -> bool:
+        # A strict placement would not hold for newcomers.
+        is_strict = (self._options.placement or "").startswith("strict")
+        return self._options.workers is None and not is_strict
+
     def _ask_for_missing(self) -> None:
         """Actors for which there is no place yet wait for a node; an autoscaler sees them."""
-        while len(self.actors) + len(self._newcomers) + len(self._awaited) < self._count:
-            actor = self._new_actor()
-            self._awaited[next(self._numbers)] = (actor, actor.ready.remote())
+        while len(self._all_numbers()) < self._count:
+            number = next(self._numbers)
+            actor = self._new_actor(number)
+            self._awaited[number] = (actor, actor.ready.remote())
+
+    def _all_numbers(self) -> list[int]:
+        return [*self.actors, *self._newcomers, *self._awaited]
 
     def _keep(self, placed: Collection[int]) -> None:
         for number in self.actors.keys() - placed:
             ray.kill(self.actors.pop(number))
 
+    def _reserve(self, timeout_s: float) -> None:
+        """Have all places of the first workers, where they are wanted together."""
+        if self._options.placement is None:
+            return
+        self._gang = Gang(self._need, self._count, self._options.placement)
+        if not self._gang.is_ready(timeout_s):
+            raise self._not_placed(0, timeout_s)
+
     def _start(self) -> None:
-        self.actors = {next(self._numbers): self._new_actor() for _ in range(self._count)}
+        for _ in range(self._count):
+            number = next(self._numbers)
+            self.actors[number] = self._new_actor(number)
 
-    def _new_actor(self) -> Any:
-        return start_worker(threads=self.threads, num_gpus=1 if self._uses_gpus else 0)
+    def _new_actor(self, number: int) -> Any:
+        place = {} if self._gang is None else self._gang.place(number, self._all_numbers())
+        return start_worker(self._need_among(ray.nodes()), place)
 
-    def _placed(self, shortest_s: float, longest_s: float) -> list[int]:
-        """Numbers of the actors that answer.
+    def _need_among(self, nodes: Sequence[Node]) -> Need:
+        """What a worker needs, as long as the cluster has these nodes."""
+        return self._need if self._model is None else without_other_models(self._need, nodes, self._model)
+
+    def _close(self) -> None:
+        self.kill()
+        if self._gang is not None:
+            self._gang.remove()
+            self._gang = None
+
+    def _settle_model(self, nodes: Iterable[Node]) -> None:
+        """Find out which model of GPU the job runs on.
+
+        Raises:
+            RecipeError: These nodes have several.
+        """
+        if self._keeps_to_a_model:
+            self._model = the_one_gpu_model(nodes)
+
+    def _placed(self, shortest_s: float, longest_s: float) -> dict[int, str]:
+        """Number -> node id of the actors that answer.
 
         Waits for all of them, or after ``shortest_s`` for as many as the living nodes can hold: a process may
         take long to start on a busy node. After ``longest_s`` those that answer by then are all.
@@ -205,64 +249,46 @@ class WorkerPool:
         while len(ready) < self._count:
             ready, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=_LOOK_AGAIN_S)
             waited_s = time.monotonic() - began
-            is_enough = len(ready) >= min(self._count, max(1, self._fitting()))
+            is_enough = len(ready) >= min(self._count, max(1, self._num_places()))
             if waited_s >= longest_s or (waited_s >= shortest_s and is_enough):
                 break
-        placed = [waiting[reference] for reference in ready if self._has_started(reference)]
+        homes = {waiting[reference]: self._home(reference) for reference in ready}
+        placed = {number: home for number, home in homes.items() if home is not None}
         for number in placed:
             self.actors[number].load.remote()
         return placed
 
-    def _has_started(self, reference: Any) -> bool:
-        """False for an actor that died on a node that went in the meantime."""
+    def _home(self, reference: Any) -> str | None:
+        """Node id of an actor; None for one that died on a node that went in the meantime."""
         try:
-            ray.get(reference)
+            answer: dict[str, Any] = ray.get(reference)
         except exceptions.ActorUnavailableError:
-            return False
+            return None
         except exceptions.RayActorError as error:
             if self._is_renewed:
-                return False
+                return None
             raise WorkerError(
                 f"a worker did not start: {str(error).splitlines()[-1]}; is Quantmill installed on every"
                 " node?"
             ) from error
-        return True
+        return answer["node"]
 
-    def _offered(self, resources: Mapping[str, float]) -> int:
-        """How many workers a job takes of a cluster with these resources, unless it is told."""
-        if self._uses_gpus:
-            return int(resources.get("GPU", 0))
-        return _workers_for(int(resources.get("CPU", 1)), self._options)
-
-    def _fitting(self) -> int:
+    def _num_places(self) -> int:
         """How many workers the nodes that live can hold, were they empty."""
-        return sum(self._fitting_on(node) for node in ray.nodes() if node["Alive"])
-
-    def _fitting_on(self, node: Mapping[str, Any]) -> int:
-        offered = node["Resources"]
-        by_cores = int(offered.get("CPU", 0) // self.threads)
-        return min(by_cores, int(offered.get("GPU", 0))) if self._uses_gpus else by_cores
+        nodes = ray.nodes()
+        return capacity(nodes, self._need_among(nodes), self._options.placement)
 
     def _not_placed(self, placed: int, timeout_s: float) -> WorkerError:
-        missing = self._count - placed
-        each = f"{self.threads} CPU" + (" and 1 GPU" if self._uses_gpus else "")
-        free = ", ".join(f"{ray.available_resources().get(kind, 0):g} {kind}" for kind in ("CPU", "GPU"))
+        room, free = self._num_places(), ray.available_resources()
+        together = "" if self._gang is None else f" together ({self._options.placement})"
+        missing = self._count - (room if self._gang is not None and room < self._count else placed)
+        kinds = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in self._need.amounts)
         return WorkerError(
-            f"{missing} of {self._count} workers could not be placed within {timeout_s:.0f} s: each needs"
-            f" {each} on one node, and what is free on all nodes is {free}; add nodes, or ask for fewer"
-            " workers or threads_per_worker",
+            f"{missing} of {self._count} workers could not be placed{together} within {timeout_s:.0f} s: each"
+            f" needs {self._need}; the living nodes have room for {room}, were they empty, and what is free"
+            f" on all of them is {kinds}; add nodes, or ask for fewer workers or threads_per_worker",
             missing=missing,
         )
-
-    def _refuse_too_many(self, offered: Mapping[str, float]) -> None:
-        needed = {"CPU": self.threads * self._count, "GPU": self._count if self._uses_gpus else 0}
-        for kind, amount in needed.items():
-            if amount > offered.get(kind, 0):
-                raise _refused(
-                    f"{self._count} workers of {self.threads} threads need {amount} {kind}, this machine"
-                    f" offers {offered.get(kind, 0):g}; ask for fewer workers or threads_per_worker",
-                    "workers",
-                )
 
 
 def _is_well(answer: ray.ObjectRef) -> bool:
@@ -271,13 +297,3 @@ def _is_well(answer: ray.ObjectRef) -> bool:
     except exceptions.RayError:
         return False
     return True
-
-
-def _refused(message: str, option: str) -> RecipeError:
-    error = RecipeError(message, option=option)
-    error.before_work = True
-    return error
-
-
-def _workers_for(cores: int, options: JobOptions) -> int:
-    return max(1, min(_DEFAULT_CPU_WORKERS, cores // (options.threads_per_worker or 1)))

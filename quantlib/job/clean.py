@@ -21,6 +21,7 @@ PLAN_NAME = "plan.json"
 # Token rows of another evaluation text, and checkpoints, have names that the stored plan does not list.
 _WORK_NAMES = re.compile(
     r"tokens/[0-9a-f]{64}\.npy"
+    r"|devices/[a-z0-9-]+\.json"
     r"|activations/block-\d{5}(\.json|/(calibration|evaluation)-\d{5}\.safetensors)"
 )
 _STATES = {

@@ -20,6 +20,8 @@ from quantlib.simulation.hardware import DEFAULT_NETWORK, DEFAULT_STORAGE
 _JOB_OPTIONS = tuple(
     name for name in option_fields() if name not in NOT_IN_RECIPES and name != "rules"
 )  # rules are tables: a recipe file has room for them, a command line has not
+# Text that names no object; shown by the last word of the option's name.
+_NO_ADDRESSES = ("text_column", "ray_address", "gpu_model", "worker_resources", "worker_labels")
 _RECIPE = ("--recipe", {"metavar": "FILE.toml", "help": "Recipe file; options given here win over it."})
 # What `quantlib.simulation` takes; it reads these values itself.
 _CLUSTER = (
@@ -220,7 +222,7 @@ def _settings(name: str) -> dict[str, Any]:
     metavar = "{" + ",".join(option.choices) + "}" if option.choices else "URI"
     if kind_of(found) is int:
         metavar = "N"
-    elif name in ("text_column", "ray_address"):
+    elif name in _NO_ADDRESSES:
         metavar = name.rpartition("_")[2].upper()
     return {
         "type": kind_of(found),

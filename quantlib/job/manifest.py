@@ -1,10 +1,10 @@
 """The work prefix: what a running job leaves in storage so that any machine can finish it.
 
 ``plan.json`` (the plan as first started), ``tokens/<digest>.npy`` (calibration and evaluation rows),
-``done/<unit>.json`` (one receipt a finished unit), ``activations/`` (`quantlib.job.activations`) and
-``lease.json`` (`quantlib.job.lease`). Plan, rows and receipts are written once, put-if-absent. A record that
-another plan, another schema or nobody we know wrote is refused by name; one whose shard is not what it says
-is removed, and its unit is done again.
+``done/<unit>.json`` (one receipt a finished unit), ``devices/<kind>.json`` (kinds of device that took part
+beside the plan's), ``activations/`` (`quantlib.job.activations`) and ``lease.json`` (`quantlib.job.lease`).
+Plan, rows and receipts are written once, put-if-absent. A record that another plan, another schema or nobody
+we know wrote is refused by name; one whose shard is not what it says is removed, and its unit is done again.
 """
 
 import json
@@ -77,6 +77,19 @@ def store_plan(store: Store, plan: Plan) -> None:
         raise PlanMismatchError(
             f"another run began another job on {plan.output} at the same time; choose another output", uri=uri
         )
+
+
+def record_device_kind(store: Store, plan: Plan, kind: str) -> None:
+    """Note before its first work that a worker's device is of another kind than the plan's."""
+    if kind != plan.device_kind:
+        content = json.dumps({"device_kind": kind}).encode()
+        store.put_if_absent(join_uri(plan.work, "devices", f"{kind}.json"), content)
+
+
+def device_kinds(store: Store, plan: Plan) -> list[str]:
+    """All kinds of device that took part in a job so far, in this start or an earlier one."""
+    noted = store.list(join_uri(plan.work, "devices"))
+    return sorted({plan.device_kind, *(uri_name(info.uri).removesuffix(".json") for info in noted)})
 
 
 def tokens_uri(work: str, digest: str) -> str:

@@ -10,12 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlib.errors import RecipeError
+from quantlib.job.node_terms import labels_from, resources_from
 from quantlib.job.option_table import REQUIRED, Option, check_value, declare, fields_of
 from quantlib.job.rules import Rule, rule_values, rules_from
 from quantlib.job.scheme_defaults import FOLLOWING, with_scheme_defaults
 from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES
 from quantlib.units import parse_bytes
+
+PLACEMENTS = ("pack", "spread", "strict-pack", "strict-spread")
 
 _WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evaluation", "Execution"
 
@@ -158,6 +161,29 @@ class JobOptions:
         "Kind of device; by default cuda where there is one.",
         choices=("cpu", "cuda"),
     )
+    gpu_model: str | None = declare(
+        None,
+        _RUN,
+        "Model of GPU that workers take, as Ray names it (H100); to be chosen where nodes have several.",
+    )
+    mixed_gpus: bool = declare(
+        False,
+        _RUN,
+        "Let GPUs of several models share a job; its bytes then depend on which of them did what.",
+    )
+    worker_resources: str | None = declare(
+        None, _RUN, "Custom resources of Ray that a worker takes of its node: quant=1,slots=0.5."
+    )
+    worker_labels: str | None = declare(
+        None, _RUN, "Labels of Ray that a worker's node must have: pool=a,market=!spot,zone=in(a,b)."
+    )
+    placement: str | None = declare(
+        None,
+        _RUN,
+        "Reserve places for the first workers together, all or none: on few nodes, on many, on one, or on a"
+        " node for each; by default each is placed as soon as there is room.",
+        choices=PLACEMENTS,
+    )
     ray_address: str | None = declare(
         None, _RUN, "Address of a running Ray cluster; without it a small one is started here."
     )
@@ -183,8 +209,8 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
     """Validate plain values (from any front end) into a request.
 
     Raises:
-        RecipeError: An unknown key, a missing one, a value out of its range, a wrong rule, or gptq without
-            calibration text; names the option, the value and what is allowed.
+        RecipeError: An unknown key, a missing one, a value out of its range, a wrong rule, gptq without
+            calibration text, or nodes that cannot be; names the option, the value and what is allowed.
 
     >>> options_from({"source": "m", "output": "q", "method": "rtn", "group_size": 64}).group_size
     64
@@ -205,6 +231,7 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
     for name in ("worker_memory", "device_memory", "object_store_memory"):
         if getattr(options, name) is not None:
             parse_bytes(getattr(options, name), name)
+    _refuse_impossible_nodes(options)
     if options.correct_targets and options.propagation != "quantized":
         raise RecipeError(
             f"correct_targets needs propagation quantized, found {options.propagation}: with the original"
@@ -247,4 +274,14 @@ def _refuse_missing_calibration(options: JobOptions, rules: Sequence[Rule]) -> N
             "method gptq needs calibration text and none was given; name it with calibration,"
             " or use method rtn",
             option="calibration",
+        )
+
+
+def _refuse_impossible_nodes(options: JobOptions) -> None:
+    resources_from(options.worker_resources)
+    labels_from(options.worker_labels, options.gpu_model)
+    if options.gpu_model is not None and options.device == "cpu":
+        raise RecipeError(
+            f"gpu_model {options.gpu_model} and device cpu exclude each other; leave one of them out",
+            option="gpu_model",
         )

@@ -119,7 +119,7 @@ class Plan:
         dropped: Source tensor -> reason it is not in the output.
         side_files: Names of source objects copied beside the shards.
         compute_dtype: ``bfloat16``, ``float16`` or ``float32`` of both streams.
-        device_kind: ``cpu-avx2``, ``cuda-sm90``, ...
+        device_kind: ``cpu-avx2``, ``cuda-sm90-nvidia-h200``, ...; of the first start with ``mixed_gpus``.
         threads: CPU threads of a worker.
         sequences_per_cell: Sequences in a cell (the last may hold fewer).
         calibration_digest: sha256 of the calibration token rows; None without calibration.
@@ -164,6 +164,8 @@ class Plan:
 
     def identity(self) -> str:
         """sha256 over all that may change a written byte; equal identities give equal outputs.
+
+        Unless ``mixed_gpus`` let other kinds of device take part, which the report and the provenance say.
 
         Left out: output and work addresses, and the options that say where and with how many workers the
         job runs (`Option.in_identity` is False).

@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +22,12 @@ from quantlib.checkpoint.index import Checkpoint, open_checkpoint
 from quantlib.checkpoint.layout import shard_names
 from quantlib.errors import CheckpointError, PlanMismatchError, RecipeError
 from quantlib.job.activations import newest_checkpoint
-from quantlib.job.manifest import read_plan, read_records, store_plan, tokens_uri
+from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
 from quantlib.job.provenance import check_replay, read_provenance, recorded_settings
 from quantlib.job.report import REPORT_NAME
-from quantlib.machine import cell_tokens, compute_dtype, device_kind
+from quantlib.machine import cell_tokens, compute_dtype, device_kind, may_share
 from quantlib.model.skeleton import BlockSpec, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.packing.contracts import PackingFormat
@@ -76,6 +76,8 @@ def prepare(options: JobOptions, threads: int) -> Prepared:
             " finish that one, choose another output, or remove both to start over",
             work=plan.work,
         )
+    else:
+        _refuse_mixed_start(device_kinds(work_store, stored), options)
     report = _finished_report(output_store, plan) if stored else None
     return Prepared(plan=plan, rows=rows, report=report)
 
@@ -136,9 +138,10 @@ def build_plan(
     # A layout may be unable to say what was asked for, such as a mix of schemes: better known now.
     packer.quantization_config(schemes_of(blocks), skeleton.outside_linears)
     rows = _token_rows(options, checkpoint, blocks)
-    kind = device_kind(options.device or (stored.device_kind.partition("-")[0] if stored else None))
-    settings = recorded_settings(replayed) if replayed else None
-    machine = _machine_settings(options, threads, checkpoint, kind, _settings_of(stored) or settings)
+    fixed = _settings_of(stored) or (recorded_settings(replayed) if replayed else None)
+    first = stored.device_kind if stored else replayed["machine"]["device_kind"] if replayed else None
+    kind = _planned_kind(options, first)
+    machine = _machine_settings(options, threads, checkpoint, kind, fixed)
     plan = Plan(
         source=source,
         source_objects={
@@ -321,6 +324,14 @@ def _token_rows(
     }
 
 
+def _planned_kind(options: JobOptions, first: str | None) -> str:
+    """The kind of device found here; that of the first start where this one may share its work."""
+    found = device_kind(options.device or (first.partition("-")[0] if first else None))
+    if first is not None and may_share(first, found, mixed_gpus=options.mixed_gpus):
+        return first
+    return found
+
+
 def _settings_of(stored: Plan | None) -> dict[str, Any] | None:
     if stored is None:
         return None
@@ -341,6 +352,15 @@ def _machine_settings(
         "sequences_per_cell": max(1, cell_tokens(kind) // options.sequence_length),
         "compute_dtype": compute_dtype(checkpoint.config, kind),
     }
+
+
+def _refuse_mixed_start(kinds: Sequence[str], options: JobOptions) -> None:
+    if len(kinds) > 1 and not options.mixed_gpus:
+        raise PlanMismatchError(
+            f"several kinds of device took part in this job so far ({', '.join(kinds)}), as mixed_gpus"
+            " allowed; finish it with mixed_gpus, or choose another output to have one kind do it all",
+            device_kinds=list(kinds),
+        )
 
 
 def _refuse_occupied(store: Store, output: str) -> None:
@@ -382,14 +402,16 @@ def _finished_report(store: Store, plan: Plan) -> dict[str, Any] | None:
 def _difference(stored: Plan, plan: Plan) -> str:
     """The first thing in which two plans differ, in words."""
     for name in ("source", "model_type", "threads", "device_kind", "calibration_digest", "format_version"):
-        if getattr(stored, name) != getattr(plan, name):
-            return f"{name} was {getattr(stored, name)}, now {getattr(plan, name)}"
+        before, now = getattr(stored, name), getattr(plan, name)
+        if before != now:
+            is_allowed = name == "device_kind" and may_share(before, now, mixed_gpus=True)
+            return f"{name} was {before}, now {now}{', which mixed_gpus would allow' if is_allowed else ''}"
     if stored.source_objects != plan.source_objects or stored.config_digest != plan.config_digest:
         return "the source objects were replaced"
     if stored.versions != plan.versions:
         return f"versions were {dict(stored.versions)}, now {dict(plan.versions)}"
-    before: Mapping[str, Any] = stored.options
+    first: Mapping[str, Any] = stored.options
     for name, value in json.loads(json.dumps(plan.options)).items():
-        if before.get(name) != value:
-            return f"{name} was {before.get(name)}, now {value}"
+        if first.get(name) != value:
+            return f"{name} was {first.get(name)}, now {value}"
     return "the model's layout differs"

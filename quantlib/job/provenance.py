@@ -26,11 +26,23 @@ from quantlib.job.options import option_fields
 from quantlib.job.plan import Plan
 from quantlib.storage import normalize_uri, open_store
 
-SCHEMA = 2
+SCHEMA = 3
 PROVENANCE_NAME = "quantmill_provenance.json"
 
 # Where and by how many a job is run is for whoever repeats it to say.
-_NOT_REPEATED = ("runner", "workers", "ray_address", "storage_engine", "checkpoint_every", "replay")
+_NOT_REPEATED = (
+    "runner",
+    "workers",
+    "gpu_model",
+    "mixed_gpus",
+    "worker_resources",
+    "worker_labels",
+    "placement",
+    "ray_address",
+    "storage_engine",
+    "checkpoint_every",
+    "replay",
+)
 _ADDRESSES = ("source", "output")
 _EVALUATION = ("evaluation", "evaluation_sequences", "sequence_length", "text_column")
 _OR_NONE = type(None)
@@ -49,6 +61,7 @@ _WANTED: dict[tuple[str, ...], tuple[type, ...]] = {
     ("machine", "sequences_per_cell"): (int,),
     ("machine", "compute_dtype"): (str,),
     ("machine", "device_kind"): (str,),
+    ("machine", "device_kinds"): (list,),
     ("output",): (str,),
     ("format_version",): (str,),
     ("versions",): (dict,),
@@ -56,7 +69,11 @@ _WANTED: dict[tuple[str, ...], tuple[type, ...]] = {
 
 
 def build_provenance(
-    plan: Plan, checkpoint: Checkpoint | None = None, *, shards: Sequence[Mapping[str, Any]] = ()
+    plan: Plan,
+    checkpoint: Checkpoint | None = None,
+    *,
+    shards: Sequence[Mapping[str, Any]] = (),
+    device_kinds: Sequence[str] = (),
 ) -> dict[str, Any]:
     """The provenance of a plan's output, as JSON values.
 
@@ -66,6 +83,7 @@ def build_provenance(
         plan: What was done.
         checkpoint: The source, where it is open already; else its headers are read.
         shards: ``name``, ``sha256`` and ``size_bytes`` of what was written, where known.
+        device_kinds: Kinds of device that took part; only the plan's unless named.
     """
     if checkpoint is None:
         checkpoint = open_checkpoint(open_store(plan.source, plan.options["storage_engine"]), plan.source)
@@ -89,6 +107,7 @@ def build_provenance(
         "evaluation": _text(plan, "evaluation", plan.evaluation_digest),
         "machine": {
             "device_kind": plan.device_kind,
+            "device_kinds": list(device_kinds) or [plan.device_kind],
             "threads": plan.threads,
             "sequences_per_cell": plan.sequences_per_cell,
             "compute_dtype": plan.compute_dtype,
@@ -256,6 +275,9 @@ def check_replay(provenance: Mapping[str, Any], plan: Plan) -> None:
     shards are compared, which another checkpoint of the same architecture may pass: compare the outputs then.
     The evaluation text changes no byte; its tokens are compared where the options name the recorded text.
 
+    Where several kinds of device took part, or others are allowed to, equal bytes cannot be promised: that is
+    accepted with ``mixed_gpus`` only.
+
     Raises:
         PlanMismatchError: Names the first difference.
         CheckpointError: The source, which lies elsewhere, cannot be opened.
@@ -276,6 +298,7 @@ def _differences(provenance: Mapping[str, Any], plan: Plan) -> Iterator[str]:
         *_version_pairs(provenance["versions"], plan.versions),
         ("format_version", provenance["format_version"], plan.format_version),
         ("device_kind", machine["device_kind"], plan.device_kind),
+        *_device_pairs(machine, plan),
         ("compute_dtype", machine["compute_dtype"], plan.compute_dtype),
         ("threads of a worker", machine["threads"], plan.threads),
         *_option_pairs(provenance, plan),
@@ -326,6 +349,11 @@ _Pair = tuple[str, Any, Any]
 def _version_pairs(recorded: Mapping[str, str], found: Mapping[str, str]) -> Iterator[_Pair]:
     for name in sorted({*recorded, *found}):
         yield f"version of {name}", recorded.get(name), found.get(name)
+
+
+def _device_pairs(machine: Mapping[str, Any], plan: Plan) -> Iterator[_Pair]:
+    if not plan.options["mixed_gpus"]:
+        yield "kinds of device (mixed_gpus)", machine["device_kinds"], [plan.device_kind]
 
 
 def _option_pairs(provenance: Mapping[str, Any], plan: Plan) -> Iterator[_Pair]:

@@ -33,7 +33,9 @@ def publish(
         output_store.write(join_uri(plan.output, name), bytes(content))
     for name, content in _format_files(plan).items():
         output_store.write(join_uri(plan.output, name), content)
-    provenance = build_provenance(plan, checkpoint, shards=report["shards"])
+    provenance = build_provenance(
+        plan, checkpoint, shards=report["shards"], device_kinds=report["device_kinds"]
+    )
     for name, content in (
         (REPORT_NAME, json.dumps(report, indent=1, allow_nan=False).encode()),
         (HTML_NAME, render_html(dict(report)).encode()),

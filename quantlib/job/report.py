@@ -37,7 +37,7 @@ def build_report(
 
     Units: seconds are wall seconds, ``cpu_seconds`` user + system of the worker processes, bytes are bytes,
     ``kl_divergence`` is nats a token (original against quantized); ``history`` is a
-    `quantlib.job.history.History`.
+    `quantlib.job.history.History`. ``device_kind`` is the plan's, ``device_kinds`` are those that took part.
 
     ``timeline.workers`` holds for every worker the second it ``began`` and for each of its lanes the
     [stage, start, end] of what it did, to the millisecond and in seconds from ``started``: planning comes
@@ -62,6 +62,7 @@ def build_report(
         "workers": len(telemetry),
         "threads_per_worker": plan.threads,
         "device_kind": plan.device_kind,
+        "device_kinds": sorted({kind for worker in telemetry for kind in worker["device_kinds"]}),
         "compute_dtype": plan.compute_dtype,
         "runner": plan.options["runner"],
         "evaluation": _evaluation(plan, figures),

@@ -320,6 +320,8 @@ def history_sentences(report: Mapping[str, Any]) -> list[str]:
     found += [f"A worker that came was of no use: {reason}" for reason in history.get("refused_workers", ())]
     if moved := history.get("moved_cells"):
         found.append(f"Cells that a worker with nothing to do took over from a busy one: {moved}")
+    if len(kinds := report.get("device_kinds") or ()) > 1:
+        found.append(f"Several kinds of device took part, and the bytes depend on it: {', '.join(kinds)}")
     if history.get("renewals"):
         found.append("What lost workers spent and moved is not in the figures: CPU seconds, bytes, memory")
     if aborted := history.get("aborted_uploads"):

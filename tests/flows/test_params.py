@@ -20,6 +20,9 @@ FULL = {
     "scheme": "W8A16_ASYM",
     "group_size": -1,
     "workers": 2,
+    "worker_labels": "pool=in(a, b)",
+    "placement": "strict-spread",
+    "mixed_gpus": True,
     "calibration": "c.txt",
     "rules": [{"match": "*.down_proj", "group_size": 32}, {"match": "lm_head", "keep": True}],
 }

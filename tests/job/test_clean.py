@@ -102,6 +102,8 @@ def test_unfinished_job_loses_uploads_only_and_goes_on(root, unfinished, work):
 
 
 def test_discard_removes_shards_and_records_and_the_job_may_start_over(root, unfinished, work):
+    (work / "devices").mkdir()
+    (work / "devices" / "cuda-sm80-nvidia-a100.json").write_bytes(b"{}")
     before = {**files(unfinished), **files(work)}
     cleaned = clean_work(str(unfinished), discard=True)
     assert files(unfinished) == {} and files(work) == {}

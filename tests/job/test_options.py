@@ -43,6 +43,11 @@ def test_options_from_minimal_request_takes_every_default():
         "device_memory": None,
         "object_store_memory": None,
         "device": None,
+        "gpu_model": None,
+        "mixed_gpus": False,
+        "worker_resources": None,
+        "worker_labels": None,
+        "placement": None,
         "ray_address": None,
         "storage_engine": "obstore",
         "checkpoint_every": None,
@@ -75,6 +80,11 @@ def test_options_from_minimal_request_takes_every_default():
         ({"rules": "*.down_proj"}, "rules must be a list of tables"),
         ({"rules": ["*.down_proj"]}, "rules must be a list of tables"),
         ({"method": "gptq"}, "gptq needs calibration text"),
+        ({"worker_resources": "quant"}, "worker_resources must be name=value"),
+        ({"worker_labels": "pool=a b"}, "worker_labels has pool=a b, which is no label"),
+        ({"placement": "together"}, "placement must be one of pack, spread, strict-pack, strict-spread"),
+        ({"gpu_model": "H100", "device": "cpu"}, "gpu_model H100 and device cpu exclude each other"),
+        ({"gpu_model": "H100", "worker_labels": "ray.io/accelerator-type=A100"}, "give one of them"),
         ({"rules": [{"match": "*", "method": "gptq"}]}, "gptq needs calibration text"),
     ],
 )
@@ -99,7 +109,7 @@ def test_no_checkpoints_can_be_asked_for():
 
 
 @pytest.mark.parametrize(
-    "name", ["work", "calibration", "workers", "device", "ray_address", "checkpoint_every", "replay"]
+    "name", ["work", "calibration", "workers", "device", "placement", "ray_address", "replay"]
 )
 def test_none_means_decided_by_the_plan(name):
     assert getattr(options_from({**REQUEST, name: None}), name) is None

@@ -85,7 +85,7 @@ def test_a_run_stores_it_beside_its_shards_and_it_can_be_repeated_from_there(roo
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"schema": 1}, "has schema 1, this version replays 2"),
+        ({"schema": 1}, "has schema 1, this version replays 3"),
         ({"schema": ...}, "has schema None"),
         ({"versions": ...}, "versions is missing"),
         ({"machine": {"threads": True}}, "machine.threads is True"),
@@ -128,6 +128,7 @@ def test_recorded_values_are_the_base_and_given_ones_win(tmp_path):
     assert options.rules == ({"match": "*.o_proj", "keep": True},)
     assert (options.threads_per_worker, options.device) == (3, "cpu")
     assert options.evaluation == "s3://texts/held-out.parquet"
+    assert (options.worker_labels, options.placement) == (None, None)
     # Where it runs is not repeated.
     assert (options.runner, options.ray_address, options.storage_engine, options.checkpoint_every) == (
         "ray",

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 PROVENANCE: dict[str, Any] = {
-    "schema": 2,
+    "schema": 3,
     "tool": "quantmill 0.1.0",
     "identity": "0" * 64,
     "model_type": "llama",
@@ -33,6 +33,8 @@ PROVENANCE: dict[str, Any] = {
             "workers": 7,
             "threads_per_worker": 3,
             "device": "cpu",
+            "worker_labels": "pool=a",
+            "placement": "spread",
             "ray_address": "ray.example:6379",
             "storage_engine": "s3fs",
             "checkpoint_every": 4,
@@ -43,6 +45,7 @@ PROVENANCE: dict[str, Any] = {
     "evaluation": {"uri": "s3://texts/held-out.parquet", "digest": "3" * 64},
     "machine": {
         "device_kind": "cpu-avx2",
+        "device_kinds": ["cpu-avx2"],
         "threads": 3,
         "sequences_per_cell": 2,
         "compute_dtype": "float32",

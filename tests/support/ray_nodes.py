@@ -28,14 +28,14 @@ class RayNodes:
         """The node with this id, unless it is the head, which cannot be spared."""
         return next((node for node in self._others if node.node_id == actor_node_id), None)
 
-    def remove(self, node: Any) -> None:
-        """Take a node away as a power cut would."""
-        self._cluster.remove_node(node, allow_graceful=False)
+    def remove(self, node: Any, *, is_graceful: bool = False) -> None:
+        """Take a node away: as a power cut would, or with its leave, which Ray notices sooner."""
+        self._cluster.remove_node(node, allow_graceful=is_graceful)
         self._others.remove(node)
 
-    def add(self) -> Any:
-        """One node more."""
-        self._others.append(self._cluster.add_node(**_node()))
+    def add(self, **facts: Any) -> Any:
+        """One node more, with labels, custom resources or GPUs that only Ray believes in."""
+        self._others.append(self._cluster.add_node(**_node(), **facts))
         return self._others[-1]
 
     def refill(self, count: int) -> None:

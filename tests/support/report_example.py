@@ -30,6 +30,7 @@ def example_report(num_blocks: int = 3) -> dict[str, Any]:
         "workers": 2,
         "threads_per_worker": 1,
         "device_kind": "cpu-avx512",
+        "device_kinds": ["cpu-avx512"],
         "compute_dtype": "bfloat16",
         "runner": "ray",
         "evaluation": {
