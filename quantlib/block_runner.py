@@ -265,9 +265,9 @@ class BlockRunner:
                 batches.append(([self._share(total.cpu()) for total in totals], keys))
             return batches
 
-    def forget_totals(self, block: int) -> None:
-        """Nobody needs the sums of a block any more."""
-        for key in [key for key in self._totals if key[0] == block]:
+    def forget_totals(self, block: int, groups: Groups | None = None) -> None:
+        """Nobody needs the sums of some input groups of a block, all by default, any more."""
+        for key in [key for key in self._totals if key[0] == block and groups in (None, key[1])]:
             del self._totals[key]
 
     def forward(self, block: int, key: str, _needed: Sequence[Any]) -> None:

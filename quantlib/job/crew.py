@@ -345,8 +345,8 @@ class Crew:
         if self.num_workers == 1 or len(job.memory.slices[block]) > 1:
             # Several workers keep them until the shard is finished, where one pass gives them all: codes that
             # are lost can be made again.
-            job.holdings.observed.pop(block, None)
-            self._forget_totals(block)
+            job.holdings.observed.get(block, {}).pop(groups, None)
+            self._forget_totals(block, groups)
         rows = {row["name"]: row for group in packed.values() for row in group.told}
         return [rows[linear.name] for linear in plan.linears if linear.name in rows]
 
@@ -473,9 +473,9 @@ class Crew:
             given[groups[place]][kind] += [batch[number] for batch in batches]
         job.statistics[block] = given
 
-    def _forget_totals(self, block: int) -> None:
+    def _forget_totals(self, block: int, groups: Groups | None = None) -> None:
         for worker in self._transport.workers:
-            self._transport.submit(worker, "forget_totals", block)
+            self._transport.submit(worker, "forget_totals", block, groups)
 
     def _refuse_many(self, excluded_rows: Sequence[int]) -> None:
         num_rows = self._opened.plan.options["sequences"]

@@ -15,8 +15,9 @@ from quantlib.job.plan import BlockPlan, LinearPlan, Plan
 _WIDE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Hidden states, and outputs of the widest linears, that a forward holds at a time.
 _HIDDEN_COPIES, _WIDEST_COPIES = 4, 4
-# A solve goes over rows in tiles of at most so many and holds so many buffers of one.
-_TILE_ROWS, _TILE_BUFFERS = 4096, 4
+# A solve goes over rows in tiles of at most so many and holds so many buffers of one; a factor takes a little
+# more than its size while it is made.
+_TILE_ROWS, _TILE_BUFFERS, _FACTOR_SIZES = 4096, 3, 1.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,15 +92,19 @@ def cell_needs(plan: Plan, num_workers: int) -> CellNeeds:
     """What cells take on the worker that has most of them."""
     wide = _WIDE_BYTES[plan.compute_dtype]
     hidden = plan.blocks[0].linears[0].columns
-    tokens = plan.sequences_per_cell * plan.options["sequence_length"]
     streams = {CALIBRATION: 1 + plan.options["correct_targets"], EVALUATION: 2}
-    share = sum(
-        streams[corpus] * math.ceil(len(keys) / num_workers) for corpus, keys in cells_of(plan).items()
+    rows = {CALIBRATION: plan.options["sequences"], EVALUATION: plan.options["evaluation_sequences"]}
+    share, tokens = 0, 0
+    for corpus, keys in cells_of(plan).items():
+        if keys:
+            cell = min(rows[corpus], plan.sequences_per_cell) * plan.options["sequence_length"]
+            tokens = max(tokens, cell)
+            share += streams[corpus] * math.ceil(len(keys) / num_workers) * cell
+    widest = max(linear.rows for block in plan.blocks for linear in block.linears)
+    return CellNeeds(
+        streams=share * hidden * wide,
+        working=tokens * wide * (_HIDDEN_COPIES * hidden + _WIDEST_COPIES * widest),
     )
-    linears = [linear for block in plan.blocks for linear in block.linears]
-    widest = max(linear.rows for linear in linears)
-    working = tokens * wide * (_HIDDEN_COPIES * hidden + _WIDEST_COPIES * widest) if share else 0
-    return CellNeeds(streams=share * tokens * hidden * wide, working=working)
 
 
 def _group_needs(linears: Sequence[LinearPlan], plan: Plan, *, is_centered: bool) -> GroupNeeds:
@@ -115,6 +120,6 @@ def _group_needs(linears: Sequence[LinearPlan], plan: Plan, *, is_centered: bool
         # int64: of X^T X a little more than the lower triangle, of X_ref^T X all.
         total=4 * (square + panel) + 8 * square * crosses,
         partial=4 * square * (1 + crosses),
-        # Three panels in 64 bits while the Hessian is made; corrected targets need a factor of their own.
-        solve=solve + 8 * square + 24 * panel + 8 * square * crosses,
+        # Corrected targets need a factor of their own, and the product that they are corrected by.
+        solve=solve + int((1 + _FACTOR_SIZES) * 4 * square) + 8 * square * crosses,
     )

@@ -125,10 +125,14 @@ def test_needs_of_a_block_from_its_shapes(tiny):
     assert group.solve >= 8 * 64 * 64 + 4 * 96 * 64
     rows, length, cells = plan.options["sequences"], plan.options["sequence_length"], plan.sequences_per_cell
     held_out = plan.options["evaluation_sequences"]
-    alone = cell_needs(plan, 1)
-    each = cells * length * 64 * 4
-    assert alone.streams == each * (math.ceil(rows / cells) + 2 * math.ceil(held_out / cells))
-    assert cell_needs(plan, 1000).streams == 3 * each
+    assert rows <= cells
+    assert held_out <= cells
+    assert cell_needs(plan, 1).streams == 4 * 64 * length * (rows + 2 * held_out)
+    many = dataclasses.replace(plan, sequences_per_cell=2)
+    assert cell_needs(many, 1).streams == 4 * 64 * length * 2 * (
+        math.ceil(rows / 2) + 2 * math.ceil(held_out / 2)
+    )
+    assert cell_needs(many, 1000).streams == 4 * 64 * length * 2 * 3
 
 
 def test_budgets_are_those_of_the_request_before_those_of_the_machine(tmp_path):

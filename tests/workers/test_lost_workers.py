@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import ray
 
-from quantlib.errors import WorkerError, WorkerLostError
+from quantlib.errors import RecipeError, WorkerError, WorkerLostError
 from quantlib.inprocess import DirectStages, quantize
 from quantlib.job import dispatch, failures
 from quantlib.job.conversion import Progress, convert
@@ -166,6 +166,23 @@ def test_worker_without_a_cell_takes_only_what_it_solved_with_it(root, ray_clust
     assert shard_digests(Path(options.output)) == shard_digests(Path(alone.output))
     assert [renewal["keeps_others"] for renewal in report["history"]["renewals"]] == [True]
     assert not report["history"]["replayed_blocks"]
+
+
+@pytest.mark.parametrize("way", _WAYS)
+def test_tiny_budgets_change_no_byte_even_when_a_worker_is_killed(root, expected, ray_cluster, way):
+    given = {**_WAYS[way], "workers": 3}
+    with WorkerPool(_options(root, "unused", workers=3)) as pool:
+        refused = _options(root, f"refused-{way}", object_store_memory="1", **given)
+        with pytest.raises(RecipeError, match="object_store_memory must be at least") as found:
+            _convert(refused, pool)
+        assert not Path(refused.output).exists()
+    least = str(found.value.facts["needed_bytes"])
+    options = _options(root, f"tiny-{way}", object_store_memory=least, **given)
+    with WorkerPool(options) as pool:
+        report = _convert(options, pool, _at({"block 2/5: solve": _kill(2)}))
+    assert shard_digests(Path(options.output)) == expected[way]
+    assert report["memory"]["most_slices"] > 1
+    assert len(report["history"]["renewals"]) == 1
 
 
 def test_node_that_joins_is_used_from_the_next_block_on(root, expected, ray_cluster: RayNodes):
