@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from quantlib.block_statistics import BlockStatistics
+from quantlib.calibration.totals import BandSum, Total
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.writer import write_shard
@@ -23,6 +24,7 @@ from quantlib.errors import WorkerError
 from quantlib.group_solver import GroupSolver
 from quantlib.job import activations, planner
 from quantlib.job.activations import ActivationCheckpoint
+from quantlib.job.bands import Band
 from quantlib.job.finished import check_unit, read_unit
 from quantlib.job.lease import refuse_taken_over
 from quantlib.job.manifest import (
@@ -44,6 +46,7 @@ from quantlib.stage_clock import StageClock
 from quantlib.steps import dequantized_weights, score_streams, stream_error
 from quantlib.storage import join_uri, open_store
 from quantlib.stream_shelf import Shelf
+from quantlib.sum_exchange import SumExchange
 from quantlib.worker_cells import WorkerCells, following_stream
 
 Tensors = Mapping[str, torch.Tensor]
@@ -56,17 +59,18 @@ class BlockRunner:
 
     Args:
         share: Makes a value available to other workers; in one process the value itself.
+        host: Address of this machine that the other workers' machines reach.
     """
 
-    def __init__(self, share: Callable[[Any], Any] = lambda value: value) -> None:
+    def __init__(self, share: Callable[[Any], Any] = lambda value: value, host: str = "127.0.0.1") -> None:
         self._share = share
+        self._sums = SumExchange(share, host)
         self._stopped = threading.Event()
         self._clock = StageClock()
         self._prepared: planner.Prepared | None = None
         self._modules: dict[str, tuple[int, nn.Module]] = {}
         self._outer: OuterModel | None = None
         self._peak = PeakMemory()
-        self._totals: dict[tuple[int, Groups], list[tuple[list[Any], list[str]]]] = {}
 
     def prepare(self, options: JobOptions, threads: int) -> dict[str, Any]:
         """Plan the job; see `quantlib.job.planner.prepare`."""
@@ -119,7 +123,8 @@ class BlockRunner:
         settings = SolverSettings.from_options(plan.options)
         self._solver = GroupSolver(self._packer, settings, self._device)
         self._statistics = BlockStatistics(plan, self._cells, self._device)
-        self._modules, self._outer, self._totals = {}, None, {}
+        self._sums.open(self._device)
+        self._modules, self._outer = {}, None
 
     def abort_uploads(self) -> int:
         """Give up what lost workers were writing, and tell how many uploads; no living one may be writing."""
@@ -251,24 +256,42 @@ class BlockRunner:
             return self._statistics.observe(module, block, key, groups, excluded_rows, exponents, moves=moves)
 
     def totals(
-        self, block: int, groups: Groups, exponents: Sequence[int]
+        self, block: int, groups: Groups, exponents: Sequence[int], bands: Sequence[Band]
     ) -> list[tuple[list[Any], list[str]]]:
         """All sums over the cells observed here, for other workers; see `BlockStatistics.totals`.
 
         They are kept until `forget_totals`: should another worker be lost, they are asked for again, with
         those of the cells that were then observed here.
+
+        Args:
+            bands: How the sums are cut, the same at every call for these groups.
         """
         with self._working("capture"):
-            batches = self._totals.setdefault((block, groups), [])
             totals, keys = self._statistics.totals(block, groups, exponents)
-            if keys:
-                batches.append(([self._share(total.cpu()) for total in totals], keys))
-            return batches
+            return self._sums.offer(block, groups, bands, totals, keys)
 
     def forget_totals(self, block: int, groups: Groups | None = None) -> None:
         """Nobody needs the sums of some input groups of a block, all by default, any more."""
-        for key in [key for key in self._totals if key[0] == block and groups in (None, key[1])]:
-            del self._totals[key]
+        self._sums.forget(block, groups)
+
+    def add_bands(self, bands: Sequence[Sequence[BandSum]]) -> list[Any]:
+        """Add up bands of others, and share what each comes to; see `SumExchange.add`."""
+        with self._working("exchange"):
+            return self._sums.add(bands)
+
+    def host_group(self) -> tuple[str, int] | None:
+        """Let workers find each other here; see `SumExchange.host_group`."""
+        return self._sums.host_group()
+
+    def join_group(self, address: tuple[str, int] | None, rank: int, size: int) -> str | None:
+        """Be in a group with workers of other nodes; see `SumExchange.join_group`."""
+        with self._working("exchange"):
+            return self._sums.join_group(address, rank, size)
+
+    def reduce_bands(self, bands: Sequence[BandSum], owners: Sequence[int]) -> dict[str, Any]:
+        """Add up bands with the others of the group; see `SumExchange.reduce`."""
+        with self._working("exchange"):
+            return self._sums.reduce(bands, owners)
 
     def forward(self, block: int, key: str, _needed: Sequence[Any]) -> None:
         """Move the stream of a cell that follows the original blocks through the loaded one."""
@@ -283,13 +306,12 @@ class BlockRunner:
 
         Args:
             parts: The block's source tensors.
-            statistics: What `GroupSolver.solve` takes.
+            statistics: What `GroupSolver.solve` takes, every total as the list of its bands.
             tokens: Calibration tokens behind the sums.
         """
         with self._working("solve"):
-            packed, rows = self._solver.solve(
-                self._plan.blocks[block], group, _merged(parts), statistics, tokens
-            )
+            totals = [[Total.of(bands) for bands in kind] for kind in statistics]
+            packed, rows = self._solver.solve(self._plan.blocks[block], group, _merged(parts), totals, tokens)
             return {"packed": self._share(packed), "linears": rows}
 
     def write(

@@ -12,6 +12,7 @@ from quantlib.calibration.totals import Total, exponent_for
 from quantlib.cells import Cell
 from quantlib.errors import NumericsError
 from quantlib.job.activations import CALIBRATION, cells_of
+from quantlib.job.bands import sum_shapes
 from quantlib.job.plan import BlockPlan, Groups, Plan
 from quantlib.steps import observe_cell, record_inputs
 from quantlib.worker_cells import WorkerCells, following_stream
@@ -82,9 +83,7 @@ class BlockStatistics:
         """The sums over the cells of a block observed since last asked, from now on someone else's.
 
         Returns:
-            Of X^T X for every one of the input groups, then of X_ref^T X where targets are corrected; with a
-            row and a column more where a group's biases are (`calibration.moments`). And the keys of the
-            cells.
+            Those of `quantlib.job.bands.sum_shapes`, and the keys of the cells.
 
         Raises:
             NumericsError: As `observe`.
@@ -108,11 +107,10 @@ class BlockStatistics:
         if exponents is None:
             return
         if not sums.totals:
-            sizes = _total_sizes(sums.plan, sums.groups)
-            wanted = [(size, False) for size in sizes] + [(size, True) for size in sizes if self._corrects]
+            shapes = sum_shapes(self._plan, sums.plan.index, sums.groups)
             sums.totals = [
-                Total.zeros(size, exponent, is_whole=is_whole, device=self._device)
-                for (size, is_whole), exponent in zip(wanted, exponents, strict=True)
+                Total.zeros(shape.columns, exponent, is_whole=shape.is_whole, device=self._device)
+                for shape, exponent in zip(shapes, exponents, strict=True)
             ]
         for cell, partials in sums.pending:
             for number, (total, partial_CC) in enumerate(zip(sums.totals, partials, strict=True)):
@@ -191,12 +189,6 @@ class _Observed:
 
 def _peak(partial_CC: torch.Tensor, *, is_whole: bool) -> float:
     return float(partial_CC.abs().max() if is_whole else partial_CC.diagonal().max())
-
-
-def _total_sizes(plan: BlockPlan, groups: Groups) -> list[int]:
-    """Rows of the totals of input groups."""
-    columns = {linear.name: linear.columns for linear in plan.linears}
-    return [columns[plan.input_groups[n][0]] + (n in plan.centered_groups) for n in groups]
 
 
 @contextmanager

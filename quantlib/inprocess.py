@@ -13,6 +13,7 @@ from quantlib.job.crew import Crew
 from quantlib.job.failures import retrying
 from quantlib.job.memory import Room
 from quantlib.job.options import JobOptions
+from quantlib.job.transport import STORAGE_METHODS
 from quantlib.machine import default_threads
 from quantlib.memory_watch import machine_memory_bytes
 
@@ -20,8 +21,6 @@ T = TypeVar("T")
 
 # Stages only wait for the worker; at most the next block, a write and a few units are under way at a time.
 _MOST_STAGES = 16
-# Storage work that may run beside the computation.
-_IO_METHODS = ("read", "read_packed", "write", "check_finished")
 
 
 class LocalTransport:
@@ -42,10 +41,14 @@ class LocalTransport:
         """What this machine, or the container, has."""
         return Room(worker_bytes=machine_memory_bytes())
 
+    def node_of(self, worker: int) -> str:  # noqa: ARG002
+        """This machine."""
+        return "here"
+
     def submit(self, worker: int, method: str, *arguments: Any) -> Future[Any]:
         """Start a method; futures among the arguments become their values."""
         assert worker == 0
-        executor = self._io if method in _IO_METHODS else self._compute
+        executor = self._io if method in STORAGE_METHODS else self._compute
         return executor.submit(self._call, method, arguments)
 
     def result(self, handle: Future[Any]) -> Any:

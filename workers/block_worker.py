@@ -30,7 +30,7 @@ class BlockWorker:
         # Not at the top: the driver, which ships this class, needs neither torch nor transformers.
         from quantlib.block_runner import BlockRunner
 
-        self._runner = BlockRunner(share=ray.put)
+        self._runner = BlockRunner(share=ray.put, host=ray.util.get_node_ip_address())
 
     @ray.method(concurrency_group=_PULSE_LANE)
     def pulse(self) -> None:
@@ -48,15 +48,17 @@ class BlockWorker:
         return getattr(self._runner, method)(*(_resolved(argument) for argument in arguments))
 
     @ray.method(concurrency_group=_EXCHANGE_LANE)
-    def give(self, arguments: tuple[Any, ...]) -> Any:
-        """Part with a cell, whatever the other lanes do: another worker has nothing to do without it."""
-        return self._runner.give(*arguments)
+    def exchange(self, method: str, arguments: tuple[Any, ...]) -> Any:
+        """The same whatever the other lanes do: other workers have nothing to do without it."""
+        return getattr(self._runner, method)(*(_resolved(argument) for argument in arguments))
 
 
 def _resolved(argument: Any) -> Any:
     if isinstance(argument, ray.ObjectRef):
         return ray.get(argument)
     if isinstance(argument, list):
+        if argument and all(isinstance(item, ray.ObjectRef) for item in argument):
+            return ray.get(argument)  # all are fetched at a time
         return [_resolved(item) for item in argument]
     return argument
 

@@ -54,6 +54,7 @@ class WorkerPool:
         # Asked for while the job runs: handle, and what its first answer will be.
         self._awaited: dict[int, tuple[Any, Any]] = {}
         self._newcomers: dict[int, Any] = {}
+        self._nodes: dict[int, str] = {}
         self._num_refused = 0
         self._numbers = itertools.count()
         self._looked = time.monotonic()
@@ -127,6 +128,8 @@ class WorkerPool:
         for number in self._answered():
             actor, reference = self._awaited.pop(number)
             if _is_well(reference):
+                answer: dict[str, Any] = ray.get(reference)
+                self._nodes[number] = answer["node"]
                 actor.load.remote()
                 self._newcomers[number] = actor
                 came.append(number)
@@ -158,6 +161,10 @@ class WorkerPool:
             store_bytes=int(min(stores, default=0)) or None,
             store_workers=max(shares, default=1),
         )
+
+    def node_of(self, number: int) -> str:
+        """Id of the node that a worker is on."""
+        return self._nodes[number]
 
     def actor(self, number: int) -> Any:
         """A worker's or a newcomer's handle."""
@@ -256,6 +263,7 @@ class WorkerPool:
         placed = {number: home for number, home in homes.items() if home is not None}
         for number in placed:
             self.actors[number].load.remote()
+        self._nodes.update(placed)
         return placed
 
     def _home(self, reference: Any) -> str | None:

@@ -14,6 +14,8 @@ from quantlib.units import parse_bytes
 _WORKER_ENVIRONMENT = {
     # Tensors are mapped from the object store instead of copied out of it.
     "RAY_ENABLE_ZERO_COPY_TORCH_TENSORS": "1",
+    # A member of an NCCL group that is lost becomes an error at the others instead of their end.
+    "TORCH_NCCL_BLOCKING_WAIT": "1",
     # glibc gives an actor's thread a heap of its own that returns large tensors to the system as soon as they
     # are free; to fault their pages in again cost a twentieth of a capture. The one heap left keeps tensors
     # up to 32 MiB (larger ones are mapped and unmapped) and returns what is free beyond 256 MiB at its end.

@@ -14,10 +14,8 @@ from ray import exceptions
 
 from quantlib.errors import QuantError, WorkerLostError
 from quantlib.job.memory import Room
+from quantlib.job.transport import EXCHANGE_METHODS, STORAGE_METHODS
 from workers.pool import WorkerPool
-
-# Methods that may run beside computation, in the actor's storage lane.
-_STORAGE_METHODS = ("read", "read_packed", "write", "check_finished")
 
 PULSE_S = 20.0
 SILENCE_LIMIT_S = 300.0
@@ -55,6 +53,10 @@ class RayTransport:
         """The memory that their nodes have for them."""
         return self._pool.room
 
+    def node_of(self, worker: int) -> str:
+        """Id of a worker's node."""
+        return self._pool.node_of(worker)
+
     def submit(self, worker: int, method: str, *arguments: Any) -> ray.ObjectRef:
         """Start a method of a worker.
 
@@ -62,9 +64,11 @@ class RayTransport:
         fetches each where it is used.
         """
         actor = self._pool.actor(worker)
-        if method == "give":
-            return actor.give.remote(arguments)
-        lane = actor.store if method in _STORAGE_METHODS else actor.compute
+        lane = actor.compute
+        if method in STORAGE_METHODS:
+            lane = actor.store
+        elif method in EXCHANGE_METHODS:
+            lane = actor.exchange
         return lane.remote(method, arguments)
 
     def when_done(self, handle: ray.ObjectRef, call: Callable[[], None]) -> None:

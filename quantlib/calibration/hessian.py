@@ -4,10 +4,11 @@ C columns (in features), N tokens of one cell. Of X^T X only the lower triangle 
 rows; of the product of two streams' inputs, X_ref^T X, all. How cells are summed is `totals`.
 """
 
-import math
 from collections.abc import Iterator
 
 import torch
+
+from quantlib.panels import panels_of
 
 # Part of what the output bits depend on, as the sum of a cell is taken over such pieces.
 _CONVERTED_TOKENS = 1024
@@ -66,13 +67,3 @@ def mirror_(matrix_CC: torch.Tensor) -> None:
         matrix_CC[:start, start:end] = matrix_CC[start:end, :start].T
         corner_PP = matrix_CC[start:end, start:end].tril()
         matrix_CC[start:end, start:end] = corner_PP + corner_PP.tril(-1).T
-
-
-def panels_of(columns: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of the panels, a function of the size alone: their shapes decide how sums are grouped.
-
-    Sixteen panels waste a 32nd of the work above the diagonal; below 128 rows a product is no longer fast.
-    """
-    height = 128 * max(1, math.ceil(columns / 2048))
-    for start in range(0, columns, height):
-        yield start, min(start + height, columns)

@@ -11,12 +11,13 @@ from dataclasses import dataclass
 
 import torch
 
-from quantlib.calibration.hessian import mirror_, panels_of
+from quantlib.calibration.hessian import mirror_
 from quantlib.errors import NumericsError
+from quantlib.panels import panels_of
 
 # Totals stay below 2**62: two of them added still fit an int64 and can be checked afterwards.
 _TOTAL_BITS = 62
-_LIMIT = 2**_TOTAL_BITS
+LIMIT = 2**_TOTAL_BITS
 # By this many bits all cells together may exceed num_cells times the first one.
 _HEADROOM_BITS = 10
 # A cell without any signal says nothing about the next; take 1 for its largest diagonal entry.
@@ -61,10 +62,16 @@ class Total:
         """Rows, and columns, of the sum."""
         return self.panels[-1].shape[1]
 
-    def cpu(self) -> "Total":
-        """The same on the CPU."""
-        panels = tuple(panel.cpu() for panel in self.panels)
-        return Total(panels=panels, exponent=self.exponent, is_whole=self.is_whole)
+    def band(self, first: int, end: int) -> "BandSum":
+        """Panels from ``first`` on and before ``end``, on the CPU."""
+        panels = tuple(panel.cpu() for panel in self.panels[first:end])
+        return BandSum(panels=panels, exponent=self.exponent, is_whole=self.is_whole)
+
+    @classmethod
+    def of(cls, bands: "Sequence[BandSum]") -> "Total":
+        """The sum that was cut into these bands, in order."""
+        panels = tuple(panel for band in bands for panel in band.panels)
+        return cls(panels=panels, exponent=bands[0].exponent, is_whole=bands[0].is_whole)
 
     def add_(self, partial_CC: torch.Tensor) -> None:
         """Add one cell's partial sum; after an error the total is half changed and of no use.
@@ -89,10 +96,44 @@ class Total:
                     " row whose activations are not finite"
                 )
             # Both terms are below 2**62, so their sum cannot wrap around before it is checked.
-            if max(-lowest, highest) < _LIMIT:
+            if max(-lowest, highest) < LIMIT:
                 panel_PL += scaled_PL.round_().to(torch.int64)
                 lowest, highest = (bound.item() for bound in torch.aminmax(panel_PL))
             _check_range(max(-lowest, highest), self.exponent)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BandSum:
+    """Neighbouring panels of a `Total`: what goes from worker to worker.
+
+    Attributes:
+        panels: As a total has them; perhaps mapped read-only.
+        exponent: Of the total.
+        is_whole: Of the total.
+    """
+
+    panels: tuple[torch.Tensor, ...]
+    exponent: int
+    is_whole: bool = False
+
+    def largest(self) -> int:
+        """Of all entries without their signs."""
+        return max(_largest(panel_PL) for panel_PL in self.panels)
+
+    def with_panels(self, panels: Sequence[torch.Tensor]) -> "BandSum":
+        """Other numbers in the same place."""
+        return BandSum(panels=tuple(panels), exponent=self.exponent, is_whole=self.is_whole)
+
+
+def added(bands: Sequence[BandSum]) -> BandSum:
+    """The same band of several totals of one exponent, added up in memory of its own.
+
+    Raises:
+        NumericsError: The sum leaves its range.
+    """
+    first = bands[0]
+    stacks = zip(*(band.panels for band in bands), strict=True)
+    return first.with_panels([_added(panels, first.exponent) for panels in stacks])
 
 
 def exponent_for(max_diagonal: float, num_cells: int) -> int:
@@ -133,15 +174,9 @@ def merged_panels(
 
     Cost: memory of two panels.
     """
-    first, *others = totals
+    first = totals[0]
     for number, (start, end) in enumerate(panels_of(first.columns)):
-        panel_PL = first.panels[number].to(device)
-        for other in others:
-            # What the workers gave may be mapped read-only and stays.
-            panel_PL = panel_PL + other.panels[number].to(device)
-            lowest, highest = (bound.item() for bound in torch.aminmax(panel_PL))
-            _check_range(max(-lowest, highest), first.exponent)
-        yield start, end, panel_PL
+        yield start, end, _added([total.panels[number] for total in totals], first.exponent, device)
 
 
 def matrix_from(
@@ -172,10 +207,25 @@ def matrix_from(
     return matrix_CC
 
 
+def _added(panels: Sequence[torch.Tensor], exponent: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """The sum of panels, which stay as they are: they may be mapped read-only."""
+    sum_PL = panels[0].to(device)
+    for place, panel_PL in enumerate(panels[1:]):
+        its_PL = panel_PL.to(device)
+        sum_PL = sum_PL + its_PL if place == 0 else sum_PL.add_(its_PL)
+        _check_range(_largest(sum_PL), exponent)
+    return sum_PL
+
+
+def _largest(panel_PL: torch.Tensor) -> int:
+    lowest, highest = (int(bound.item()) for bound in torch.aminmax(panel_PL))
+    return max(-lowest, highest)
+
+
 def _check_range(largest: float, exponent: int) -> None:
-    if largest >= _LIMIT:
+    if largest >= LIMIT:
         raise NumericsError(
-            f"the sum of second moments may reach {math.ldexp(_LIMIT, -exponent):.3g}, found"
+            f"the sum of second moments may reach {math.ldexp(LIMIT, -exponent):.3g}, found"
             f" {math.ldexp(largest, -exponent):.3g}: later cells exceed the first more than"
             f" {1 << _HEADROOM_BITS} times on average; sum again with a smaller exponent",
             exponent=exponent,

@@ -251,6 +251,8 @@ def _attempt(run: _Run, records: Sequence[DoneRecord], started: datetime, clock:
         run.is_converted = True
     excluded = {row for record in run.records.values() for row in record.excluded_rows}
     run.history.moved_cells = run.crew.moved_cells
+    run.history.exchanges = run.crew.exchanges
+    run.history.exchange_fallbacks = run.crew.exchange_fallbacks
     report = build_report(
         plan=run.plan,
         memory=asdict(run.memory),

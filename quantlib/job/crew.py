@@ -11,6 +11,7 @@ from typing import Any
 
 from quantlib.errors import NumericsError, QuantError, WorkerLostError
 from quantlib.job.activations import ActivationCheckpoint
+from quantlib.job.bands import MAX_DIRECT_BATCHES, cut_into_bands, sum_shapes
 from quantlib.job.block_parts import BlockParts
 from quantlib.job.cell_streams import CellStreams, after_first_cell, key_of
 from quantlib.job.dispatch import Dispatcher
@@ -19,7 +20,9 @@ from quantlib.job.manifest import DoneRecord
 from quantlib.job.memory import MemoryPlan, Surroundings, budgets_from, plan_memory
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, Groups, Plan, UnitPlan
+from quantlib.job.reduction import Batch, Reduction
 from quantlib.job.schedule import Piece, PieceId
+from quantlib.job.shares import share_by_cost
 from quantlib.job.transport import Handle, Transport, ask_all, ask_one, results
 from quantlib.storage import normalize_uri
 
@@ -46,6 +49,7 @@ class Crew:
         self._plan: tuple[Plan, str | None] | None = None
         self._job: _Job | None = None
         self._num_moved = 0
+        self._reduction = Reduction(transport)
 
     @property
     def num_workers(self) -> int:
@@ -56,6 +60,16 @@ class Crew:
     def moved_cells(self) -> int:
         """How often a worker that had nothing to do took over a cell of a busy one."""
         return self._num_moved + (self._job.cells.num_moved if self._job else 0)
+
+    @property
+    def exchanges(self) -> dict[str, int]:
+        """By which way the sums of the observers met -> of how many slices of blocks."""
+        return dict(self._reduction.paths)
+
+    @property
+    def exchange_fallbacks(self) -> list[str]:
+        """Why sums went through the object store from node to node, each time that was decided."""
+        return list(self._reduction.fallbacks)
 
     @property
     def positions(self) -> set[int]:
@@ -120,6 +134,7 @@ class Crew:
     def renew(self) -> None:
         """Start the workers anew after one was lost; what they held is gone, the plan is given again."""
         assert self._plan is not None, "open(plan) comes first"
+        self._reduction.forget_groups()
         if self._job is not None:
             self._job.dispatcher.close()
             self._num_moved += self._job.cells.num_moved
@@ -133,6 +148,7 @@ class Crew:
         Returns:
             False when that cannot be done, as nobody is left, or nobody is gone that is known of: `renew`.
         """
+        self._reduction.forget_groups()
         job, gone = self._job, self._transport.drop_lost()
         if job is None or not gone or not self._transport.workers:
             return False
@@ -451,14 +467,22 @@ class Crew:
         return ask_all(self._transport, method, *arguments)
 
     def _take_totals(self, block: int, groups: Groups) -> None:
-        """Have the observers share their sums: for every input group what `GroupSolver.solve` wants."""
+        """Have the observers share their sums, and others add them: what `BlockRunner.solve` wants."""
         job, held = self._opened, self._opened.holdings
         exponents = held.exponents[block][groups]
         observed = held.observed[block][groups]
         observers = sorted({cell.worker for cell in observed.values()})
         submit = self._transport.submit
-        handles = [submit(worker, "totals", block, groups, exponents) for worker in observers]
-        batches = []
+        # As they were cut first: what is kept of them fits what is observed anew after a loss.
+        bands = held.bands.setdefault(block, {}).setdefault(
+            groups,
+            cut_into_bands(
+                sum_shapes(job.plan, block, groups),
+                self.num_workers if len(observers) > MAX_DIRECT_BATCHES else 1,
+            ),
+        )
+        handles = [submit(worker, "totals", block, groups, exponents, bands) for worker in observers]
+        batches: list[Batch] = []
         for worker, found in zip(observers, results(self._transport, handles), strict=True):
             told = sorted(key for key, cell in observed.items() if cell.worker == worker)
             if sorted(key for _, keys in found for key in keys) != told:
@@ -466,11 +490,13 @@ class Crew:
                     f"worker {worker} was to have summed {told} in block {block} and has summed others",
                     worker=worker,
                 )
-            batches += [totals for totals, _ in found]
-        given: dict[int, list[list[Handle]]] = {group: [[], []] for group in groups}
-        for number in range(len(exponents)):
-            kind, place = divmod(number, len(groups))
-            given[groups[place]][kind] += [batch[number] for batch in batches]
+            batches += [Batch(worker, shared) for shared, _ in found]
+        given: dict[int, list[list[list[Handle]]]] = {group: [[], []] for group in groups}
+        for sums in self._reduction.merged(bands, batches):
+            for number in range(len(exponents)):
+                kind, place = divmod(number, len(groups))
+                mine = [sum_ for band, sum_ in zip(bands, sums, strict=True) if band.total == number]
+                given[groups[place]][kind].append(mine)
         job.statistics[block] = given
 
     def _forget_totals(self, block: int, groups: Groups | None = None) -> None:
@@ -495,7 +521,8 @@ class _Job:
         self.holdings = Holdings()
         self.parts = BlockParts(transport, plan, self.holdings)
         self.cells = CellStreams(transport, plan, self.holdings)
-        self.statistics: dict[int, dict[int, list[list[Handle]]]] = {}
+        # Block -> input group -> kind of sum -> totals that are to be added -> handles of their bands.
+        self.statistics: dict[int, dict[int, list[list[list[Handle]]]]] = {}
         self.dispatcher = Dispatcher(transport)
 
     def employ(self, workers: Sequence[int]) -> None:
@@ -520,21 +547,6 @@ class _Job:
         except QuantError:
             self.parts.read_anew({piece.id.block for piece in pieces})
             raise
-
-
-def share_by_cost(costs: Sequence[float], num_workers: int) -> list[list[int]]:
-    """Indices for every worker, the dearest first to whoever has least; each worker's in rising order.
-
-    >>> share_by_cost([5.0, 1.0, 3.0, 3.0], 2)
-    [[0, 1], [2, 3]]
-    """
-    shares: list[list[int]] = [[] for _ in range(num_workers)]
-    loads = [0.0] * num_workers
-    for index in sorted(range(len(costs)), key=lambda i: (-costs[i], i)):
-        worker = loads.index(min(loads))
-        shares[worker].append(index)
-        loads[worker] += costs[index]
-    return [sorted(share) for share in shares]
 
 
 def _solve_cost(block: BlockPlan, group: Sequence[str]) -> float:

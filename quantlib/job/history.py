@@ -22,6 +22,10 @@ class History:
         refused_workers: What was wrong with others that came.
         aborted_uploads: Unfinished uploads of runs and workers that died.
         moved_cells: How often a worker that had nothing to do took over a cell of a busy one.
+        exchanges: By which way the sums of the observers met -> of how many slices of blocks: ``direct`` at
+            whoever solves, ``shared memory`` of one node, or between nodes ``gloo``, ``nccl`` or ``object
+            store``.
+        exchange_fallbacks: Why it was the object store, each time that was decided.
     """
 
     reused_units: list[str] = field(default_factory=list)
@@ -36,3 +40,5 @@ class History:
     refused_workers: list[str] = field(default_factory=list)
     aborted_uploads: int = 0
     moved_cells: int = 0
+    exchanges: dict[str, int] = field(default_factory=dict)
+    exchange_fallbacks: list[str] = field(default_factory=list)

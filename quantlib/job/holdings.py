@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from quantlib.job.activations import CALIBRATION, corpus_of
+from quantlib.job.bands import Band
 from quantlib.job.plan import Groups
 from quantlib.job.transport import Handle
 
@@ -38,6 +39,7 @@ class Holdings:
         quantized: Cell -> the same of the stream that runs through quantized blocks.
         observed: Block -> input groups that are summed in one pass -> cell -> who has it in a sum.
         exponents: Block -> input groups likewise -> exponents of their sums.
+        bands: Block -> input groups likewise -> how their sums are cut.
         captured: Block -> what its capture gave.
         compared: Block -> evaluation cell -> what the comparison of its streams gave.
         sources: Block -> parts of its source tensors.
@@ -50,6 +52,7 @@ class Holdings:
     quantized: dict[str, int] = field(default_factory=dict)
     observed: dict[int, dict[Groups, dict[str, Held]]] = field(default_factory=dict)
     exponents: dict[int, dict[Groups, list[int]]] = field(default_factory=dict)
+    bands: dict[int, dict[Groups, list[Band]]] = field(default_factory=dict)
     captured: dict[int, dict[str, Any]] = field(default_factory=dict)
     compared: dict[int, dict[str, Any]] = field(default_factory=dict)
     sources: dict[int, list[Held | None]] = field(default_factory=dict)
@@ -65,6 +68,7 @@ class Holdings:
         for kept in (
             self.observed,
             self.exponents,
+            self.bands,
             self.captured,
             self.compared,
             self.sources,

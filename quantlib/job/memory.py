@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from quantlib.errors import RecipeError
+from quantlib.job.bands import MAX_DIRECT_BATCHES
 from quantlib.job.memory_needs import block_needs, cell_needs
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import Groups, Plan
@@ -16,7 +17,7 @@ from quantlib.units import format_bytes, parse_bytes
 # What is on the GPU where there is one; everything else is in the memory of its machine.
 _ON_DEVICE = ("block", "working", "statistics", "solve", "activations")
 # What goes from worker to worker: in an object store where there is one.
-_EXCHANGED = ("source", "packed", "sums")
+_EXCHANGED = ("source", "packed", "sums", "merged sums")
 
 Slices = tuple[tuple[Groups, ...], ...]
 
@@ -182,6 +183,7 @@ class _Needs:
         cells = cell_needs(plan, surroundings.workers)
         self.streams, self._working = cells.streams, cells.working
         is_original = plan.options["propagation"] == "original"
+        self._num_merged = _num_merged(surroundings)
         self._begins_next = is_original and surroundings.workers > 1
         self._runs_quantized = plan.evaluation_digest is not None or not is_original
 
@@ -236,7 +238,8 @@ class _Needs:
         partials = sum(group.partial for group in mine)
         yield {**always, "block": block.live, "working": self._working, "statistics": totals + partials}
         solve = max((group.solve for group in mine), default=0)
-        yield {**always, **ahead, "sums": totals, "working": self._working * pipelines, "solve": solve}
+        sums = {"sums": totals, "merged sums": totals * self._num_merged}
+        yield {**always, **ahead, **sums, "working": self._working * pipelines, "solve": solve}
         if self._runs_quantized:
             made = block.live + block.levels + ahead["block"]
             yield {**always, **ahead, "block": made, "working": self._working}
@@ -263,6 +266,14 @@ class _Needs:
             else:
                 worker[purpose] = size
         return _Peak(worker, device, store)
+
+
+def _num_merged(around: Surroundings) -> int:
+    """Sums on a node beside those of its observers; see `quantlib.job.reduction`."""
+    if around.workers <= MAX_DIRECT_BATCHES:
+        return 0
+    # That of the node, and what the nodes' sums come to: of every band its own, or what a solve has fetched.
+    return 1 if around.workers <= around.store_workers or not around.store_workers else 2
 
 
 def _refusal(least: _Peak, budgets: Budgets) -> RecipeError:

@@ -322,6 +322,13 @@ def history_sentences(report: Mapping[str, Any]) -> list[str]:
         found.append(f"Cells that a worker with nothing to do took over from a busy one: {moved}")
     if len(kinds := report.get("device_kinds") or ()) > 1:
         found.append(f"Several kinds of device took part, and the bytes depend on it: {', '.join(kinds)}")
+    if exchanges := {way: n for way, n in (history.get("exchanges") or {}).items() if way != "direct"}:
+        ways = ", ".join(f"{way} {times}" for way, times in sorted(exchanges.items()))
+        found.append(f"Statistics of workers were added up before they were used, slices of blocks: {ways}")
+    found += [
+        f"Statistics went from node to node through the object store: {reason}"
+        for reason in history.get("exchange_fallbacks", ())
+    ]
     if history.get("renewals"):
         found.append("What lost workers spent and moved is not in the figures: CPU seconds, bytes, memory")
     if aborted := history.get("aborted_uploads"):

@@ -5,6 +5,11 @@ from typing import Any, Protocol
 
 from quantlib.job.memory import Room
 
+# What a worker does in lanes of their own, beside its computation: moving bytes from and to storage, and what
+# other workers wait for.
+STORAGE_METHODS = ("read", "read_packed", "write", "check_finished")
+EXCHANGE_METHODS = ("give", "add_bands", "host_group", "join_group", "reduce_bands")
+
 # Stands for a value on a worker, or for one that is being made there.
 Handle = Any
 
@@ -24,6 +29,10 @@ class Transport(Protocol):
     @property
     def room(self) -> Room:
         """The memory that their machines have for them."""
+        ...
+
+    def node_of(self, worker: int) -> str:
+        """The machine that a worker is on; workers of one map what any of them shares."""
         ...
 
     def submit(self, worker: int, method: str, *arguments: Any) -> Handle:

@@ -114,6 +114,18 @@ def test_more_memory_never_means_more_passes(tiny, job, shares):
     assert passes == sorted(passes, reverse=True)
 
 
+@pytest.mark.parametrize(
+    ("workers", "store_workers", "sums"), [(2, 2, 2), (4, 4, 4 + 1), (2, 1, 1), (4, 2, 2 + 2)]
+)
+def test_object_store_holds_what_was_observed_and_what_it_comes_to(tiny, workers, store_workers, sums):
+    """Of more than two workers: on a node its sum, and with other nodes what the sums of all come to."""
+    plan = _with_blocks(tiny, [[(96, 64)]], "original")
+    around = Surroundings(workers=workers, idle_bytes=0, store_workers=store_workers)
+    store = plan_memory(plan, around, Budgets()).store
+    total = block_needs(plan, plan.blocks[0]).groups[0].total
+    assert store["sums"] + store["merged sums"] == sums * total
+
+
 def test_needs_of_a_block_from_its_shapes(tiny):
     """R = 96, C = 64: float32 streams, int64 sums of the lower triangle, an fp32 Hessian and its factor."""
     plan = _with_blocks(tiny, [[(96, 64)]], "original")

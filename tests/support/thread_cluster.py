@@ -18,8 +18,8 @@ from quantlib.job.conversion import Progress, convert
 from quantlib.job.crew import Crew
 from quantlib.job.memory import Room
 from quantlib.job.options import JobOptions
+from quantlib.job.transport import EXCHANGE_METHODS, STORAGE_METHODS
 
-_STORAGE_METHODS = ("read", "read_packed", "write", "check_finished")
 _LANES = ("compute", "storage", "exchange")
 
 
@@ -40,6 +40,8 @@ class ThreadCluster:
 
     Args:
         num_workers: At the start, and after a renewal.
+        num_nodes: Over which they are dealt.
+        host: Address by which they are to find each other.
 
     Attributes:
         before: Called in the worker's thread with (worker, method, arguments) before every call; what it
@@ -48,11 +50,11 @@ class ThreadCluster:
         room: The memory that they have.
     """
 
-    def __init__(self, num_workers: int) -> None:
+    def __init__(self, num_workers: int, num_nodes: int = 1, host: str = "127.0.0.1") -> None:
         self.before: Callable[[int, str, tuple[Any, ...]], None] = lambda *_: None
         self.dead: set[int] = set()
         self.room = Room()
-        self._num_workers = num_workers
+        self._num_workers, self._num_nodes, self._host = num_workers, num_nodes, host
         self._runners: dict[int, BlockRunner] = {}
         self._lanes: dict[tuple[int, str], ThreadPoolExecutor] = {}
         self._handles: list[_Handle] = []
@@ -79,6 +81,10 @@ class ThreadCluster:
         for lane in self._lanes.values():
             lane.shutdown(wait=False, cancel_futures=True)
 
+    def node_of(self, worker: int) -> str:
+        """One after the other."""
+        return f"node {worker % self._num_nodes}"
+
     def submit(self, worker: int, method: str, *arguments: Any) -> _Handle:
         """Start a method."""
         handle = _Handle(worker)
@@ -87,8 +93,7 @@ class ThreadCluster:
                 handle.future.set_exception(_lost(worker))
                 return handle
             self._handles.append(handle)
-        lane = "storage" if method in _STORAGE_METHODS else "exchange" if method == "give" else "compute"
-        self._lanes[worker, lane].submit(self._call, handle, method, arguments)
+        self._lanes[worker, _lane_of(method)].submit(self._call, handle, method, arguments)
         return handle
 
     def result(self, handle: _Handle) -> Any:
@@ -134,7 +139,7 @@ class ThreadCluster:
 
     def _start(self) -> int:
         worker = len(self._runners)
-        self._runners[worker] = BlockRunner(share=lambda value: _Shared(worker, value))
+        self._runners[worker] = BlockRunner(lambda value: _Shared(worker, value), self._host)
         for lane in _LANES:
             self._lanes[worker, lane] = ThreadPoolExecutor(1, thread_name_prefix=f"{lane}-{worker}")
         return worker
@@ -185,6 +190,12 @@ def convert_on(
     if "error" in found:
         raise found["error"]
     return found["report"]
+
+
+def _lane_of(method: str) -> str:
+    if method in STORAGE_METHODS:
+        return "storage"
+    return "exchange" if method in EXCHANGE_METHODS else "compute"
 
 
 def _lost(worker: int) -> WorkerLostError:
