@@ -34,8 +34,6 @@ class Workload:
         correct_targets: Whether a second stream runs beside the quantized one.
         descent_passes: Passes of coordinate descent after a solve.
         checkpoint_every: Blocks between checkpoints of the activations; 0 for none; None as the product does.
-        adds_on_nodes: Whether a node's workers add their sums before these travel. The product does not; it
-            is here to see what that would be worth, and the additions themselves are free.
     """
 
     sequences: int
@@ -46,7 +44,6 @@ class Workload:
     correct_targets: bool = False
     descent_passes: int = 0
     checkpoint_every: int | None = None
-    adds_on_nodes: bool = False
 
     def cells(self, sequences: int) -> list[int]:
         """Tokens of every cell of so many sequences; the last may hold fewer."""
@@ -100,7 +97,7 @@ class Costs:
         return size_bytes / self.rates.host_bytes_per_s
 
     def sum_bytes(self, group: GroupShape) -> int:
-        """One worker's sums of an input group, as they travel to whoever solves it."""
+        """Sums of an input group: one worker's, a node's, or what all come to."""
         per_entry = _SUM_BYTES + (_CROSS_BYTES if self.workload.correct_targets else 0)
         return per_entry * group.columns**2
 

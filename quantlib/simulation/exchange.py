@@ -3,7 +3,7 @@
 All links carry both ways at once. A worker reads and writes one thing at a time, as its storage lane does.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from quantlib.simulation.clock import Link
 from quantlib.simulation.hardware import Cluster
@@ -53,6 +53,12 @@ class Exchange:
         link = self._to_storage[self._cluster.node_of(worker)]
         self._lanes[worker] = link.carry(max(now, self._lanes[worker]), size_bytes)
         return self._lanes[worker]
+
+    def reduce(self, now: float, nodes: Sequence[int], size_bytes: float) -> float:
+        """Add up what the nodes have, in equal parts on each; gives when they are there."""
+        moved = size_bytes * (len(nodes) - 1) / len(nodes)
+        links = [link for node in nodes for link in (self._outgoing[node], self._incoming[node])]
+        return max(link.carry(now, moved) for link in links)
 
     def gather(self, now: float, node: int, size_bytes: Mapping[int, float]) -> float:
         """What other nodes have, on one; gives when all of it is there.

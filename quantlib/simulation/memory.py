@@ -1,5 +1,6 @@
 """What a simulated job needs of a GPU's memory, and of a node's for sums on their way."""
 
+from quantlib.job.bands import MAX_DIRECT_BATCHES
 from quantlib.simulation.costs import WIDE_BYTES, Costs
 from quantlib.simulation.hardware import Cluster
 from quantlib.simulation.shapes import BlockShape
@@ -42,13 +43,14 @@ def gpu_memory(costs: Costs, num_workers: int) -> dict[str, int]:
 
 
 def node_sums_bytes(costs: Costs, cluster: Cluster) -> int:
-    """Sums in the memory of a node: those of its own workers, and what its solves take from all others."""
+    """Sums in the memory of a node: those of its own workers, and what they are added up to."""
     cells = len(costs.workload.cells(costs.workload.sequences))
     observers = min(cells, cluster.num_workers)
     own = min(observers, cluster.gpus_per_node)
+    # The node's, and from where there are others what all nodes' come to; or what few of them have.
+    others = 1 + (observers > own) if observers > MAX_DIRECT_BATCHES else observers - own
 
     def held(block: BlockShape) -> int:
-        sizes = sorted((costs.sum_bytes(group) for group in block.groups), reverse=True)
-        return own * sum(sizes) + (observers - own) * sum(sizes[: cluster.gpus_per_node])
+        return (own + others) * sum(costs.sum_bytes(group) for group in block.groups)
 
     return max(held(block) for block in costs.shape.blocks)

@@ -6,7 +6,6 @@ With ``--table`` the same runs as rows for a README.
 """
 
 import argparse
-import dataclasses
 import math
 import sys
 from collections.abc import Mapping, Sequence
@@ -193,13 +192,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Predicted time over GPUs of the shipped models.")
     parser.add_argument("output", nargs="?", type=Path, help="SVG file to write.")
     parser.add_argument("--table", action="store_true", help="Print the table of the README.")
-    parser.add_argument(
-        "--adds-on-nodes", action="store_true", help="As if a node's workers added their sums first."
-    )
     parsed = parser.parse_args(arguments)
     if parsed.output is None and not parsed.table:
         parser.error("name a file to write, or --table")
-    runs = scaling_runs(dataclasses.replace(WORKLOAD, adds_on_nodes=parsed.adds_on_nodes))
+    runs = scaling_runs(WORKLOAD)
     if parsed.output is not None:
         parsed.output.write_text(scaling_picture(runs), encoding="utf-8")
     if parsed.table:

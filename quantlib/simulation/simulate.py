@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
 
+from quantlib.job.bands import MAX_DIRECT_BATCHES
 from quantlib.job.cadence import Cadence
 from quantlib.job.cell_streams import after_first_cell
 from quantlib.job.schedule import Piece, PieceId, Schedule
@@ -161,7 +162,7 @@ class _Run:
         yield self.clock.until(self._stored(self.clock.now, 0, size))
 
     def _capture(self, block: int, *, is_ahead: bool = False) -> Process:
-        """Calibration cells with statistics, evaluation cells beside them; then sums leave the GPUs."""
+        """Calibration cells with statistics, evaluation cells beside them; then the sums are added up."""
         forwards = self._pieces(block, "forward", self._evaluation)
         if is_ahead:
             forwards = [
@@ -183,6 +184,27 @@ class _Run:
             self._lanes[worker] = turn.at
             ends.append(turn.at)
         yield self.clock.until(max(ends))
+        yield self.clock.until(self._add_up(block, sums))
+
+    def _add_up(self, block: int, size_bytes: float) -> float:
+        """Sums of the observers on their nodes, then between nodes; gives when it is done."""
+        nodes = self._observing_nodes(block)
+        if len(self._observers.get(block, ())) <= MAX_DIRECT_BATCHES or len(nodes) == 1:
+            return self.clock.now
+        # Each worker takes its part of the bands to its GPU, where NCCL adds them, and its own of them back.
+        per_node = self._cluster.gpus_per_node
+        copy_s = self._costs.copy_s(size_bytes * (1 + 1 / len(nodes)) / per_node)
+        there = self.exchange.reduce(self.clock.now, nodes, size_bytes)
+        for worker in self._workers:
+            if self._cluster.node_of(worker) in nodes:
+                turn = self._turn(worker)
+                turn.spend(copy_s, "copy")
+                turn.wait(there, "network")
+                self._lanes[worker] = turn.at
+        return max(self._lanes[worker] for worker in self._workers)
+
+    def _observing_nodes(self, block: int) -> list[int]:
+        return sorted({self._cluster.node_of(worker) for worker in self._observers.get(block, ())})
 
     def _solves(self, block: int) -> list[Piece]:
         groups = self._blocks[block].groups
@@ -290,20 +312,22 @@ class _Run:
                 turn.spend(costs.forward_s(block, cell.tokens), "evaluate")
 
     def _solve(self, turn: Turn, worker: int, name: PieceId) -> None:
-        """Sums of all observers come to the worker, which factors and solves."""
+        """The parts of a sum come to the worker, which factors and solves."""
         group, node = self._blocks[name.block].groups[name.part], self._cluster.node_of(worker)
         size, sums = self._costs.sum_bytes(group), self._num_sums(name.block)
         self._pull(turn, worker, name.block, _ORIGINAL, self._blocks[name.block].source_bytes)
         sent = {sender: count * size for sender, count in sums.items()}
         turn.wait(self.exchange.gather(turn.at, node, sent), "network")
-        turn.spend(self._costs.copy_s(sums.total() * size + group.weights * WIDE_BYTES), "copy")
+        turn.spend(self._costs.copy_s(sum(sums.values()) * size + group.weights * WIDE_BYTES), "copy")
         turn.spend(self._costs.solve_s(group), "solve")
         self._solved_on.setdefault(name.block, Counter())[node] += group.weights
 
-    def _counted_sums(self, block: int) -> Counter[int]:
-        """Node -> sums that leave it: one a worker that observed the block, or all of them as one."""
-        nodes = [self._cluster.node_of(worker) for worker in self._observers.get(block, ())]
-        return Counter(set(nodes) if self._work.adds_on_nodes else nodes)
+    def _counted_sums(self, block: int) -> dict[int, float]:
+        """Node -> sums that are there: equal parts of one, or what few observers have."""
+        observers, nodes = self._observers.get(block, ()), self._observing_nodes(block)
+        if len(observers) <= MAX_DIRECT_BATCHES:
+            return Counter(self._cluster.node_of(worker) for worker in observers)
+        return dict.fromkeys(nodes, 1 / len(nodes))
 
     def _unit(self, turn: Turn, worker: int, number: int) -> None:
         """A block, or what stands before or after the blocks, read, rounded and written by one worker."""

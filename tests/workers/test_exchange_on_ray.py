@@ -60,7 +60,8 @@ class _LosingOne(RayTransport):
         if method == "reduce_bands":
             self.num_asked += 1
             if self.num_asked == 5:
-                os.kill(ray.get(self._pool.actor(worker).ready.remote())["pid"], signal.SIGKILL)
+                answer: dict[str, Any] = ray.get(self._pool.actor(worker).ready.remote())
+                os.kill(answer["pid"], signal.SIGKILL)
         return super().submit(worker, method, *arguments)
 
 
