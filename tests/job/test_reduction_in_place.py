@@ -84,8 +84,12 @@ def test_every_way_to_add_sums_gives_the_bytes_of_one_process(
     assert bool(history["exchange_fallbacks"]) == (path == "object store")
 
 
-def _lose(cluster: ThreadCluster, method: str, call: int, *, halts: bool) -> None:
-    """Have whoever gets the numbered call of a method be lost, with or without getting anything done."""
+def _lose(cluster: ThreadCluster, method: str, call: int, *, halts: bool) -> list[int]:
+    """Have whoever gets the numbered call of a method be lost, with or without getting anything done.
+
+    Returns:
+        Who was called so far.
+    """
     lock, calls = threading.Lock(), []
 
     def kill(worker: int, called: str, _: tuple[Any, ...]) -> None:
@@ -98,6 +102,7 @@ def _lose(cluster: ThreadCluster, method: str, call: int, *, halts: bool) -> Non
                 raise WorkerLostError("it is gone")
 
     cluster.before = kill
+    return calls
 
 
 @pytest.mark.parametrize("halts", [False, True])
@@ -109,10 +114,11 @@ def _lose(cluster: ThreadCluster, method: str, call: int, *, halts: bool) -> Non
 def test_worker_lost_while_sums_are_added_changes_no_byte(root, calm, method, call, halts):
     options = _options(root, f"lost-{method}-{call}-{halts}")
     cluster = ThreadCluster(5, 2)
-    _lose(cluster, method, call, halts=halts)
+    calls = _lose(cluster, method, call, halts=halts)
     history = convert_on(cluster, options)["history"]
     assert shard_digests(Path(options.output)) == calm[False]
-    assert len(history["renewals"]) == 1
+    # Fewer calls than usual where few have observed a block.
+    assert len(history["renewals"]) == (len(calls) >= call)
     assert history["exchanges"]["gloo"] >= 1
 
 
@@ -121,10 +127,10 @@ def test_worker_lost_on_the_way_through_the_object_store_changes_no_byte(root, c
     """Of each eight calls two rails on two nodes add what is there, then what is on both."""
     options = _options(root, f"store-{call}")
     cluster = ThreadCluster(5, 2, _NOBODY)
-    _lose(cluster, "add_bands", call, halts=True)
+    calls = _lose(cluster, "add_bands", call, halts=True)
     history = convert_on(cluster, options)["history"]
     assert shard_digests(Path(options.output)) == calm[False]
-    assert len(history["renewals"]) == 1
+    assert len(history["renewals"]) == (len(calls) >= call)
 
 
 def test_group_that_fails_without_a_loss_is_given_up_and_nothing_else(root, calm, monkeypatch):

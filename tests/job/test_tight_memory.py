@@ -104,7 +104,7 @@ def test_tightest_object_store_changes_no_byte(root, roomy, way):
 
 
 @pytest.mark.parametrize("way", ["original", "quantized"])
-@pytest.mark.parametrize("method", ["observe", "totals", "solve", "forward", "advance", "write"])
+@pytest.mark.parametrize("method", ["observe", "totals", "add_bands", "solve", "forward", "advance", "write"])
 @pytest.mark.parametrize("call", [2, 5])
 def test_worker_lost_between_slices_changes_no_byte(root, roomy, way, method, call):
     """Sums are not kept from slice to slice: lost codes are made again from a new pass of all cells."""
@@ -121,7 +121,9 @@ def test_worker_lost_between_slices_changes_no_byte(root, roomy, way, method, ca
     cluster.before = kill
     report = convert_on(cluster, options)
     assert shard_digests(Path(options.output)) == roomy[way]
-    assert len(report["history"]["renewals"]) == 1
+    # Where a worker is so late that the others observe its cell, there is nothing to add up beforehand.
+    assert len(report["history"]["renewals"]) == (len(calls) >= call)
+    assert method == "add_bands" or len(calls) >= call
 
 
 def test_streams_that_find_no_room_wait_on_disk(root, roomy):
