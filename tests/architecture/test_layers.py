@@ -52,6 +52,7 @@ LAYERS = {
     "quantlib.block_runner": 6,
     "quantlib.block_statistics": 6,
     "quantlib.group_solver": 6,
+    "quantlib.unit_converter": 6,
     "quantlib.worker_cells": 6,
     "quantlib.job.planner": 6,
     "quantlib.job.finished": 6,
