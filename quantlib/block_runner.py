@@ -37,7 +37,7 @@ from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
 from quantlib.steps import dequantized_weights, score_streams, stream_error
 from quantlib.storage import join_uri, open_store
-from quantlib.unit_converter import UnitConverter
+from quantlib.unit_converter import BegunShard, UnitConverter
 from quantlib.worker_cells import WorkerCells, following_stream
 
 Tensors = Mapping[str, torch.Tensor]
@@ -105,6 +105,7 @@ class BlockRunner:
         stores = self._source_store, self._output_store
         self._converter = UnitConverter(self._checkpoint, *stores, self._solver, self._clock, self._working)
         self._modules, self._outer, self._totals = {}, None, {}
+        self._begun: dict[str, BegunShard] = {}
 
     def abort_uploads(self) -> int:
         """Give up what lost workers were writing, and tell how many uploads; no living one may be writing."""
@@ -313,13 +314,19 @@ class BlockRunner:
             hidden = [stream.hidden_BTD.float() for stream in cell.streams]
             return score_streams(self._outer, cell.ids_BT, *hidden)
 
-    def convert_unit(self, unit_name: str) -> DoneRecord:
-        """Read, quantize without data, and write one unit; see `UnitConverter`."""
+    def convert_unit(self, unit_name: str) -> None:
+        """Read and quantize one unit without data; what is left to write of it is for `finish_unit`."""
         unit = self._units[unit_name]
         block = None if unit.block is None else self._plan.blocks[unit.block]
-        receipt, rows = self._converter.convert(unit, block, join_uri(self._plan.output, unit.shard))
+        uri = join_uri(self._plan.output, unit.shard)
+        self._begun[unit_name] = self._converter.convert(unit, block, uri)
+
+    def finish_unit(self, unit_name: str) -> DoneRecord:
+        """Wait until a converted unit is written, and record it."""
+        begun = self._begun.pop(unit_name)
+        receipt = begun.receipt.result()
         with self._clock.storage("write"):
-            return self._record(unit, receipt, rows)
+            return self._record(self._units[unit_name], receipt, begun.rows)
 
     def publish(self, report: Mapping[str, Any]) -> None:
         """Finish the output; see `quantlib.job.publish.publish`."""

@@ -1,13 +1,14 @@
 """One unit without data, from storage to storage: reading, rounding and writing run side by side.
 
 A unit is taken in parts: the linears of an input group, or some tensors that are copied. While one part is
-rounded the next two are read, and what is finished goes out in the order of the file. In memory are at most
-three parts of the source, and of the shard what was made and not sent yet.
+rounded the next two are read, and what is finished goes out in the order of the file. The end of a shard is
+sent while the next unit begins. In memory are at most three parts of the source, and of two shards what was
+made and not sent yet.
 """
 
 from collections import deque
 from collections.abc import Callable, Generator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from typing import Any
@@ -63,8 +64,21 @@ def parts_of(unit: UnitPlan, block: BlockPlan | None, num_bytes: Callable[[str],
     return sorted(parts, key=lambda part: min(part.sources))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BegunShard:
+    """A shard whose tensors are all made.
+
+    Attributes:
+        receipt: What is stored, once it is; or the error of writing.
+        rows: The report rows of the linears, by input group.
+    """
+
+    receipt: Future[ShardReceipt]
+    rows: list[dict[str, Any]]
+
+
 class UnitConverter:
-    """Converts units, one at a time.
+    """Converts units, one at a time, and writes them one after the other.
 
     Args:
         checkpoint: The source.
@@ -87,43 +101,40 @@ class UnitConverter:
         self._checkpoint, self._solver = checkpoint, solver
         self._source_store, self._output_store = source_store, output_store
         self._clock, self._working = clock, working
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="unit-write")
 
-    def convert(
-        self, unit: UnitPlan, block: BlockPlan | None, uri: str
-    ) -> tuple[ShardReceipt, list[dict[str, Any]]]:
-        """Make and store the shard of a unit.
+    def convert(self, unit: UnitPlan, block: BlockPlan | None, uri: str) -> BegunShard:
+        """Make the tensors of a unit; they are stored meanwhile and thereafter.
 
         Args:
             block: The unit's, if it has one.
             uri: Address of the shard.
 
-        Returns:
-            What was stored, and the report rows of the linears, by input group.
-
         Raises:
-            QuantError: From reading, rounding or writing; no shard is stored then.
+            QuantError: From reading or rounding; no shard is stored then.
         """
         made: dict[str, Future[torch.Tensor]] = {spec.name: Future() for spec in unit.tensors}
         rows: dict[int | None, list[dict[str, Any]]] = {}
-        with ThreadPoolExecutor(1, thread_name_prefix="unit-write") as thread:
-            writing = thread.submit(self._write, unit, uri, dict(made))
-            error: BaseException | None = None
-            try:
-                with closing(self._read(parts_of(unit, block, self._num_bytes))) as parts:
-                    for part, tensors in parts:
-                        if writing.done():
-                            break  # it failed
-                        rows[part.group] = self._make(part, block, tensors, made)
-                        del tensors  # else it stays while the next is waited for
-            except BaseException as failed:
-                error = failed
-                raise
-            finally:
-                # Else the writer would wait for ever.
-                for name, future in made.items():
-                    future.set_exception(error or PackingError(f"tensor {name!r} was promised and not made"))
-            reports = [row for group in range(len(rows)) for row in rows.get(group, ())]
-            return writing.result(), reports
+        receipt = self._writer.submit(self._write, unit, uri, dict(made))
+        error: BaseException | None = None
+        try:
+            with closing(self._read(parts_of(unit, block, self._num_bytes))) as parts:
+                for part, tensors in parts:
+                    if receipt.done():
+                        break  # it failed
+                    rows[part.group] = self._make(part, block, tensors, made)
+                    del tensors  # else it stays while the next is waited for
+        except BaseException as failed:
+            error = failed
+            raise
+        finally:
+            # Else the writer would wait for ever.
+            for name, future in made.items():
+                future.set_exception(error or PackingError(f"tensor {name!r} was promised and not made"))
+            if error is not None:
+                wait([receipt])
+        reports = [row for group in range(len(rows)) for row in rows.get(group, ())]
+        return BegunShard(receipt=receipt, rows=reports)
 
     def _num_bytes(self, name: str) -> int:
         entry = self._checkpoint.tensors[name]

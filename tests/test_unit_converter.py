@@ -66,7 +66,8 @@ def _convert(job, store, folder: Path):
         FORMATS["compressed-tensors"], SolverSettings.from_options(plan.options), torch.device("cpu")
     )
     converter = UnitConverter(checkpoint, store, store, solver, StageClock(), lambda _: nullcontext())
-    return converter.convert(plan.block_units[1], plan.blocks[1], f"file://{folder}/shard.safetensors")
+    begun = converter.convert(plan.block_units[1], plan.blocks[1], f"file://{folder}/shard.safetensors")
+    return begun.receipt.result(), begun.rows
 
 
 def test_parts_cover_every_source_tensor_once(job):

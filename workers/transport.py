@@ -16,7 +16,7 @@ from quantlib.errors import QuantError, WorkerLostError
 from workers.pool import WorkerPool
 
 # Methods that may run beside computation, in the actor's storage lane.
-_STORAGE_METHODS = ("read", "read_packed", "write", "check_finished")
+_STORAGE_METHODS = ("read", "read_packed", "write", "finish_unit", "check_finished")
 
 PULSE_S = 20.0
 SILENCE_LIMIT_S = 300.0

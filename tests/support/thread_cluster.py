@@ -14,7 +14,7 @@ from typing import Any
 from quantlib.block_runner import BlockRunner
 from quantlib.errors import WorkerLostError
 
-_STORAGE_METHODS = ("read", "read_packed", "write", "check_finished")
+_STORAGE_METHODS = ("read", "read_packed", "write", "finish_unit", "check_finished")
 _LANES = ("compute", "storage", "exchange")
 
 
