@@ -21,7 +21,7 @@ T = TypeVar("T")
 # Stages only wait for the worker; at most the next block, a write and a few units are under way at a time.
 _MOST_STAGES = 16
 # Storage work that may run beside the computation.
-_IO_METHODS = ("read", "read_packed", "write", "check_finished")
+_IO_METHODS = ("read", "read_packed", "write", "finish_unit", "check_finished")
 
 
 class LocalTransport:

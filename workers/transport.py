@@ -17,7 +17,7 @@ from quantlib.job.memory import Room
 from workers.pool import WorkerPool
 
 # Methods that may run beside computation, in the actor's storage lane.
-_STORAGE_METHODS = ("read", "read_packed", "write", "check_finished")
+_STORAGE_METHODS = ("read", "read_packed", "write", "finish_unit", "check_finished")
 
 PULSE_S = 20.0
 SILENCE_LIMIT_S = 300.0

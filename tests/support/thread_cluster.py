@@ -19,7 +19,7 @@ from quantlib.job.crew import Crew
 from quantlib.job.memory import Room
 from quantlib.job.options import JobOptions
 
-_STORAGE_METHODS = ("read", "read_packed", "write", "check_finished")
+_STORAGE_METHODS = ("read", "read_packed", "write", "finish_unit", "check_finished")
 _LANES = ("compute", "storage", "exchange")
 
 
