@@ -19,7 +19,7 @@ from quantlib.block_statistics import BlockStatistics
 from quantlib.calibration.totals import BandSum, Total
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
-from quantlib.checkpoint.writer import write_shard
+from quantlib.checkpoint.writer import ShardReceipt, write_shard
 from quantlib.errors import WorkerError
 from quantlib.group_solver import GroupSolver
 from quantlib.job import activations, planner
@@ -35,7 +35,7 @@ from quantlib.job.manifest import (
     store_record,
 )
 from quantlib.job.options import JobOptions
-from quantlib.job.plan import Groups, Plan
+from quantlib.job.plan import Groups, Plan, UnitPlan
 from quantlib.job.publish import publish
 from quantlib.machine import device_bytes, refuse_other_device
 from quantlib.memory_watch import PeakMemory, give_back_what_is_freed, memory_bytes
@@ -47,6 +47,7 @@ from quantlib.steps import dequantized_weights, score_streams, stream_error
 from quantlib.storage import join_uri, open_store
 from quantlib.stream_shelf import Shelf
 from quantlib.sum_exchange import SumExchange
+from quantlib.unit_converter import BegunShard, UnitConverter
 from quantlib.worker_cells import WorkerCells, following_stream
 
 Tensors = Mapping[str, torch.Tensor]
@@ -123,8 +124,11 @@ class BlockRunner:
         settings = SolverSettings.from_options(plan.options)
         self._solver = GroupSolver(self._packer, settings, self._device)
         self._statistics = BlockStatistics(plan, self._cells, self._device)
+        stores = self._source_store, self._output_store
+        self._converter = UnitConverter(self._checkpoint, *stores, self._solver, self._clock, self._working)
         self._sums.open(self._device)
         self._modules, self._outer = {}, None
+        self._begun: dict[str, BegunShard] = {}
 
     def abort_uploads(self) -> int:
         """Give up what lost workers were writing, and tell how many uploads; no living one may be writing."""
@@ -333,18 +337,7 @@ class BlockRunner:
             tensors = {name: tensor for name, tensor in given.items() if name in promised}
             uri = join_uri(self._plan.output, unit.shard)
             receipt = write_shard(self._output_store, uri, unit.tensors, tensors)
-            record = DoneRecord(
-                unit=unit.name,
-                identity=self._plan.identity(),
-                sha256=receipt.sha256,
-                size_bytes=receipt.size_bytes,
-                etag=receipt.etag,
-                linears=tuple(linears),
-                excluded_rows=tuple(excluded_rows),
-                seconds=dict(seconds or {}),
-            )
-            self._refuse_taken_over()
-            return store_record(self._work_store, self._plan.work, record)
+            return self._record(unit, receipt, linears, excluded_rows, seconds)
 
     def advance(self, block: int, key: str, _needed: Sequence[Any]) -> dict[str, float] | None:
         """Move the quantized stream of a cell through the block as packed.
@@ -370,23 +363,19 @@ class BlockRunner:
             hidden = [stream.hidden_BTD.float() for stream in cell.streams]
             return score_streams(self._outer, cell.ids_BT, *hidden)
 
-    def convert_unit(self, unit_name: str) -> DoneRecord:
-        """Read, quantize without data, and write one unit."""
+    def convert_unit(self, unit_name: str) -> None:
+        """Read and quantize one unit without data; what is left to write of it is for `finish_unit`."""
         unit = self._units[unit_name]
-        names = list(unit.copied)
-        rows: list[dict[str, Any]] = []
-        if unit.block is not None:
-            names = list(self._plan.blocks[unit.block].tensors)
-        with self._clock.storage("read"):
-            tensors = read_tensors(self._source_store, self._checkpoint, names)
-        if unit.block is not None:
-            block = self._plan.blocks[unit.block]
-            with self._clock.computing("solve"), torch.inference_mode():
-                for group in range(len(block.input_groups)):
-                    packed, reports = self._solver.solve(block, group, tensors, ([], []), 0)
-                    tensors |= packed
-                    rows += reports
-        return self.write(unit_name, [tensors], rows)
+        block = None if unit.block is None else self._plan.blocks[unit.block]
+        uri = join_uri(self._plan.output, unit.shard)
+        self._begun[unit_name] = self._converter.convert(unit, block, uri)
+
+    def finish_unit(self, unit_name: str) -> DoneRecord:
+        """Wait until a converted unit is written, and record it."""
+        begun = self._begun.pop(unit_name)
+        receipt = begun.receipt.result()
+        with self._clock.storage("write"):
+            return self._record(self._units[unit_name], receipt, begun.rows)
 
     def publish(self, report: Mapping[str, Any]) -> None:
         """Finish the output; see `quantlib.job.publish.publish`."""
@@ -413,6 +402,27 @@ class BlockRunner:
             "waiting_on_disk_bytes": self._shelf.file_bytes,
             "device_kinds": device_kinds(self._work_store, self._plan),
         }
+
+    def _record(
+        self,
+        unit: UnitPlan,
+        receipt: ShardReceipt,
+        linears: Sequence[Mapping[str, Any]],
+        excluded_rows: Sequence[int] = (),
+        seconds: Mapping[str, float] | None = None,
+    ) -> DoneRecord:
+        record = DoneRecord(
+            unit=unit.name,
+            identity=self._plan.identity(),
+            sha256=receipt.sha256,
+            size_bytes=receipt.size_bytes,
+            etag=receipt.etag,
+            linears=tuple(linears),
+            excluded_rows=tuple(excluded_rows),
+            seconds=dict(seconds or {}),
+        )
+        self._refuse_taken_over()
+        return store_record(self._work_store, self._plan.work, record)
 
     def _refuse_taken_over(self) -> None:
         if self._run_id is not None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantlib.grouping import by_group
 from quantlib.schemes import WeightScheme
 
 
@@ -41,9 +42,7 @@ class QuantizedLinear:
         scale times a code of up to 8 bits is exact.
         """
         columns = self.codes_RC.shape[1]
-        width = self.scheme.columns_per_group(columns)
-        scale_RC = self.scale_RG.float().repeat_interleave(width, dim=1)[:, :columns]
-        if self.zero_RG is None:
-            return self.codes_RC.float().sub_(self.scheme.middle_code).mul_(scale_RC)
-        zero_RC = self.zero_RG.float().repeat_interleave(width, dim=1)[:, :columns]
-        return self.codes_RC.float().sub_(zero_RC).mul_(scale_RC)
+        level_RGS = by_group(self.codes_RC.float(), self.scheme.columns_per_group(columns))
+        zero = self.scheme.middle_code if self.zero_RG is None else self.zero_RG.float()[..., None]
+        level_RGS.sub_(zero).mul_(self.scale_RG.float()[..., None])
+        return level_RGS.flatten(1)[:, :columns].contiguous()

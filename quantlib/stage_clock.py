@@ -150,7 +150,8 @@ class StageClock:
             yield
         finally:
             used = time.thread_time() - cpu
-            self._storage_cpu_seconds += used
+            with self._lock:
+                self._storage_cpu_seconds += used
             self._spend("storage", stage, wall, used)
 
     def timeline(self) -> dict[str, Any]:

@@ -121,7 +121,7 @@ def solve_group(
             linear.name: linear.scheme for linear in chosen if linear.scheme is not None
         }
         results |= METHODS[method](
-            {name: weights[name].float() for name in schemes},
+            {name: weights[name] for name in schemes},
             schemes,
             hessian_CC=hessian_CC,
             cross_CC=cross_CC,

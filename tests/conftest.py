@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import settings
 
 from tests.support.s3_server import S3Server, running_s3_server
 
@@ -12,6 +13,10 @@ if TYPE_CHECKING:
     from tests.support.ray_nodes import RayNodes
 
 RAY_NODES = 3
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("quantmill", deadline=None)
+settings.load_profile("quantmill")
 
 
 @pytest.fixture(scope="session")

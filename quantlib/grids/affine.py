@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantlib.grouping import by_group, row_parts
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
 
@@ -93,39 +94,47 @@ def nearest_codes(weight_RC: torch.Tensor, grid: AffineGrid) -> tuple[torch.Tens
     """Round every weight to its nearest level, each on its own.
 
     Shapes:
-        weight_RC: floating [R, C].
+        weight_RC: floating [R, C]; bf16 and fp16 are taken as fp32.
 
     Returns:
         Codes, uint8 [R, C], and int64 [R], how many weights of each row lay more than half a step outside
         the grid.
 
-    Cost: temporary memory of three groups of columns beside the codes.
+    Cost: eight passes in a cache; temporary memory of a handful of rows beside the codes.
     """
-    columns = weight_RC.shape[1]
+    rows, columns = weight_RC.shape
     width = grid.scheme.columns_per_group(columns)
-    lowest_RG, highest_RG = offset_bounds(grid, weight_RC.dtype)
-    codes_RC = torch.empty(weight_RC.shape, dtype=torch.uint8, device=weight_RC.device)
-    num_clipped_R = torch.zeros(len(weight_RC), dtype=torch.int64, device=weight_RC.device)
-    for group, start in enumerate(range(0, columns, width)):
-        one = slice(group, group + 1)
-        quotient_RS = weight_RC[:, start : start + width].clone()
-        offset_RS = torch.empty_like(quotient_RS)
-        nearest_offsets(
-            quotient_RS,
-            grid.scale_RG[:, one].to(weight_RC.dtype),
-            lowest_RG[:, one],
-            highest_RG[:, one],
-            out=offset_RS,
-            quotient=quotient_RS,
+    dtype = torch.promote_types(weight_RC.dtype, torch.float32)
+    scale_RG1 = grid.scale_RG.to(dtype)[..., None]
+    lowest_RG, highest_RG = offset_bounds(grid, dtype)
+    codes_RC = torch.empty(rows, columns, dtype=torch.uint8, device=weight_RC.device)
+    num_clipped_R = torch.empty(rows, dtype=torch.int64, device=weight_RC.device)
+    for part in row_parts(weight_RC):
+        quotient_RGS = by_group(weight_RC[part].to(dtype, copy=True), width)
+        if grid.scheme.is_symmetric:  # a bound that is a number costs a tenth of one that is a tensor
+            lowest, highest = -grid.scheme.middle_code, grid.scheme.middle_code - 1
+        else:
+            lowest, highest = lowest_RG[part, :, None], highest_RG[part, :, None]
+        offset_RGS = nearest_offsets(
+            quotient_RGS,
+            scale_RG1[part],
+            lowest,
+            highest,
+            out=torch.empty_like(quotient_RGS),
+            quotient=quotient_RGS,
         )
-        num_clipped_R += is_clipped_(quotient_RS, offset_RS).sum(1)
-        codes_RC[:, start : start + width] = offset_RS.sub_(lowest_RG[:, one])
+        num_clipped_R[part] = num_clipped_(quotient_RGS, offset_RGS, dim=(1, 2))
+        codes_RC[part] = offset_RGS.sub_(lowest).flatten(1)[:, :columns]
     return codes_RC, num_clipped_R
 
 
-def is_clipped_(quotient: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Which quotients lay more than half a step outside the grid; overwrites ``quotient``."""
-    return quotient.sub_(offset).abs_() > 0.5
+def num_clipped_(quotient: torch.Tensor, offset: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
+    """How many quotients lay more than half a step outside the grid, int64; overwrites ``quotient``.
+
+    Args:
+        dim: What is summed over, at most 2**24 entries: they are counted in floating form, which is faster.
+    """
+    return quotient.sub_(offset).abs_().gt_(0.5).sum(dim).long()
 
 
 def with_codes(grid: AffineGrid, codes_RC: torch.Tensor) -> QuantizedLinear:

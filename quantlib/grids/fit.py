@@ -13,6 +13,7 @@ import torch
 
 from quantlib.grids.affine import AffineGrid, nearest_offsets, whole_vectors
 from quantlib.grids.stored_scale import is_outside_stored, round_to_stored
+from quantlib.grouping import by_group, row_parts
 from quantlib.schemes import WeightScheme
 
 # Multiples of the scale that covers the extremes. Above 1: at (2**b - 1) / (2**b - 2) the positive extreme of
@@ -38,7 +39,7 @@ def fit_to_extremes(weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtyp
     scale).
 
     Shapes:
-        weight_RC: fp32 [R, C], finite. The last group may be ragged.
+        weight_RC: floating [R, C], finite; taken as fp32. The last group may be ragged.
 
     Args:
         scheme: Bits, symmetry and group size.
@@ -46,8 +47,17 @@ def fit_to_extremes(weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtyp
 
     Numerics: the scale is rounded to ``scale_dtype`` first and the zero point follows from the rounded one.
         A group of zeros gets scale 1.
+
+    Cost: two passes in a cache; memory of a handful of rows.
     """
-    return _fit(weight_RC, scheme, scale_dtype, None)
+    extremes = _extremes(weight_RC, scheme.columns_per_group(weight_RC.shape[1]))
+    fit, is_bounded_RG = _cover(*extremes, scheme, scale_dtype)
+    return AffineGrid(
+        scheme=scheme,
+        scale_RG=fit.scale_R.to(scale_dtype),
+        zero_RG=None if scheme.is_symmetric else fit.zero_R.to(torch.uint8),
+        is_bounded_RG=is_bounded_RG,
+    )
 
 
 def search_scales(
@@ -60,7 +70,7 @@ def search_scales(
     """Scales of least weighted squared error, group by group.
 
     Shapes:
-        weight_RC: fp32 [R, C], finite. The last group may be ragged.
+        weight_RC: floating [R, C], finite; taken as fp32. The last group may be ragged.
         importance_C: fp32 [C], not negative; None for equal importance. Only ratios matter. A group whose
             importances are all zero is fitted with equal ones.
 
@@ -79,18 +89,26 @@ def search_scales(
         importance_C = torch.ones(weight_RC.shape[1], device=weight_RC.device)
     # Division by the largest leaves equal importances exactly equal to 1, whatever their size was.
     largest = importance_C.max().clamp_min(torch.finfo(torch.float32).tiny)
-    return _fit(weight_RC, scheme, scale_dtype, importance_C.float() / largest)
+    return _search_all(weight_RC, scheme, scale_dtype, importance_C.float() / largest)
 
 
-def _fit(
-    weight_RC: torch.Tensor,
-    scheme: WeightScheme,
-    scale_dtype: torch.dtype,
-    importance_C: torch.Tensor | None,
+def _extremes(weight_RC: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest weight of every group, fp32 [R, G] each; 0 counts into a ragged group."""
+    lowest, highest = [], []
+    for part in row_parts(weight_RC):
+        weight_RGS = by_group(weight_RC[part].float(), width)
+        lowest.append(weight_RGS.amin(2))
+        highest.append(weight_RGS.amax(2))
+    return torch.cat(lowest), torch.cat(highest)
+
+
+def _search_all(
+    weight_RC: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, importance_C: torch.Tensor
 ) -> AffineGrid:
     filled_rows = whole_vectors(len(weight_RC), weight_RC.device)
     if filled_rows is not None:
-        return _fit(weight_RC[filled_rows], scheme, scale_dtype, importance_C).rows(slice(len(weight_RC)))
+        filled_RC = weight_RC[filled_rows]
+        return _search_all(filled_RC, scheme, scale_dtype, importance_C).rows(slice(len(weight_RC)))
     rows, columns = weight_RC.shape
     width = scheme.columns_per_group(columns)
     shape = (rows, scheme.num_groups(columns))
@@ -107,9 +125,8 @@ def _fit(
         weight_CR = weight_RC[part].T.contiguous().float()
         for group, start in enumerate(range(0, columns, width)):
             weight_SR = weight_CR[start : start + width]
-            fit, is_bounded_R = _cover_extremes(weight_SR, scheme, scale_dtype)
-            if importances is not None:
-                fit = _Search(weight_SR, importances[group], scheme, scale_dtype).from_(fit)
+            fit, is_bounded_R = _cover(weight_SR.amin(0), weight_SR.amax(0), scheme, scale_dtype)
+            fit = _Search(weight_SR, importances[group], scheme, scale_dtype).from_(fit)
             scale_RG[part, group] = fit.scale_R.to(scale_dtype)
             zero_RG[part, group] = fit.zero_R.to(torch.uint8)
             is_bounded_RG[part, group] = is_bounded_R
@@ -121,27 +138,28 @@ def _fit(
     )
 
 
-def _group_importances(importance_C: torch.Tensor | None, width: int) -> list[torch.Tensor] | None:
+def _group_importances(importance_C: torch.Tensor, width: int) -> list[torch.Tensor]:
     """Importances group by group, equal ones where no token reached a group: it still has weights to keep."""
-    if importance_C is None:
-        return None
     groups = importance_C.split(width)
     return [group_S if bool(group_S.any()) else torch.ones_like(group_S) for group_S in groups]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Fit:
-    """Scale and zero point of one group in several rows: fp32 [R] each, integers in ``zero_R``."""
+    """Scale and zero point of one group in several rows: fp32 [R] each, integers in ``zero_R``.
+
+    Before a search of all groups: [R, G].
+    """
 
     scale_R: torch.Tensor
     zero_R: torch.Tensor
 
 
-def _cover_extremes(
-    weight_SR: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype
+def _cover(
+    lowest_R: torch.Tensor, highest_R: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype
 ) -> tuple[_Fit, torch.Tensor]:
-    """The fit without a search, and which of its scales had to be bounded."""
-    lowest_R, highest_R = weight_SR.amin(0).clamp_max_(0), weight_SR.amax(0).clamp_min_(0)
+    """The fit that covers these extremes and 0, and which of its scales had to be bounded."""
+    lowest_R, highest_R = lowest_R.clamp_max(0), highest_R.clamp_min(0)
     num_steps = scheme.num_codes - 1
     if scheme.is_symmetric:
         wanted_R = torch.maximum(-lowest_R, highest_R) * (2 / num_steps)

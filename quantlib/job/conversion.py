@@ -465,12 +465,12 @@ def _overlaps(run: _Run) -> bool:
 
 
 def _without_streams(run: _Run) -> None:
-    """Every unit on its own, as many at a time as there are workers."""
+    """Every unit on its own; a worker converts one while it still writes the one before."""
     pending = [unit for unit in run.plan.units if unit.name not in run.records]
     run.total = float(max(1, len(pending)))
     for unit in pending:
         _welcome(run)
-        while len(run.units) >= run.crew.num_workers:
+        while len(run.units) >= 2 * run.crew.num_workers:
             _note_unit(run)
         run.units.append(run.submit(f"unit {unit.name}", run.crew.convert_unit, unit))
     while run.units:

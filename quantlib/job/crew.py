@@ -439,13 +439,21 @@ class Crew:
         return {"figures": figures, "records": records}
 
     def convert_unit(self, unit: UnitPlan) -> DoneRecord:
-        """Read, quantize and write one unit in one go, for methods that need no activations."""
+        """Read, quantize and write one unit, for methods that need no activations.
+
+        The worker is free for the next unit while it still writes.
+        """
         number = self._opened.plan.units.index(unit)
+        writing: list[Handle] = []
 
         def begin(worker: int, _: Piece) -> Handle:
             return self._transport.submit(worker, "convert_unit", unit.name)
 
-        return self._opened.run([Piece(id=PieceId(number, "unit", 0), rank=number)], begin)[0]
+        def heard(worker: int, _: Piece, __: Any) -> None:
+            writing.append(self._transport.submit(worker, "finish_unit", unit.name))
+
+        self._opened.run([Piece(id=PieceId(number, "unit", 0), rank=number)], begin, heard)
+        return self._transport.result(writing[0])
 
     def publish(self, report: dict[str, Any]) -> None:
         """Side files and report, then the index, then config.json."""

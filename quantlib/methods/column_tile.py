@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from quantlib.grids.affine import AffineGrid, is_clipped_, nearest_offsets, offset_bounds
+from quantlib.grids.affine import AffineGrid, nearest_offsets, num_clipped_, offset_bounds
 
 # Part of what the output bits depend on (floating point sums are grouped by them): never tuned per machine.
 BATCH_COLUMNS = 128
@@ -121,6 +121,6 @@ class ColumnTile:
     def keep(self, start: int, end: int) -> None:
         """Turn the batch's offsets into codes and count what was clipped; targets hold quotients by now."""
         quotient_BR, offset_BR = self._target_BR[: end - start], self._offset_BR[: end - start]
-        self.num_clipped_R += is_clipped_(quotient_BR, offset_BR).sum(0)
+        self.num_clipped_R += num_clipped_(quotient_BR, offset_BR, dim=0)
         codes_BR = offset_BR.sub_(self._lowest_GR[self._group_C[start:end]]).to(torch.uint8)
         self.codes_CR.index_copy_(0, self._order_C[start:end], codes_BR)

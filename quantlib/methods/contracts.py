@@ -94,7 +94,7 @@ class Method(Protocol):
         """Quantize the linears of one input group.
 
         Shapes:
-            weights: Name -> fp32 [R, C]; R may differ. Not changed.
+            weights: Name -> floating [R, C], taken as fp32; R may differ. Not changed.
             hessian_CC: fp32 [C, C], a positive multiple of X^T X over the calibration tokens; None without
                 calibration. Not changed.
 

@@ -26,7 +26,14 @@ from quantlib.methods.contracts import (
     LinearResult,
 )
 from quantlib.methods.coordinate_descent import descend
-from quantlib.methods.measures import check_weights, error_energy, expected_energy, share, weight_energy
+from quantlib.methods.measures import (
+    at_least_fp32,
+    check_weights,
+    error_energy,
+    expected_energy,
+    share,
+    weight_energy,
+)
 from quantlib.methods.rtn import round_linear
 from quantlib.methods.scale_refit import refit_scales
 from quantlib.methods.target_correction import corrected_weights
@@ -54,6 +61,7 @@ def quantize_linears(
             but no Hessian is given.
     """
     check_weights(weights, hessian_CC)
+    weights = {name: at_least_fp32(weight_RC) for name, weight_RC in weights.items()}
     if hessian_CC is None and num_tokens > 0:
         raise NumericsError(
             f"gptq needs the Hessian of its {num_tokens} tokens, found none; use rtn for a run without data"

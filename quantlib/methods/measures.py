@@ -10,6 +10,7 @@ from collections.abc import Mapping
 import torch
 
 from quantlib.errors import NumericsError
+from quantlib.grouping import row_parts
 from quantlib.quantized import QuantizedLinear
 
 # A tile's rows: enough for a fast product, few enough that its temporary copies stay small beside a solve's.
@@ -47,6 +48,11 @@ def check_weights(weights: Mapping[str, torch.Tensor], hessian_CC: torch.Tensor 
             )
 
 
+def at_least_fp32(weight_RC: torch.Tensor) -> torch.Tensor:
+    """The weight in fp32, unless it is wider."""
+    return weight_RC.to(torch.promote_types(weight_RC.dtype, torch.float32))
+
+
 def share(error: float, whole: float) -> float:
     """A loss as a share of what a weight does altogether; zero for a weight that does nothing."""
     # Rounding may leave an error of nothing slightly below zero.
@@ -64,25 +70,25 @@ def weight_energy(weight_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> f
     """tr(W H W^T); without a Hessian |W|**2.
 
     Shapes:
-        weight_RC: fp32 [R, C].
+        weight_RC: floating [R, C]; taken as fp32.
         hessian_CC: fp32 [C, C], symmetric, undamped.
 
-    Numerics: products in fp32, sums in fp64.
+    Numerics: products in fp32, sums in fp64; without a Hessian those of a row in fp32.
 
     Cost: R * C**2 multiply-adds; temporary memory of a row tile.
     """
-    return sum(_energy(tile_RC, hessian_CC) for tile_RC in weight_RC.split(_tile_rows(weight_RC)))
+    tiles = (at_least_fp32(weight_RC[part]) for part in _tiles(weight_RC, hessian_CC))
+    return sum(_energy(tile_RC, hessian_CC) for tile_RC in tiles)
 
 
 def error_energy(
     weight_RC: torch.Tensor, quantized: QuantizedLinear, hessian_CC: torch.Tensor | None
 ) -> float:
     """tr(E H E^T) with E = W - levels; without a Hessian |E|**2. Cost as `weight_energy`."""
-    total, step = 0.0, _tile_rows(weight_RC)
-    for start in range(0, weight_RC.shape[0], step):
-        part = slice(start, start + step)
-        total += _energy(weight_RC[part] - quantized.rows(part).dequantize(), hessian_CC)
-    return total
+    return sum(
+        _energy(at_least_fp32(weight_RC[part]) - quantized.rows(part).dequantize(), hessian_CC)
+        for part in _tiles(weight_RC, hessian_CC)
+    )
 
 
 def expected_energy(
@@ -106,15 +112,18 @@ def expected_energy(
     return (scale_RG.double().square() @ squares_G).sum().item() / 12.0
 
 
-def _tile_rows(weight_RC: torch.Tensor) -> int:
+def _tiles(weight_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> list[slice]:
+    if hessian_CC is None:
+        return row_parts(weight_RC)
     wanted = _TILE_ELEMENTS // weight_RC.shape[1]
-    return min(max(wanted, _FEWEST_TILE_ROWS), _MOST_TILE_ROWS)
+    step = min(max(wanted, _FEWEST_TILE_ROWS), _MOST_TILE_ROWS)
+    return [slice(start, start + step) for start in range(0, weight_RC.shape[0], step)]
 
 
 def _energy(x_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> float:
     """tr(x H x^T), or |x|**2, using each entry below the diagonal once for both sides."""
     if hessian_CC is None:
-        return torch.sum(x_RC * x_RC, dtype=torch.float64).item()
+        return (x_RC * x_RC).sum(1).sum(dtype=torch.float64).item()
     total = 0.0
     for start in range(0, x_RC.shape[1], _COLUMN_BATCH):
         batch = slice(start, start + _COLUMN_BATCH)

@@ -6,7 +6,7 @@ changes one of them changes this file. Nobody is lost here, and no storage fails
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from itertools import zip_longest
@@ -322,7 +322,7 @@ class _Run:
         turn.spend(self._costs.solve_s(group), "solve")
         self._solved_on.setdefault(name.block, Counter())[node] += group.weights
 
-    def _counted_sums(self, block: int) -> dict[int, float]:
+    def _counted_sums(self, block: int) -> Mapping[int, float]:
         """Node -> sums that are there: equal parts of one, or what few observers have."""
         observers, nodes = self._observers.get(block, ()), self._observing_nodes(block)
         if len(observers) <= MAX_DIRECT_BATCHES:

@@ -30,27 +30,32 @@ HIDDEN, INTERMEDIATE, HEADS = 1024, 2816, 16
 PROMISED_SHARE = 0.01
 
 
-def make_source(folder: Path, blocks: int) -> int:
-    """A random Llama of this many blocks, one shard a block; gives the bytes of a block."""
-    shape = {"hidden_size": HIDDEN, "intermediate_size": INTERMEDIATE, "num_attention_heads": HEADS}
+def make_source(
+    folder: Path, blocks: int, *, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE, heads: int = HEADS
+) -> int:
+    """A random bf16 Llama of this many blocks, one shard a block; gives the bytes of a block."""
+    shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads}
     # One block by transformers, for config, tokenizer and names; the others are drawn here, shard by shard.
-    tiny_source(folder, num_hidden_layers=1, num_key_value_heads=HEADS, max_shard_size="1GB", **shape)
+    tiny_source(folder, num_hidden_layers=1, num_key_value_heads=heads, max_shard_size="10GB", **shape)
     (single,) = folder.glob("*.safetensors")
     tensors = load_file(single)
     single.unlink()
     (folder / "model.safetensors.index.json").unlink(missing_ok=True)
     in_block = {name: t for name, t in tensors.items() if ".layers.0." in name}
     outside = {name: t for name, t in tensors.items() if name not in in_block}
-    shards: dict[str, dict[str, torch.Tensor]] = {"model-outer.safetensors": outside}
+    weight_map: dict[str, str] = {}
+
+    def save(shard: str, content: dict[str, torch.Tensor]) -> None:
+        save_file(content, folder / shard, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(content, shard))
+
+    save("model-outer.safetensors", outside)
     for block in range(blocks):
-        shards[f"model-{block:03d}.safetensors"] = {
+        drawn = {
             name.replace(".layers.0.", f".layers.{block}."): torch.randn_like(t) * 0.02 if t.ndim > 1 else t
             for name, t in in_block.items()
         }
-    weight_map = {}
-    for shard, content in shards.items():
-        save_file(content, folder / shard, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(content, shard)
+        save(f"model-{block:03d}.safetensors", drawn)
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     config = json.loads((folder / "config.json").read_text()) | {"num_hidden_layers": blocks}
     config.pop("layer_types", None)

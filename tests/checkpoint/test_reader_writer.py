@@ -12,7 +12,7 @@ from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
 from quantlib.checkpoint.header import DTYPE_BYTES, TensorEntry
 from quantlib.checkpoint.index import open_checkpoint
 from quantlib.checkpoint.reader import read_tensors, tensor_of
-from quantlib.checkpoint.writer import write_shard
+from quantlib.checkpoint.writer import ShardWriter, write_shard
 from quantlib.errors import CheckpointError, PackingError
 from quantlib.job.plan import TensorSpec
 from quantlib.storage import open_store
@@ -149,6 +149,28 @@ def test_tensors_that_differ_from_the_plan_are_refused_before_anything_is_writte
     with pytest.raises(PackingError, match=words):
         write_shard(open_store("file:///"), f"file://{tmp_path}/x.safetensors", specs, tensors)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_shard_written_tensor_by_tensor_has_the_bytes_of_one_written_at_once(tmp_path):
+    tensors = {"a": torch.arange(6, dtype=torch.int32).reshape(2, 3), "b": torch.ones(5, dtype=torch.float16)}
+    store, specs = open_store("file:///"), _specs(tensors)
+    wanted = write_shard(store, f"file://{tmp_path}/whole.safetensors", specs, tensors)
+    with ShardWriter(store, f"file://{tmp_path}/parts.safetensors", specs) as shard:
+        for tensor in tensors.values():
+            shard.add(tensor)
+    assert (shard.receipt.sha256, shard.receipt.size_bytes) == (wanted.sha256, wanted.size_bytes)
+    assert (tmp_path / "parts.safetensors").read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("second", [None, torch.ones(5), torch.ones(4, dtype=torch.float16)])
+def test_shard_that_lacks_a_tensor_or_gets_another_one_is_not_stored(tmp_path, second):
+    tensors = {"a": torch.zeros(3), "b": torch.ones(5, dtype=torch.float16)}
+    shard = ShardWriter(open_store("file:///"), f"file://{tmp_path}/x.safetensors", _specs(tensors))
+    with pytest.raises(PackingError, match="'b'"), shard:
+        shard.add(tensors["a"])
+        if second is not None:
+            shard.add(second)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

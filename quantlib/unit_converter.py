@@ -1,0 +1,190 @@
+"""One unit without data, from storage to storage: reading, rounding and writing run side by side.
+
+A unit is taken in parts: the linears of an input group, or some tensors that are copied. While one part is
+rounded the next two are read, and what is finished goes out in the order of the file. The end of a shard is
+sent while the next unit begins. In memory are at most three parts of the source, and of two shards what was
+made and not sent yet.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import AbstractContextManager, closing
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from quantlib.checkpoint.index import Checkpoint
+from quantlib.checkpoint.reader import read_tensors
+from quantlib.checkpoint.writer import ShardReceipt, ShardWriter
+from quantlib.errors import PackingError
+from quantlib.group_solver import GroupSolver
+from quantlib.job.plan import BlockPlan, UnitPlan
+from quantlib.stage_clock import StageClock
+from quantlib.storage import Store
+
+# With two, one is asked for while the last bytes of the other arrive.
+_PARTS_AHEAD = 2
+# Copied tensors are read together until they are this many: as many as one request brings.
+_COPIED_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitPart:
+    """What is read, made and handed to the writer in one go.
+
+    Attributes:
+        sources: Names of its source tensors.
+        group: Number of the input group; None where the sources are copied.
+    """
+
+    sources: tuple[str, ...]
+    group: int | None
+
+
+def parts_of(unit: UnitPlan, block: BlockPlan | None, num_bytes: Callable[[str], int]) -> list[UnitPart]:
+    """A unit in parts, about in the order in which the file wants them.
+
+    Args:
+        block: The unit's, if it has one.
+        num_bytes: Of a source tensor.
+    """
+    parts: list[UnitPart] = []
+    waiting: list[str] = []
+    for name in sorted(unit.copied):
+        waiting.append(name)
+        if sum(map(num_bytes, waiting)) >= _COPIED_BYTES:
+            parts.append(UnitPart(sources=tuple(waiting), group=None))
+            waiting = []
+    if waiting:
+        parts.append(UnitPart(sources=tuple(waiting), group=None))
+    for number, group in enumerate(block.input_groups if block else ()):
+        parts.append(UnitPart(sources=tuple(f"{linear}.weight" for linear in group), group=number))
+    return sorted(parts, key=lambda part: min(part.sources))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BegunShard:
+    """A shard whose tensors are all made.
+
+    Attributes:
+        receipt: What is stored, once it is; or the error of writing.
+        rows: The report rows of the linears, by input group.
+    """
+
+    receipt: Future[ShardReceipt]
+    rows: list[dict[str, Any]]
+
+
+class UnitConverter:
+    """Converts units, one at a time, and writes them one after the other.
+
+    Args:
+        checkpoint: The source.
+        source_store: Where it lies.
+        output_store: Where shards go.
+        solver: Quantizes and packs an input group.
+        clock: Is told what reading and writing take.
+        working: A context for what a stage computes; it raises when the job was stopped.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        source_store: Store,
+        output_store: Store,
+        solver: GroupSolver,
+        clock: StageClock,
+        working: Callable[[str], AbstractContextManager[None]],
+    ) -> None:
+        self._checkpoint, self._solver = checkpoint, solver
+        self._source_store, self._output_store = source_store, output_store
+        self._clock, self._working = clock, working
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="unit-write")
+
+    def convert(self, unit: UnitPlan, block: BlockPlan | None, uri: str) -> BegunShard:
+        """Make the tensors of a unit; they are stored meanwhile and thereafter.
+
+        Args:
+            block: The unit's, if it has one.
+            uri: Address of the shard.
+
+        Raises:
+            QuantError: From reading or rounding; no shard is stored then.
+        """
+        made: dict[str, Future[torch.Tensor]] = {spec.name: Future() for spec in unit.tensors}
+        rows: dict[int | None, list[dict[str, Any]]] = {}
+        receipt = self._writer.submit(self._write, unit, uri, dict(made))
+        error: BaseException | None = None
+        try:
+            with closing(self._read(parts_of(unit, block, self._num_bytes))) as parts:
+                for part, tensors in parts:
+                    if receipt.done():
+                        break  # it failed
+                    rows[part.group] = self._make(part, block, tensors, made)
+                    del tensors  # else it stays while the next is waited for
+        except BaseException as failed:
+            error = failed
+            raise
+        finally:
+            # Else the writer would wait for ever.
+            for name, future in made.items():
+                future.set_exception(error or PackingError(f"tensor {name!r} was promised and not made"))
+            if error is not None:
+                wait([receipt])
+        reports = [row for group in range(len(rows)) for row in rows.get(group, ())]
+        return BegunShard(receipt=receipt, rows=reports)
+
+    def _num_bytes(self, name: str) -> int:
+        entry = self._checkpoint.tensors[name]
+        return entry.end - entry.start
+
+    def _read(self, parts: Sequence[UnitPart]) -> Generator[tuple[UnitPart, dict[str, torch.Tensor]]]:
+        """Every part with its tensors, some parts read ahead."""
+
+        def read(part: UnitPart) -> dict[str, torch.Tensor]:
+            with self._clock.storage("read"):
+                return read_tensors(self._source_store, self._checkpoint, part.sources)
+
+        ahead: deque[tuple[UnitPart, Future[dict[str, torch.Tensor]]]] = deque()
+        with ThreadPoolExecutor(_PARTS_AHEAD, thread_name_prefix="unit-read") as threads:
+            for part in parts:
+                ahead.append((part, threads.submit(read, part)))
+                if len(ahead) > _PARTS_AHEAD:
+                    yield _ended(*ahead.popleft())
+            while ahead:
+                yield _ended(*ahead.popleft())
+
+    def _make(
+        self,
+        part: UnitPart,
+        block: BlockPlan | None,
+        tensors: Mapping[str, torch.Tensor],
+        made: dict[str, Future[torch.Tensor]],
+    ) -> list[dict[str, Any]]:
+        """Hand the tensors that come of a part to the writer; gives the report rows of its linears."""
+        rows: list[dict[str, Any]] = []
+        if part.group is not None:
+            assert block is not None, "a unit with input groups has a block"
+            with self._working("solve"):
+                tensors, rows = self._solver.solve(block, part.group, tensors, ([], []), 0)
+        for name, tensor in tensors.items():
+            made.pop(name).set_result(tensor)
+        return rows
+
+    def _write(self, unit: UnitPlan, uri: str, made: dict[str, Future[torch.Tensor]]) -> ShardReceipt:
+        with ShardWriter(self._output_store, uri, unit.tensors) as shard:
+            for spec in unit.tensors:
+                # Popped: what was sent is not kept.
+                tensor = made.pop(spec.name).result()
+                with self._clock.storage("write"):
+                    shard.add(tensor)
+        return shard.receipt
+
+
+def _ended(
+    part: UnitPart, reading: Future[dict[str, torch.Tensor]]
+) -> tuple[UnitPart, dict[str, torch.Tensor]]:
+    # A function, so that nobody keeps the future, which keeps the tensors.
+    return part, reading.result()
