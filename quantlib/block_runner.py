@@ -103,7 +103,9 @@ class BlockRunner:
             PlanMismatchError: This worker's device is of another kind than the plan's, which is not allowed.
         """
         kind = refuse_other_device(plan.device_kind, mixed_gpus=plan.options["mixed_gpus"])
-        torch.set_num_threads(plan.threads)
+        # One thread rounds as fast as a client reads; more would spin on the cores that storage needs.
+        is_light = not plan.has_streams and plan.options["scale_search"] == "minmax"
+        torch.set_num_threads(1 if is_light else plan.threads)
         if plan.options["worker_memory"] is not None:
             give_back_what_is_freed()
         self._run_id = run_id
