@@ -38,7 +38,12 @@ from quantlib.job.options import JobOptions
 from quantlib.job.plan import Groups, Plan, UnitPlan
 from quantlib.job.publish import publish
 from quantlib.machine import device_bytes, refuse_other_device
-from quantlib.memory_watch import PeakMemory, give_back_what_is_freed, memory_bytes
+from quantlib.memory_watch import (
+    give_back_what_is_freed,
+    memory_bytes,
+    peak_memory_bytes,
+    watch_memory,
+)
 from quantlib.model.skeleton import OuterModel, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.solver_settings import SolverSettings
@@ -71,7 +76,7 @@ class BlockRunner:
         self._prepared: planner.Prepared | None = None
         self._modules: dict[str, tuple[int, nn.Module]] = {}
         self._outer: OuterModel | None = None
-        self._peak = PeakMemory()
+        watch_memory()
 
     def prepare(self, options: JobOptions, threads: int) -> dict[str, Any]:
         """Plan the job; see `quantlib.job.planner.prepare`."""
@@ -399,7 +404,7 @@ class BlockRunner:
             "bytes_read": sum(store.traffic.bytes_read for store in stores),
             "bytes_written": sum(store.traffic.bytes_written for store in stores),
             "cpu_seconds": time.process_time(),
-            "peak_memory_bytes": self._peak.peak_bytes(),
+            "peak_memory_bytes": peak_memory_bytes(),
             "peak_device_bytes": torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None,
             "waiting_on_disk_bytes": self._shelf.file_bytes,
             "device_kinds": device_kinds(self._work_store, self._plan),

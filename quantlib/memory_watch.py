@@ -6,6 +6,7 @@ Memory that is shared with other processes (Ray's object store) is left out: it 
 import ctypes
 import resource
 import threading
+import time
 from pathlib import Path
 
 # So often a process that maps shared memory is looked at; without any the kernel itself knows the peak.
@@ -45,26 +46,41 @@ def give_back_what_is_freed() -> None:
             mallopt(parameter, _KEPT_BYTES)
 
 
-class PeakMemory:
-    """Follows the memory of this process from now on."""
+class _Watch:
+    """Follows the memory of this process, once for all who ask."""
 
     def __init__(self) -> None:
-        self._seen_bytes = 0
-        if _STATUS.exists():
-            threading.Thread(target=self._watch, name="memory", daemon=True).start()
+        self._lock = threading.Lock()
+        self._is_running = False
+        self.seen_bytes = 0
 
-    def peak_bytes(self) -> int:
-        """The most it has taken."""
-        if not _STATUS.exists():
-            return memory_bytes()
-        fields = _fields(_STATUS)
-        # What is shared now may have been in the kernel's peak too.
-        return max(self._seen_bytes, fields["VmHWM"] if not fields["RssShmem"] else 0)
+    def begin(self) -> None:
+        with self._lock:
+            if not self._is_running and _STATUS.exists():
+                self._is_running = True
+                threading.Thread(target=self._run, name="memory", daemon=True).start()
 
-    def _watch(self) -> None:
-        pause = threading.Event()
-        while not pause.wait(_INTERVAL_S):
-            self._seen_bytes = max(self._seen_bytes, memory_bytes())
+    def _run(self) -> None:
+        while True:
+            self.seen_bytes = max(self.seen_bytes, memory_bytes())
+            time.sleep(_INTERVAL_S)
+
+
+_WATCH = _Watch()
+
+
+def watch_memory() -> None:
+    """Follow the memory of this process from now on."""
+    _WATCH.begin()
+
+
+def peak_memory_bytes() -> int:
+    """The most that this process has taken since `watch_memory`, or ever where it never shared any."""
+    if not _STATUS.exists():
+        return memory_bytes()
+    fields = _fields(_STATUS)
+    # What is shared now may have been in the kernel's peak too.
+    return max(_WATCH.seen_bytes, fields["VmHWM"] if not fields["RssShmem"] else 0)
 
 
 def _fields(path: Path) -> dict[str, int]:

@@ -87,12 +87,14 @@ class Crew:
         Paths are made absolute here: a worker may run in another folder.
 
         Returns:
-            ``plan``, its ``memory``, and the ``report`` of an output that is finished, or None.
+            ``plan``; its ``memory``, or the ``report`` of an output that is finished, the other being None.
         """
         given = {name: getattr(options, name) for name in _ADDRESSES}
         absolute = {name: normalize_uri(uri) for name, uri in given.items() if uri is not None}
         self._options = dataclasses.replace(options, **absolute)
         prepared = self._one("prepare", self._options, self._threads)
+        if prepared["report"] is not None:
+            return {**prepared, "memory": None}
         room = dataclasses.replace(self._transport.room, device_bytes=prepared["device_bytes"])
         surroundings = Surroundings(
             workers=self.num_workers,
@@ -101,7 +103,7 @@ class Crew:
             store_workers=room.store_workers,
         )
         self._memory = plan_memory(prepared["plan"], surroundings, budgets_from(options, room))
-        return {"plan": prepared["plan"], "memory": self._memory, "report": prepared["report"]}
+        return {**prepared, "memory": self._memory}
 
     def begin(self) -> dict[str, Any]:
         """Make the work prefix ready, holding its lease; see `quantlib.job.planner.begin`."""

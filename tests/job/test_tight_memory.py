@@ -132,3 +132,10 @@ def test_streams_that_find_no_room_wait_on_disk(root, roomy):
     report = convert_on(_cluster(1, room), options)
     assert report["memory"]["worker_waiting_on_disk_bytes"][0] > 0
     assert shard_digests(Path(options.output)) == roomy["quantized"]
+
+
+def test_finished_job_is_not_refused_for_memory_it_does_not_need(root):
+    options = _options(root, "finished", "original")
+    report = convert_on(_cluster(1, Room()), options)
+    again = convert_on(_cluster(1, Room(worker_bytes=1)), options)
+    assert (again["identity"], again["finished"]) == (report["identity"], report["finished"])
