@@ -225,21 +225,21 @@ class _Needs:
         block = self._blocks[number]
         following = self._blocks[number + 1] if number + 1 < len(self._blocks) else None
         always = {"source": block.source, "packed": block.packed}
-        ahead = {"block": 0, "statistics": 0}
+        ahead = {"block": 0, "statistics": 0, "working": 0}
         if pipelines:
             neighbours = [*self._blocks[max(0, number - 1) : number], *([following] if following else [])]
             always["source"] += sum(neighbour.source for neighbour in neighbours)
             always["packed"] += block.packed
             if following is not None and self._begins_next:
                 statistics = sum(group.total + group.partial for group in following.groups)
-                ahead = {"block": following.live, "statistics": statistics}
+                ahead = {"block": following.live, "statistics": statistics, "working": self._working}
         mine = [block.groups[group] for group in groups]
         totals = sum(group.total for group in mine)
         partials = sum(group.partial for group in mine)
         yield {**always, "block": block.live, "working": self._working, "statistics": totals + partials}
         solve = max((group.solve for group in mine), default=0)
         sums = {"sums": totals, "merged sums": totals * self._num_merged}
-        yield {**always, **ahead, **sums, "working": self._working * pipelines, "solve": solve}
+        yield {**always, **ahead, **sums, "solve": solve}
         if self._runs_quantized:
             made = block.live + block.levels + ahead["block"]
             yield {**always, **ahead, "block": made, "working": self._working}
