@@ -20,7 +20,7 @@ from prefect.artifacts import (
 from prefect.logging import get_run_logger
 
 from flows.summary import block_rows, summary_markdown
-from quantlib.job.conversion import Progress
+from quantlib.job.stages import Progress
 
 PROGRESS_KEY, BLOCKS_KEY, SUMMARY_KEY = "quantize-progress", "quantize-blocks", "quantize-summary"
 _MIN_INTERVAL_S = 3.0

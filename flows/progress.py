@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 
-from quantlib.job.conversion import Progress
+from quantlib.job.stages import Progress
 
 Listener = Callable[[Progress], None]
 

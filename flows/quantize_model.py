@@ -14,8 +14,9 @@ from flows.params import QuantizeParams
 from flows.progress import tell_listener
 from flows.stages import PrefectStages
 from quantlib.errors import RecipeError
-from quantlib.job.conversion import Progress, convert
+from quantlib.job.conversion import convert
 from quantlib.job.options import JobOptions
+from quantlib.job.stages import Progress
 
 # Tasks only wait, and the conversion starts no more stages at a time than there are workers, plus writes.
 _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)  # Prefect types the parameter too narrowly

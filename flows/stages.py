@@ -14,8 +14,8 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 from prefect.utilities.annotations import quote
 
-from quantlib.job.conversion import StageFuture
 from quantlib.job.failures import JITTER, POLICIES, policy_for
+from quantlib.job.stages import StageFuture
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def run_stage(name: str, call: Any) -> Any:  # noqa: ARG001  (the name is the ru
 
 
 class PrefectStages:
-    """Starts stages as tasks of the running flow; a `quantlib.job.conversion.StageRunner`."""
+    """Starts stages as tasks of the running flow; a `quantlib.job.stages.StageRunner`."""
 
     def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> StageFuture[T]:
         """Start a stage; its future's ``result()`` raises the very error that the stage raised.

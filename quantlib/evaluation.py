@@ -12,7 +12,7 @@ from quantlib.calibration.corpus import load_tokenizer, rows_digest, token_rows
 from quantlib.calibration.documents import read_documents
 from quantlib.checkpoint.decoder import DecodedCheckpoint
 from quantlib.checkpoint.index import open_checkpoint
-from quantlib.job.conversion import Progress
+from quantlib.job.stages import Progress
 from quantlib.machine import cell_tokens, compute_dtype, default_threads, device_kind
 from quantlib.model.skeleton import Skeleton, load_skeleton, run_block
 from quantlib.steps import perplexity, score_streams

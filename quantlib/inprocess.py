@@ -8,11 +8,12 @@ from typing import Any, TypeVar
 
 from quantlib.block_runner import BlockRunner
 from quantlib.errors import WorkerError
-from quantlib.job.conversion import Progress, convert
+from quantlib.job.conversion import convert
 from quantlib.job.crew import Crew
 from quantlib.job.failures import retrying
 from quantlib.job.memory import Room
 from quantlib.job.options import JobOptions
+from quantlib.job.stages import Progress
 from quantlib.job.transport import STORAGE_METHODS
 from quantlib.machine import default_threads
 from quantlib.memory_watch import machine_memory_bytes

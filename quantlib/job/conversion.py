@@ -7,12 +7,12 @@ stage is `quantlib.job.crew`, what happens on a worker `quantlib.block_runner`.
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import closing, contextmanager
+from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from itertools import zip_longest
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from quantlib.errors import (
     ChecksumError,
@@ -28,151 +28,17 @@ from quantlib.job.failures import delay_s, policy_for
 from quantlib.job.history import History
 from quantlib.job.lease import Lease, LeaseRecord, new_record
 from quantlib.job.manifest import DoneRecord
-from quantlib.job.memory import MemoryPlan
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, Groups, Plan, UnitPlan
 from quantlib.job.report import build_report
+from quantlib.job.run import STAGE_WEIGHTS, Begun, Run, counting
+from quantlib.job.stages import Progress, StageRunner
 from quantlib.storage import open_store
 
 T = TypeVar("T")
-T_co = TypeVar("T_co", covariant=True)
 
-# Share of a block's time; they only shape the progress bar.
-_WEIGHTS = {"capture": 0.5, "forward": 0.4, "solve": 0.25, "evaluate": 0.25}
 # A run that is stopped from outside waits this long for a write that is under way.
 _LAST_WRITE_S = 3.0
-
-
-class StageFuture(Protocol[T_co]):
-    """A stage that was started."""
-
-    def result(self, timeout: float | None = None) -> T_co:
-        """Wait for the stage, at most ``timeout`` seconds; raises what it raised, or TimeoutError."""
-        ...
-
-
-class StageRunner(Protocol):
-    """Runs stages: directly, or as tasks of an orchestrator."""
-
-    def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> StageFuture[T]:
-        """Start a stage. ``name`` is for people."""
-        ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a job is: ``done`` of ``total`` blocks' worth of work, and what comes next."""
-
-    done: float
-    total: float
-    label: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Begun(Generic[T]):
-    """A stage of a block that is under way."""
-
-    block: int
-    kind: str
-    share: float
-    started: float
-    future: StageFuture[T]
-
-
-@dataclass(slots=True)
-class _Run:
-    """What the loop keeps while it runs."""
-
-    plan: Plan
-    memory: MemoryPlan
-    crew: Crew
-    stages: StageRunner
-    on_progress: Callable[[Progress], None]
-    lease: Lease
-    history: History
-    checkpoint: ActivationCheckpoint | None = None
-    records: dict[str, DoneRecord] = field(default_factory=dict)
-    total: float = 1.0
-    done: float = 0.0
-    excluded_rows: list[int] = field(default_factory=list)
-    seconds: dict[int, dict[str, float]] = field(default_factory=dict)
-    errors: dict[int, dict[str, Any]] = field(default_factory=dict)
-    writing: StageFuture[DoneRecord] | None = None
-    ahead: _Begun[dict[str, Any] | None] | None = None
-    units: list[StageFuture[DoneRecord]] = field(default_factory=list)
-    is_taken_up: bool = False
-    is_converted: bool = False
-    figures: list[dict[str, float]] | None = None
-
-    def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> StageFuture[T]:
-        """Start a stage, as long as this run holds the lease."""
-        self.lease.check()
-        return self.stages.submit(name, _counted(self.history, name, function), *arguments)
-
-    def call(self, name: str, function: Callable[..., T], *arguments: Any) -> T:
-        self.on_progress(Progress(done=self.done, total=self.total, label=name))
-        return self.submit(name, function, *arguments).result()
-
-    def start(
-        self, block: int, kind: str, function: Callable[..., T], *arguments: Any, share: float = 1.0
-    ) -> "_Begun[T]":
-        """Begin a stage of a block, or a share of it."""
-        name, started = self.name_of(block, kind), time.monotonic()
-        self.on_progress(Progress(done=self.done, total=self.total, label=name))
-        future = self.submit(name, function, *arguments)
-        return _Begun(block=block, kind=kind, share=share, started=started, future=future)
-
-    def end(self, begun: "_Begun[T]") -> T:
-        outcome = begun.future.result()
-        seconds = self.seconds.setdefault(begun.block, {})
-        seconds[begun.kind] = seconds.get(begun.kind, 0.0) + time.monotonic() - begun.started
-        self.done += _WEIGHTS[begun.kind] * begun.share
-        return outcome
-
-    def stage(self, block: int, kind: str, function: Callable[..., T], *arguments: Any) -> T:
-        return self.end(self.start(block, kind, function, *arguments))
-
-    def name_of(self, block: int, kind: str) -> str:
-        return f"block {block + 1}/{len(self.plan.blocks)}: {kind}"
-
-    def finish_writing(self) -> None:
-        if self.writing is not None:
-            self.note(self.writing.result())
-            self.writing = None
-
-    def note(self, record: DoneRecord) -> None:
-        self.records[record.unit] = record
-
-    def settle(self, timeout: float | None = None) -> None:
-        """Let what was begun come to its end: what was solved is not to be solved again."""
-        self.crew.drop_waiting()
-        begun = [*self.units, *([self.writing] if self.writing is not None else [])]
-        ahead, self.units, self.writing, self.ahead = self.ahead, [], None, None
-        deadline = None if timeout is None else time.monotonic() + timeout
-
-        def left_s() -> float | None:
-            return None if deadline is None else max(0.0, deadline - time.monotonic())
-
-        for future in begun:
-            with suppress(QuantError, TimeoutError):
-                self.note(future.result(left_s()))
-        if ahead is not None:
-            with suppress(QuantError, TimeoutError):
-                ahead.future.result(left_s())
-
-
-def _counted(history: History, name: str, function: Callable[..., T]) -> Callable[..., T]:
-    """The same function; calls after the first are noted as retries of the stage."""
-    calls = 0
-
-    def counted(*arguments: Any) -> T:
-        nonlocal calls
-        calls += 1
-        if calls > 1:
-            history.retries[name] = history.retries.get(name, 0) + 1
-        return function(*arguments)
-
-    return counted
 
 
 def convert(
@@ -186,7 +52,7 @@ def convert(
     history = History()
     on_progress(Progress(done=0.0, total=1.0, label="plan"))
     with _before_work(QuantError):
-        prepared = stages.submit("plan", _counted(history, "plan", crew.prepare), options).result()
+        prepared = stages.submit("plan", counting(history, "plan", crew.prepare), options).result()
     if prepared["report"] is not None:
         return _finished_before(prepared["report"], on_progress)
     plan: Plan = prepared["plan"]
@@ -197,10 +63,10 @@ def convert(
 
     with _before_work(QuantError):
         store = open_store(plan.work, options.storage_engine)
-        acquire = _counted(history, "lease", Lease.acquire)
+        acquire = counting(history, "lease", Lease.acquire)
         lease = stages.submit("lease", acquire, store, plan.work, tell, new_record()).result()
     with lease, closing(crew):
-        run = _Run(plan, prepared["memory"], crew, stages, on_progress, lease, history)
+        run = Run(plan, prepared["memory"], crew, stages, on_progress, lease, history)
         # What an earlier start left is another job's: this one has not begun.
         with _before_work(PlanMismatchError):
             began = run.submit("begin", crew.begin).result()
@@ -223,7 +89,7 @@ def _finished_before(report: dict[str, Any], on_progress: Callable[[Progress], N
     return report
 
 
-def _carry_out(run: _Run, began: dict[str, Any]) -> dict[str, Any]:
+def _carry_out(run: Run, began: dict[str, Any]) -> dict[str, Any]:
     """Everything that is done while the lease is held; gives the report."""
     started, clock = datetime.now(UTC), time.monotonic()
     run.history.aborted_uploads = began["aborted_uploads"]
@@ -241,7 +107,7 @@ def _carry_out(run: _Run, began: dict[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _attempt(run: _Run, records: Sequence[DoneRecord], started: datetime, clock: float) -> dict[str, Any]:
+def _attempt(run: Run, records: Sequence[DoneRecord], started: datetime, clock: float) -> dict[str, Any]:
     """From finished units to the published output; what an earlier attempt came to is not done again."""
     if not run.is_taken_up:
         _take_up(run, records)
@@ -270,7 +136,7 @@ def _attempt(run: _Run, records: Sequence[DoneRecord], started: datetime, clock:
     return report
 
 
-def _take_up(run: _Run, records: Sequence[DoneRecord]) -> None:
+def _take_up(run: Run, records: Sequence[DoneRecord]) -> None:
     """Check what an earlier start finished; what does not stand is done again."""
     if not records:
         return
@@ -278,7 +144,7 @@ def _take_up(run: _Run, records: Sequence[DoneRecord]) -> None:
     run.history.reused_units = sorted(run.records)
 
 
-def _with_renewals(run: _Run, work: Callable[[], T]) -> T:
+def _with_renewals(run: Run, work: Callable[[], T]) -> T:
     """Do the work, and go on after workers were lost as often as the table of policies allows."""
     attempts, finished = 0, 0
     lost: WorkerLostError | None = None
@@ -299,7 +165,7 @@ def _with_renewals(run: _Run, work: Callable[[], T]) -> T:
             time.sleep(delay_s(policy, attempts))
 
 
-def _go_on_after(run: _Run, lost: WorkerLostError) -> None:
+def _go_on_after(run: Run, lost: WorkerLostError) -> None:
     """With the workers that are left if that can be done, else with all of them started anew."""
     # What one that hangs was doing is not known to have ended.
     keeps = "worker" not in lost.facts and run.call("go on with the workers left", run.crew.carry_on)
@@ -310,7 +176,7 @@ def _go_on_after(run: _Run, lost: WorkerLostError) -> None:
     run.history.renewals.append(renewal)
 
 
-def _with_streams(run: _Run) -> list[dict[str, float]] | None:
+def _with_streams(run: Run) -> list[dict[str, float]] | None:
     """Blocks in order, activations flowing; gives the held-out figures of every cell."""
     plan, crew = run.plan, run.crew
     first = _place_streams(run)
@@ -335,7 +201,7 @@ def _with_streams(run: _Run) -> list[dict[str, float]] | None:
     return head["figures"]
 
 
-def _place_streams(run: _Run) -> int:
+def _place_streams(run: Run) -> int:
     """Embed the cells that nobody has, or take them up where the last checkpoint left them.
 
     Returns:
@@ -368,7 +234,7 @@ def _place_streams(run: _Run) -> int:
     return reached
 
 
-def _welcome(run: _Run) -> None:
+def _welcome(run: Run) -> None:
     """Let workers that came meanwhile take part."""
     if run.crew.awaits_workers:
         came, problems = run.submit("welcome workers", run.crew.welcome).result()
@@ -376,7 +242,7 @@ def _welcome(run: _Run) -> None:
         run.history.refused_workers += problems
 
 
-def _can_start_from(run: _Run, checkpoint: ActivationCheckpoint | None) -> bool:
+def _can_start_from(run: Run, checkpoint: ActivationCheckpoint | None) -> bool:
     """A checkpoint serves when nothing before it is left to do."""
     if checkpoint is None:
         return False
@@ -384,7 +250,7 @@ def _can_start_from(run: _Run, checkpoint: ActivationCheckpoint | None) -> bool:
     return all(run.plan.block_units[block.index].name in run.records for block in passed)
 
 
-def _keep_activations(run: _Run, block: int) -> float:
+def _keep_activations(run: Run, block: int) -> float:
     """Checkpoint the streams that stand before a block; gives the seconds it took."""
     started = time.monotonic()
     run.finish_writing()
@@ -395,37 +261,29 @@ def _keep_activations(run: _Run, block: int) -> float:
     return time.monotonic() - started
 
 
-def _convert_block(run: _Run, block: BlockPlan, following: BlockPlan | None) -> None:
+def _convert_block(run: Run, block: BlockPlan, following: BlockPlan | None) -> None:
     """One block, from the streams before it to its shard.
 
     Args:
-        following: The next block, if it may be begun while workers are left over; `_Run.ahead` is then its
+        following: The next block, if it may be begun while workers are left over; `Run.ahead` is then its
             first stage.
     """
-    plan, crew, index = run.plan, run.crew, block.index
-    unit = plan.block_units[index]
+    crew, index, unit = run.crew, block.index, run.plan.block_units[block.index]
+    is_finished = unit.name in run.records
+    linears: list[dict[str, Any]] = []
     passes = _passes(run, block)
     for groups in passes:
-        moving, run.ahead = run.ahead or _move_streams(run, block, groups), None
-        captured = run.end(moving)
-        if captured is not None:
-            run.excluded_rows = captured["excluded_rows"]
-        run.finish_writing()
-        if index > 0:
-            crew.release(index - 1)
-        if unit.name in run.records:
-            run.history.replayed_blocks.append(index)
-            run.excluded_rows = sorted({*run.excluded_rows, *run.records[unit.name].excluded_rows})
-            continue
-        tokens, share = 0 if captured is None else captured["tokens"], 1.0 / len(passes)
-        solving = run.start(index, "solve", crew.solve, index, groups, tokens, share=share)
-        if following is not None and groups == passes[-1] and _overlaps(run):
-            run.ahead = _move_streams(run, following, _passes(run, following)[0], is_ahead=True)
-        linears = run.end(solving)
-        if groups == passes[-1]:
-            notes = (list(run.excluded_rows), dict(run.seconds[index]))
-            run.writing = run.submit(run.name_of(index, "write"), crew.write, unit, linears, *notes)
-    if _runs_quantized(plan):
+        tokens = _end_moving(run, block, groups)
+        if not is_finished:
+            ahead = following if groups == passes[-1] and _overlaps(run) else None
+            linears = _solve(run, block, groups, tokens, share=1.0 / len(passes), ahead=ahead)
+    if is_finished:
+        run.history.replayed_blocks.append(index)
+        run.excluded_rows = sorted({*run.excluded_rows, *run.records[unit.name].excluded_rows})
+    else:
+        notes = (list(run.excluded_rows), dict(run.seconds[index]))
+        run.writing = run.submit(run.name_of(index, "write"), crew.write, unit, linears, *notes)
+    if _runs_quantized(run.plan):
         errors = run.stage(index, "evaluate", crew.advance, index)
         run.errors[index] = run.errors.get(index, {}) if errors is None else errors
     if not run.memory.pipelines:
@@ -433,7 +291,36 @@ def _convert_block(run: _Run, block: BlockPlan, following: BlockPlan | None) -> 
         crew.release(index)
 
 
-def _passes(run: _Run, block: BlockPlan) -> list[Groups]:
+def _end_moving(run: Run, block: BlockPlan, groups: Groups) -> int:
+    """Wait until the streams are through, and let go of the block before; gives the tokens counted."""
+    moving, run.ahead = run.ahead or _move_streams(run, block, groups), None
+    captured = run.end(moving)
+    run.finish_writing()
+    if block.index > 0:
+        run.crew.release(block.index - 1)
+    if captured is None:
+        return 0
+    run.excluded_rows = captured["excluded_rows"]
+    return captured["tokens"]
+
+
+def _solve(
+    run: Run, block: BlockPlan, groups: Groups, tokens: int, *, share: float, ahead: BlockPlan | None
+) -> list[dict[str, Any]]:
+    """Find the codes of some input groups; gives the report rows of all linears that have them by now.
+
+    Args:
+        share: Of the block's input groups.
+        ahead: The next block, if workers that are left over are to begin it.
+    """
+    arguments = (block.index, groups, tokens)
+    solving = run.start(block.index, "solve", run.crew.solve, *arguments, share=share)
+    if ahead is not None:
+        run.ahead = _move_streams(run, ahead, _passes(run, ahead)[0], is_ahead=True)
+    return run.end(solving)
+
+
+def _passes(run: Run, block: BlockPlan) -> list[Groups]:
     """Input groups to go through a block for, one time after the other; the streams go on with the last."""
     is_pending = run.plan.block_units[block.index].name not in run.records
     passes = run.crew.passes(block.index)
@@ -441,8 +328,8 @@ def _passes(run: _Run, block: BlockPlan) -> list[Groups]:
 
 
 def _move_streams(
-    run: _Run, block: BlockPlan, groups: Groups, *, is_ahead: bool = False
-) -> _Begun[dict[str, Any] | None]:
+    run: Run, block: BlockPlan, groups: Groups, *, is_ahead: bool = False
+) -> Begun[dict[str, Any] | None]:
     """Start the first stage of a block: with statistics if codes are still to be found.
 
     Args:
@@ -458,13 +345,13 @@ def _move_streams(
     return run.start(block.index, "forward", run.crew.forward, block.index, after_evaluation)
 
 
-def _overlaps(run: _Run) -> bool:
+def _overlaps(run: Run) -> bool:
     """Whether a block may be begun before the one before it is quantized."""
     is_original = run.plan.options["propagation"] == "original"
     return is_original and run.crew.num_workers > 1 and run.memory.pipelines
 
 
-def _without_streams(run: _Run) -> None:
+def _without_streams(run: Run) -> None:
     """Every unit on its own; a worker converts one while it still writes the one before."""
     pending = [unit for unit in run.plan.units if unit.name not in run.records]
     run.total = float(max(1, len(pending)))
@@ -477,7 +364,7 @@ def _without_streams(run: _Run) -> None:
         _note_unit(run)
 
 
-def _note_unit(run: _Run) -> None:
+def _note_unit(run: Run) -> None:
     record = run.units[0].result()
     run.units.pop(0)
     run.note(record)
@@ -485,11 +372,11 @@ def _note_unit(run: _Run) -> None:
     run.on_progress(Progress(done=run.done, total=run.total, label=f"unit {record.unit}"))
 
 
-def _pending(run: _Run, stage: str) -> list[UnitPlan]:
+def _pending(run: Run, stage: str) -> list[UnitPlan]:
     return [u for u in run.plan.units if u.stage == stage and u.name not in run.records]
 
 
-def _blocks_to_run(run: _Run) -> Sequence[BlockPlan]:
+def _blocks_to_run(run: Run) -> Sequence[BlockPlan]:
     """With evaluation all blocks; otherwise those up to the last one that is not finished."""
     if run.plan.evaluation_digest is not None:
         return run.plan.blocks
@@ -505,8 +392,8 @@ def _runs_quantized(plan: Plan) -> bool:
     return plan.evaluation_digest is not None or plan.options["propagation"] == "quantized"
 
 
-def _block_weight(run: _Run, block: BlockPlan) -> float:
+def _block_weight(run: Run, block: BlockPlan) -> float:
     pending = run.plan.block_units[block.index].name not in run.records
     first = "capture" if pending and _needs_statistics(block) else "forward"
-    evaluates = _WEIGHTS["evaluate"] if _runs_quantized(run.plan) else 0.0
-    return _WEIGHTS[first] + (_WEIGHTS["solve"] if pending else 0.0) + evaluates
+    evaluates = STAGE_WEIGHTS["evaluate"] if _runs_quantized(run.plan) else 0.0
+    return STAGE_WEIGHTS[first] + (STAGE_WEIGHTS["solve"] if pending else 0.0) + evaluates

@@ -17,8 +17,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from quantlib.inprocess import DirectStages
-from quantlib.job.conversion import Progress, convert
+from quantlib.job.conversion import convert
 from quantlib.job.options import options_from
+from quantlib.job.stages import Progress
 from workers.api import open_crew
 
 DEMO = Path(__file__).resolve().parents[2] / ".demo"

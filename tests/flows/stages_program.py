@@ -38,7 +38,7 @@ def main() -> None:
 
     from flows.artifacts import ProgressArtifact, publish_report
     from flows.stages import PrefectStages
-    from quantlib.job.conversion import Progress
+    from quantlib.job.stages import Progress
     from tests.flows.sample_report import sample_report
 
     refused = RecipeError("wrong", option="scheme")

@@ -20,7 +20,7 @@ from quantlib.errors import (
 )
 from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize
-from quantlib.job.conversion import Progress
+from quantlib.job.stages import Progress
 from quantlib.storage import normalize_uri, open_store
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source
 

@@ -13,9 +13,9 @@ import torch
 from quantlib.errors import NumericsError, QuantError, TransientStorageError, WorkerLostError
 from quantlib.inprocess import quantize
 from quantlib.job import failures
-from quantlib.job.conversion import Progress
 from quantlib.job.failures import Policy
 from quantlib.job.options import JobOptions
+from quantlib.job.stages import Progress
 from tests.support.thread_cluster import ThreadCluster, convert_on
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
 

@@ -22,8 +22,8 @@ from quantlib.errors import (
 from quantlib.inprocess import quantize
 from quantlib.job import failures, lease
 from quantlib.job.activations import newest_checkpoint
-from quantlib.job.conversion import Progress
 from quantlib.job.planner import build_plan
+from quantlib.job.stages import Progress
 from quantlib.methods import column_tile
 from quantlib.storage import Store, open_store, ranges
 from quantlib.storage.local_engine import LocalStore

@@ -12,10 +12,11 @@ import ray
 from quantlib.checkpoint.verify import verify_checkpoint
 from quantlib.errors import WorkerLostError
 from quantlib.inprocess import DirectStages
-from quantlib.job.conversion import Progress, convert
+from quantlib.job.conversion import convert
 from quantlib.job.crew import Crew
 from quantlib.job.lease import read_lease
 from quantlib.job.options import JobOptions, options_from
+from quantlib.job.stages import Progress
 from quantlib.storage import normalize_uri, open_store
 from tests.support.chaos import Digests, Outcome, job_values, telling
 from tests.support.chaos_draws import WorkerDraw

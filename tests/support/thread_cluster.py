@@ -14,10 +14,11 @@ from typing import Any
 from quantlib.block_runner import BlockRunner
 from quantlib.errors import WorkerLostError
 from quantlib.inprocess import DirectStages
-from quantlib.job.conversion import Progress, convert
+from quantlib.job.conversion import convert
 from quantlib.job.crew import Crew
 from quantlib.job.memory import Room
 from quantlib.job.options import JobOptions
+from quantlib.job.stages import Progress
 from quantlib.job.transport import EXCHANGE_METHODS, STORAGE_METHODS
 
 _LANES = ("compute", "storage", "exchange")

@@ -15,9 +15,10 @@ import ray
 from quantlib.errors import RecipeError, WorkerError, WorkerLostError
 from quantlib.inprocess import DirectStages, quantize
 from quantlib.job import dispatch, failures
-from quantlib.job.conversion import Progress, convert
+from quantlib.job.conversion import convert
 from quantlib.job.crew import Crew
 from quantlib.job.options import JobOptions
+from quantlib.job.stages import Progress
 from quantlib.storage.local_files import open_part
 from tests.support.ray_nodes import RayNodes
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text

@@ -16,10 +16,11 @@ import ray
 
 from quantlib.errors import RecipeError, WorkerError
 from quantlib.inprocess import DirectStages, quantize
-from quantlib.job.conversion import Progress, convert
+from quantlib.job.conversion import convert
 from quantlib.job.crew import Crew
 from quantlib.job.node_terms import GPU_MODEL_LABEL, labels_from
 from quantlib.job.options import JobOptions
+from quantlib.job.stages import Progress
 from tests.support.ray_nodes import CPUS_PER_NODE, RayNodes
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_text
 from workers import pool as pool_module
