@@ -79,7 +79,7 @@ class LocalTransport:
     def take_in(self, newcomers: Sequence[int]) -> None:
         """Nobody comes."""
 
-    def send_away(self, newcomers: Sequence[int]) -> None:
+    def send_away(self, newcomers: Sequence[int], *, for_good: bool) -> None:
         """Nobody comes."""
 
     def renew(self) -> None:

@@ -142,10 +142,14 @@ class WorkerPool:
         for number in numbers:
             self.actors[number] = self._newcomers.pop(number)
 
-    def send_away(self, numbers: Iterable[int]) -> None:
-        """Do without newcomers, and ask for no others in their place."""
+    def send_away(self, numbers: Iterable[int], *, for_good: bool) -> None:
+        """Do without newcomers; unless it is for good, others are asked for when workers are next missed."""
         for number in numbers:
-            self._refuse(self._newcomers.pop(number))
+            actor = self._newcomers.pop(number)
+            if for_good:
+                self._refuse(actor)
+            else:
+                ray.kill(actor)
 
     @property
     def room(self) -> Room:

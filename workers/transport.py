@@ -115,9 +115,9 @@ class RayTransport:
         """Count newcomers among the workers."""
         self._pool.take_in(newcomers)
 
-    def send_away(self, newcomers: Sequence[int]) -> None:
-        """Do without newcomers, and ask for no others in their place."""
-        self._pool.send_away(newcomers)
+    def send_away(self, newcomers: Sequence[int], *, for_good: bool) -> None:
+        """Do without newcomers; unless it is for good, others may come in their place."""
+        self._pool.send_away(newcomers, for_good=for_good)
 
     def renew(self) -> None:
         """Start all workers anew; see `WorkerPool.renew`."""

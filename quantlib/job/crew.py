@@ -174,7 +174,8 @@ class Crew:
         """Have workers that came meanwhile take part from now on.
 
         Returns:
-            How many; and what was wrong with others, which are sent away: the job can do without them.
+            How many; and what was wrong with others, which are sent away: the job can do without them. Where
+            some worker was lost meanwhile, perhaps an old one, others may come in their place.
         """
         job, came, problems = self._opened, self._transport.newcomers(), []
         calls: list[tuple[Any, ...]] = [("open", job.plan, job.run_id, job.memory.activation_bytes)]
@@ -188,7 +189,8 @@ class Crew:
                 except QuantError as error:
                     problems.append(error.message)
                     came.remove(worker)
-                    self._transport.send_away([worker])
+                    is_lost = isinstance(error, WorkerLostError)
+                    self._transport.send_away([worker], for_good=not is_lost)
         self._transport.take_in(came)
         job.employ(came)
         return len(came), problems

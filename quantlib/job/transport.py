@@ -72,8 +72,8 @@ class Transport(Protocol):
         """Count newcomers among the workers."""
         ...
 
-    def send_away(self, newcomers: Sequence[int]) -> None:
-        """Do without newcomers, and ask for no others in their place."""
+    def send_away(self, newcomers: Sequence[int], *, for_good: bool) -> None:
+        """Do without newcomers; unless it is for good, others may come in their place."""
         ...
 
     def renew(self) -> None:

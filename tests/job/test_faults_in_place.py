@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from quantlib.errors import NumericsError, QuantError, TransientStorageError, WorkerLostError
+from quantlib.errors import (
+    NumericsError,
+    PlanMismatchError,
+    QuantError,
+    TransientStorageError,
+    WorkerLostError,
+)
 from quantlib.inprocess import quantize
 from quantlib.job import failures
 from quantlib.job.failures import Policy
@@ -195,11 +201,29 @@ def test_newcomer_takes_part_and_one_that_cannot_is_sent_away(root, calm):
         if method == "observe" and arguments[0] in (0, 1) and len(came) == arguments[0]:
             came.append(cluster.come())
         if method == "open" and came[:1] == [worker]:
-            raise WorkerLostError("it went again")
+            raise PlanMismatchError("it is of another kind")
 
     options = _options(root, "came")
     history = _run(options, fault, workers=2)["history"]
     assert shard_digests(Path(options.output)) == calm["original"][0]
-    assert history["refused_workers"] == ["it went again"]
+    assert history["refused_workers"] == ["it is of another kind"]
     assert history["joined_workers"] == 1
     assert not history["renewals"]
+
+
+def test_newcomer_is_not_refused_for_good_because_an_old_worker_died(root, calm):
+    came: list[int] = []
+
+    def fault(cluster: ThreadCluster, worker: int, method: str, arguments: tuple[Any, ...]) -> None:
+        if method == "observe" and arguments[0] == 0 and not came:
+            came.append(cluster.come())
+        if method == "embed" and came == [worker]:
+            cluster.kill(0)
+            raise WorkerLostError("worker 0 had what it was to embed with")
+
+    options = _options(root, "came-again")
+    history = _run(options, fault, workers=2)["history"]
+    assert shard_digests(Path(options.output)) == calm["original"][0]
+    assert len(history["refused_workers"]) == 1
+    assert history["joined_workers"] == 1
+    assert len(history["renewals"]) == 1

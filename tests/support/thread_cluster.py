@@ -128,9 +128,11 @@ class ThreadCluster:
         """They are workers now."""
         self.workers = [*self.workers, *newcomers]
 
-    def send_away(self, newcomers: Sequence[int]) -> None:
-        """They are not."""
+    def send_away(self, newcomers: Sequence[int], *, for_good: bool) -> None:
+        """They are not; others come unless it is for good."""
         self.dead.update(newcomers)
+        for _ in [] if for_good else newcomers:
+            self.come()
 
     def renew(self) -> None:
         """Kill all and start as many as there were first."""

@@ -209,3 +209,15 @@ def test_job_on_one_model_of_gpu_keeps_away_from_others_that_join(root, ray_clus
         assert _homes(pool) == [first, second]
         _replace(pool, 0)
         assert sorted(_homes(pool)) == sorted([first, second])
+
+
+def test_newcomer_that_is_sent_away_but_not_for_good_is_followed_by_another(root, ray_cluster):
+    with WorkerPool(_options(root, ray_cluster, workers=2)) as pool:
+        first = next(iter(pool.actors))
+        os.kill(ray.get(pool.actors[first].ready.remote())["pid"], signal.SIGKILL)
+        _wait_until(pool.drop_lost)
+        _wait_until(lambda: pool.has_newcomers)
+        pool.send_away(pool.newcomers(), for_good=False)
+        assert pool.drop_lost() == []
+        _take_in(pool)
+        assert len(pool.actors) == 2
