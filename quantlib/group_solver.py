@@ -1,80 +1,186 @@
-"""From the partial sums of an input group to the packed tensors of its linears."""
+"""From the partial sums of an input group to the packed tensors of its linears, a row tile at a time.
+
+What is C x C is made once a group and kept while its tiles are solved; codes, scales and figures are the same
+however tiles are shared out.
+"""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from quantlib.calibration.moments import Moments, about_zero, centered_moments, moments_from
 from quantlib.calibration.totals import Total
+from quantlib.job.group_tiles import GroupTile, group_tiles
 from quantlib.job.plan import BlockPlan, LinearPlan
-from quantlib.methods.contracts import COARSE_BIAS, LinearResult
+from quantlib.methods import METHODS
+from quantlib.methods.contracts import COARSE_BIAS, LinearResult, Prepared, SolvedRows
+from quantlib.methods.whole_solve import merged_rows
 from quantlib.packing.contracts import PackingFormat
 from quantlib.solver_settings import SolverSettings
-from quantlib.steps import CorrectedResult, correct_bias, solve_group
+from quantlib.steps import CorrectedResult, correct_bias
 
 Tensors = Mapping[str, torch.Tensor]
+# Linear -> its rows in a tile.
+TileRows = Mapping[str, SolvedRows]
+# Totals of X^T X (none without data), and where targets are corrected of the products with the reference
+# stream.
+Statistics = Sequence[Sequence[Total]]
 
 # Of the whole error: where rounding a bias to its stored dtype costs more than this, codes that need less of
 # the bias may be better.
 _COARSE_SHARE = 0.02
 
 
-class GroupSolver:
-    """Quantizes and packs input groups, all in one way."""
+@dataclass(slots=True)
+class _Shared:
+    """What the tiles of a group share.
 
-    def __init__(self, packer: PackingFormat, settings: SolverSettings, device: torch.device) -> None:
+    Attributes:
+        prepared: Method -> what it has prepared.
+    """
+
+    block: int
+    group: int
+    moments: Moments | None
+    prepared: dict[str, Prepared] = field(default_factory=dict)
+
+
+class GroupSolver:
+    """Quantizes and packs input groups, all in one way.
+
+    Args:
+        height: Most rows of a tile; by default from columns and device.
+    """
+
+    def __init__(
+        self,
+        packer: PackingFormat,
+        settings: SolverSettings,
+        device: torch.device,
+        height: int | None = None,
+    ) -> None:
         self._packer, self._settings, self._device = packer, settings, device
+        self._height = height
+        self._shared: _Shared | None = None
+
+    def tiles(self, block: BlockPlan) -> dict[int, list[GroupTile]]:
+        """Input group -> its tiles."""
+        return group_tiles(block, self._device.type, self._height)
 
     def solve(
-        self,
-        block: BlockPlan,
-        group: int,
-        tensors: Tensors,
-        statistics: Sequence[Sequence[Total]],
-        tokens: int,
+        self, block: BlockPlan, group: int, tensors: Tensors, statistics: Statistics, tokens: int
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         """Quantize and pack the linears of one group.
 
         Args:
             group: Its number within the block.
             tensors: The block's source tensors, by name.
-            statistics: Totals of the workers (none without data); where targets are corrected also those of
-                the products with the reference stream.
+            statistics: Totals of the workers.
             tokens: Calibration tokens behind the sums.
 
         Returns:
             Packed tensors on the CPU, by name, and the rows of the report.
         """
-        linears = [linear for linear in block.linears if linear.name in block.input_groups[group]]
-        kinds = sorted({linear.corrects_bias for linear in linears})
-        moments = self._moments(statistics, kinds, is_extended=group in block.centered_groups)
-        results: dict[str, LinearResult] = {}
-        for is_centered in kinds:
-            chosen = [linear for linear in linears if linear.corrects_bias == is_centered]
-            results |= self._solved(chosen, tensors, moments[is_centered], tokens)
-        results = {linear.name: results[linear.name] for linear in linears}
+        self.forget()
+        if group in block.centered_groups:
+            return self._packed(self._with_biases(block, group, tensors, statistics, tokens))
+        tiles = self.tiles(block)[group]
+        solved = [self._solved_tile(block, tile, tensors, statistics, tokens) for tile in tiles]
+        self.forget()
+        return self._packed(_merged(block, group, solved))
+
+    def solve_tile(
+        self, block: BlockPlan, tile: GroupTile, tensors: Tensors, statistics: Statistics, tokens: int
+    ) -> dict[str, SolvedRows]:
+        """Quantize a tile of a group that has several; arguments as for `solve`.
+
+        What its group shares is kept for the next tile, until `forget`.
+
+        Returns:
+            Linear -> its rows, on the CPU.
+        """
+        solved = self._solved_tile(block, tile, tensors, statistics, tokens)
+        return {name: rows.to("cpu") for name, rows in solved.items()}
+
+    def forget(self) -> None:
+        """Let go of what was prepared."""
+        self._shared = None
+
+    def pack(
+        self, block: BlockPlan, group: int, solved: Sequence[TileRows]
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
+        """Pack the linears of a group from all its tiles, in order; gives what `solve` gives."""
+        there = [{name: rows.to(self._device) for name, rows in tile.items()} for tile in solved]
+        return self._packed(_merged(block, group, there))
+
+    def _solved_tile(
+        self, block: BlockPlan, tile: GroupTile, tensors: Tensors, statistics: Statistics, tokens: int
+    ) -> dict[str, SolvedRows]:
+        linear = next(linear for linear in block.linears if linear.name == tile.runs[0].name)
+        assert linear.method is not None and linear.scheme is not None, "only such linears are in a group"
+        prepared = self._prepared(block, tile.group, linear.method, statistics, tokens)
+        weights = {
+            run.name: tensors[f"{run.name}.weight"][run.start : run.end].to(self._device) for run in tile.runs
+        }
+        return prepared.solve(weights, linear.scheme, scale_dtype=self._scale_dtype(weights))
+
+    def _prepared(
+        self, block: BlockPlan, group: int, method: str, statistics: Statistics, tokens: int
+    ) -> Prepared:
+        shared = self._shared
+        if shared is None or (shared.block, shared.group) != (block.index, group):
+            self.forget()
+            moments = self._moments(statistics, is_centered=False, is_extended=False)
+            shared = self._shared = _Shared(block.index, group, moments)
+        if method not in shared.prepared:
+            moments = shared.moments
+            shared.prepared[method] = METHODS[method].prepare(
+                hessian_CC=None if moments is None else moments.hessian_CC,
+                cross_CC=None if moments is None else moments.cross_CC,
+                num_tokens=tokens,
+                solver=self._settings,
+            )
+        return shared.prepared[method]
+
+    def _moments(self, statistics: Statistics, *, is_centered: bool, is_extended: bool) -> Moments | None:
+        totals, crosses = statistics
+        if not totals:
+            return None
+        if is_centered:
+            return centered_moments(totals, crosses, device=self._device)
+        return moments_from(totals, crosses, is_extended=is_extended, device=self._device)
+
+    def _scale_dtype(self, weights: Tensors) -> torch.dtype:
+        return self._packer.scale_dtype(next(iter(weights.values())).dtype)
+
+    def _packed(
+        self, results: Iterable[LinearResult]
+    ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         packed: dict[str, torch.Tensor] = {}
-        for name, result in results.items():
+        rows: list[dict[str, Any]] = []
+        for result in results:
+            name = result.report.name
             packed |= {key: value.cpu() for key, value in self._packer.pack(name, result.quantized).items()}
             if result.bias_R is not None:
                 packed[f"{name}.bias"] = result.bias_R.cpu()
-        return packed, [result.report.to_dict() for result in results.values()]
+            rows.append(result.report.to_dict())
+        return packed, rows
 
-    def _moments(
-        self, statistics: Sequence[Sequence[Total]], kinds: Sequence[bool], *, is_extended: bool
-    ) -> dict[bool, Moments | None]:
-        """Is centered -> moments."""
-        totals, crosses = statistics
-        if not totals:
-            return dict.fromkeys(kinds)
-        return {
-            is_centered: centered_moments(totals, crosses, device=self._device)
-            if is_centered
-            else moments_from(totals, crosses, is_extended=is_extended, device=self._device)
-            for is_centered in kinds
-        }
+    def _with_biases(
+        self, block: BlockPlan, group: int, tensors: Tensors, statistics: Statistics, tokens: int
+    ) -> list[LinearResult]:
+        """A group in which some linear has a bias that is corrected."""
+        linears = _linears_of(block, group)
+        results: dict[str, LinearResult] = {}
+        for is_centered in (False, True):
+            chosen = [linear for linear in linears if linear.corrects_bias == is_centered]
+            if chosen:
+                moments = self._moments(statistics, is_centered=is_centered, is_extended=True)
+                results |= self._solved(chosen, tensors, moments, tokens)
+        return [results[linear.name] for linear in linears]
 
     def _solved(
         self, linears: Sequence[LinearPlan], tensors: Tensors, moments: Moments | None, tokens: int
@@ -98,22 +204,36 @@ class GroupSolver:
         return {name: corrected.result for name, corrected in found.items()}
 
     def _quantized(
-        self,
-        linears: Sequence[LinearPlan],
-        weights: Tensors,
-        moments: Moments | None,
-        tokens: int,
+        self, linears: Sequence[LinearPlan], weights: Tensors, moments: Moments | None, tokens: int
     ) -> dict[str, LinearResult]:
-        stored = next(iter(weights.values())).dtype
-        return solve_group(
-            weights,
-            linears,
-            hessian_CC=None if moments is None else moments.hessian_CC,
-            cross_CC=None if moments is None else moments.cross_CC,
-            num_tokens=tokens,
-            scale_dtype=self._packer.scale_dtype(stored),
-            solver=self._settings,
-        )
+        results: dict[str, LinearResult] = {}
+        for method in sorted({linear.method for linear in linears if linear.method}):
+            schemes = {
+                linear.name: linear.scheme
+                for linear in linears
+                if linear.method == method and linear.scheme is not None
+            }
+            results |= METHODS[method](
+                {name: weights[name] for name in schemes},
+                schemes,
+                hessian_CC=None if moments is None else moments.hessian_CC,
+                cross_CC=None if moments is None else moments.cross_CC,
+                num_tokens=tokens,
+                scale_dtype=self._scale_dtype(weights),
+                solver=self._settings,
+                height=self._height,
+            )
+        return results
+
+
+def _linears_of(block: BlockPlan, group: int) -> list[LinearPlan]:
+    return [linear for linear in block.linears if linear.name in block.input_groups[group]]
+
+
+def _merged(block: BlockPlan, group: int, solved: Sequence[TileRows]) -> Iterator[LinearResult]:
+    """One linear after the other, so that the codes of only one are there twice."""
+    for linear in _linears_of(block, group):
+        yield merged_rows(linear.name, [tile[linear.name] for tile in solved if linear.name in tile])
 
 
 def _is_coarse(corrected: CorrectedResult) -> bool:

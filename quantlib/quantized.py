@@ -4,6 +4,7 @@ R rows (out features), C columns (in features), G groups of consecutive columns.
 Integer codes travel from the solver to the packer; nothing is rounded a second time.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,15 @@ class QuantizedLinear:
             codes_RC=self.codes_RC[part], scale_RG=self.scale_RG[part], zero_RG=zero_RG, scheme=self.scheme
         )
 
+    def to(self, device: torch.device | str) -> "QuantizedLinear":
+        """The same on a device."""
+        return QuantizedLinear(
+            codes_RC=self.codes_RC.to(device),
+            scale_RG=self.scale_RG.to(device),
+            zero_RG=None if self.zero_RG is None else self.zero_RG.to(device),
+            scheme=self.scheme,
+        )
+
     def dequantize(self) -> torch.Tensor:
         """The levels: scale * (code - zero), fp32 [R, C].
 
@@ -46,3 +56,17 @@ class QuantizedLinear:
         zero = self.scheme.middle_code if self.zero_RG is None else self.zero_RG.float()[..., None]
         level_RGS.sub_(zero).mul_(self.scale_RG.float()[..., None])
         return level_RGS.flatten(1)[:, :columns].contiguous()
+
+
+def joined_rows(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
+    """The linear that was cut into these rows, in order; of one part that part itself."""
+    first = parts[0]
+    if len(parts) == 1:
+        return first
+    zeros = [part.zero_RG for part in parts if part.zero_RG is not None]
+    return QuantizedLinear(
+        codes_RC=torch.cat([part.codes_RC for part in parts]),
+        scale_RG=torch.cat([part.scale_RG for part in parts]),
+        zero_RG=torch.cat(zeros) if zeros else None,
+        scheme=first.scheme,
+    )

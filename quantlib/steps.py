@@ -1,4 +1,4 @@
-"""The steps of a block, as functions of tensors: observe a cell, solve a group, compare and score streams.
+"""The steps of a block, as functions of tensors: observe a cell, correct a bias, compare and score streams.
 
 B sequences, T positions, D hidden, C columns, V vocabulary. Nothing here knows about workers or storage.
 """
@@ -14,15 +14,12 @@ from torch import nn
 from quantlib.calibration.capture import InputObserver, InputRecorder, InputStatistics
 from quantlib.calibration.moments import Moments
 from quantlib.errors import NumericsError
-from quantlib.job.plan import BlockPlan, LinearPlan
-from quantlib.methods import METHODS
+from quantlib.job.plan import BlockPlan
 from quantlib.methods.bias_correction import exact_bias
 from quantlib.methods.contracts import LinearResult
 from quantlib.methods.measures import error_energy, share, weight_energy
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
-from quantlib.schemes import WeightScheme
-from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
 
 # fp32 logits held at a time while scoring: many rows make a fast product.
 _LOGITS_BYTES = 64 << 20
@@ -95,41 +92,6 @@ def record_inputs(
 def _leaders(plan: BlockPlan) -> list[str]:
     """One linear of every input group, named relative to the block."""
     return [group[0].removeprefix(plan.prefix + ".") for group in plan.input_groups]
-
-
-def solve_group(
-    weights: Mapping[str, torch.Tensor],
-    linears: Sequence[LinearPlan],
-    *,
-    hessian_CC: torch.Tensor | None,
-    cross_CC: torch.Tensor | None = None,
-    num_tokens: int,
-    scale_dtype: torch.dtype,
-    solver: SolverSettings = DEFAULT_SOLVER,
-) -> dict[str, LinearResult]:
-    """Quantize the linears of one input group; those of one method share its factorization.
-
-    Args:
-        weights: Linear name -> [R, C], any floating dtype.
-        hessian_CC: fp32 [C, C] sum of x x^T; None for methods without data.
-        cross_CC: fp32 [C, C] sum of x_ref x^T, where targets are to be corrected.
-    """
-    results: dict[str, LinearResult] = {}
-    for method in sorted({linear.method for linear in linears if linear.method}):
-        chosen = [linear for linear in linears if linear.method == method]
-        schemes: dict[str, WeightScheme] = {
-            linear.name: linear.scheme for linear in chosen if linear.scheme is not None
-        }
-        results |= METHODS[method](
-            {name: weights[name] for name in schemes},
-            schemes,
-            hessian_CC=hessian_CC,
-            cross_CC=cross_CC,
-            num_tokens=num_tokens,
-            scale_dtype=scale_dtype,
-            solver=solver,
-        )
-    return results
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

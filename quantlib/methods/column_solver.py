@@ -14,7 +14,7 @@ import torch
 from quantlib.grids.affine import AffineGrid, whole_vectors
 from quantlib.linalg import Factor
 from quantlib.methods import column_tile
-from quantlib.methods.column_tile import ColumnTile, row_tiles
+from quantlib.methods.column_tile import ColumnTile
 
 
 def solve_codes(
@@ -26,7 +26,8 @@ def solve_codes(
         weight_RC: [R, C], finite, in the dtype of the factor (fp32; fp64 for checks).
 
     Args:
-        weight_RC: Original weights of linears that share input and scheme, stacked along the rows.
+        weight_RC: Original weights of a row tile: linears that share input and scheme, stacked along the
+        rows.
         grid: Scales of the stacked rows, already in their stored dtype.
         factor: Of their common, damped Hessian.
 
@@ -38,7 +39,7 @@ def solve_codes(
         dtype; on CUDA the caller keeps TF32 off for fp32 products (torch's default). On a CPU a row's codes
         do not depend on the rows stacked with it.
 
-    Cost: R * C**2 / 2 multiply-adds; memory of three times a row tile beside the codes.
+    Cost: R * C**2 / 2 multiply-adds; memory of two and a half times the weight, the codes included.
 
     Source: Frantar et al., GPTQ (arXiv 2210.17323), rewritten with R from H = R R^T (arXiv 2507.18553).
     """
@@ -46,21 +47,10 @@ def solve_codes(
     if filled_rows is not None:
         codes_RC, num_clipped_R = solve_codes(weight_RC[filled_rows], grid.rows(filled_rows), factor)
         return codes_RC[: len(weight_RC)], num_clipped_R[: len(weight_RC)]
-    codes_RC = torch.empty_like(weight_RC, dtype=torch.uint8)
-    num_clipped_R = torch.empty(len(weight_RC), dtype=torch.int64, device=weight_RC.device)
-    for part in row_tiles(weight_RC):
-        tile = _solved_tile(weight_RC[part], grid.rows(part), factor)
-        codes_RC[part] = tile.codes_CR.T
-        num_clipped_R[part] = tile.num_clipped_R
-        del tile  # before the next one is made
-    return codes_RC, num_clipped_R
-
-
-def _solved_tile(weight_RC: torch.Tensor, grid: AffineGrid, factor: Factor) -> ColumnTile:
     tile = ColumnTile(weight_RC, grid, factor.order_C)
     for end in range(weight_RC.shape[1], 0, -column_tile.BATCH_COLUMNS):
         _solve_batch(tile, factor.feedback_CC, max(0, end - column_tile.BATCH_COLUMNS), end)
-    return tile
+    return tile.codes_CR.T.contiguous(), tile.num_clipped_R
 
 
 def _solve_batch(tile: ColumnTile, feedback_CC: torch.Tensor, start: int, end: int) -> None:

@@ -5,8 +5,6 @@ transposed, so that a column is contiguous and an operation vectorizes. Rows of 
 an order, the last being solved first, except in ``codes_CR``, which is in natural column order.
 """
 
-from collections.abc import Mapping
-
 import torch
 
 from quantlib.grids.affine import AffineGrid, nearest_offsets, num_clipped_, offset_bounds
@@ -14,32 +12,6 @@ from quantlib.grids.affine import AffineGrid, nearest_offsets, num_clipped_, off
 # Part of what the output bits depend on (floating point sums are grouped by them): never tuned per machine.
 BATCH_COLUMNS = 128
 LEAF_COLUMNS = 16
-# Rows at a time on a CPU, where a tile's columns should stay in cache. On a GPU a tile is as wide as it gets.
-_CPU_TILE_ROWS = 4096
-
-
-def row_tiles(weight_RC: torch.Tensor) -> list[slice]:
-    """Parts of the rows that are solved one after the other."""
-    rows = len(weight_RC)
-    step = _CPU_TILE_ROWS if weight_RC.device.type == "cpu" else rows
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
-
-
-def stacks(weights: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """Names of matrices to be solved as one.
-
-    Stacking copies the rows, so on a CPU a stack is kept smaller than the tile that works on it. Rows know
-    nothing of each other: this is about time and memory alone.
-    """
-    found: list[list[str]] = []
-    filled = 0
-    for name, weight_RC in weights.items():
-        filled += len(weight_RC)
-        if not found or (weight_RC.device.type == "cpu" and filled > _CPU_TILE_ROWS * 3 // 4):
-            found.append([])
-            filled = len(weight_RC)
-        found[-1].append(name)
-    return found
 
 
 class ColumnTile:

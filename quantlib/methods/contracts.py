@@ -1,7 +1,8 @@
 """What every quantization method takes and gives back.
 
-R rows (out features), C columns (in features). A method sees the linears of one input group together, because
-they share the activations and therefore the Hessian.
+R rows (out features), C columns (in features). The linears of one input group share the activations and
+therefore the
+Hessian: what follows from it is prepared once, and then any rows of theirs are solved, in *row tiles*.
 """
 
 import dataclasses
@@ -13,7 +14,7 @@ import torch
 
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
-from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
+from quantlib.solver_settings import SolverSettings
 
 # Kinds of `LinearReport.fallback` beside the rungs of `linalg` below the first.
 RTN_NO_TOKENS = "rtn_no_tokens"
@@ -77,24 +78,83 @@ class LinearResult:
     bias_R: torch.Tensor | None = None
 
 
-class Method(Protocol):
-    """A way to choose codes."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Circumstances:
+    """What a report says of a solve as a whole; attributes as in `LinearReport`."""
+
+    method: str
+    tokens: int
+    dead_columns: int
+    damping_fraction: float = 0.0
+    damping_attempts: int = 0
+    fallback: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SolvedRows:
+    """Some rows of a linear, quantized, with what its report adds up over the rows.
+
+    Attributes:
+        quantized: The rows.
+        circumstances: The same for all rows of a linear.
+        weight_energy: `measures.weight_energy` of the rows.
+        error_energy: `measures.error_energy` of the rows.
+        expected_energy: `measures.expected_energy` of the rows; None without a factor.
+        num_clipped: Weights (after feedback) more than half a step outside the grid.
+        num_bounded: Groups whose scale did not fit the stored dtype.
+    """
+
+    quantized: QuantizedLinear
+    circumstances: Circumstances
+    weight_energy: float
+    error_energy: float
+    expected_energy: float | None
+    num_clipped: int
+    num_bounded: int
+
+    def to(self, device: torch.device | str) -> "SolvedRows":
+        """The same with its tensors on a device."""
+        return dataclasses.replace(self, quantized=self.quantized.to(device))
+
+
+class Prepared(Protocol):
+    """What the linears of an input group share, made once: all that is C x C."""
+
+    def solve(
+        self, weights: Mapping[str, torch.Tensor], scheme: WeightScheme, *, scale_dtype: torch.dtype
+    ) -> dict[str, SolvedRows]:
+        """Quantize a row tile.
+
+        Shapes:
+            weights: Name -> floating [R, C], some rows of a linear, taken as fp32; R may differ. Not changed.
+
+        Args:
+            scheme: Of all of them.
+            scale_dtype: Dtype in which the output format stores scales.
+
+        Returns:
+            Name -> its rows, in the order of ``weights``.
+
+        Raises:
+            NumericsError: A weight is not finite, or shapes do not fit.
+        """
+        ...
+
+
+class Prepare(Protocol):
+    """A way to choose codes: what it makes of the moments of an input group."""
 
     def __call__(
         self,
-        weights: Mapping[str, torch.Tensor],
-        schemes: Mapping[str, WeightScheme],
         *,
         hessian_CC: torch.Tensor | None,
-        cross_CC: torch.Tensor | None = None,
+        cross_CC: torch.Tensor | None,
         num_tokens: int,
-        scale_dtype: torch.dtype,
-        solver: SolverSettings = DEFAULT_SOLVER,
-    ) -> dict[str, LinearResult]:
-        """Quantize the linears of one input group.
+        solver: SolverSettings,
+    ) -> Prepared:
+        """Prepare the solve of any rows of the linears that read one input.
 
         Shapes:
-            weights: Name -> floating [R, C], taken as fp32; R may differ. Not changed.
             hessian_CC: fp32 [C, C], a positive multiple of X^T X over the calibration tokens; None without
                 calibration. Not changed.
 
@@ -102,17 +162,10 @@ class Method(Protocol):
                 weights give on the reference inputs X_ref; None otherwise. Not changed.
 
         Args:
-            weights: Linears that read the same input.
-            schemes: Name -> scheme, for every name in ``weights``.
-            hessian_CC: Second moments of the input.
             num_tokens: Tokens summed in ``hessian_CC``.
-            scale_dtype: Dtype in which the output format stores scales.
             solver: The choices that are left to the method.
 
-        Returns:
-            Name -> result, in the order of ``weights``.
-
         Raises:
-            NumericsError: A weight or the Hessian is not finite, or shapes do not fit.
+            NumericsError: The Hessian is not finite or not given for tokens that were counted.
         """
         ...

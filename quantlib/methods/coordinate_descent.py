@@ -10,7 +10,7 @@ import torch
 
 from quantlib.grids.affine import AffineGrid, whole_vectors
 from quantlib.methods import column_tile
-from quantlib.methods.column_tile import ColumnTile, row_tiles
+from quantlib.methods.column_tile import ColumnTile
 
 
 def descend(
@@ -40,7 +40,7 @@ def descend(
 
     Numerics: as in `column_solver.solve_codes`; on a CPU a row's codes do not depend on the rows beside it.
 
-    Cost: R * C**2 multiply-adds; memory of a row tile's buffers and C x 128 numbers.
+    Cost: R * C**2 multiply-adds; memory of two and a half times the weight and C x 128 numbers.
     """
     filled_rows = whole_vectors(len(weight_RC), weight_RC.device)
     if filled_rows is not None:
@@ -53,19 +53,12 @@ def descend(
             order_C=order_C,
         )
         return codes_FC[: len(weight_RC)], num_clipped_F[: len(weight_RC)]
-    columns = weight_RC.shape[1]
-    better_RC = torch.empty_like(codes_RC)
-    num_clipped_R = torch.empty(len(weight_RC), dtype=torch.int64, device=weight_RC.device)
-    for part in row_tiles(weight_RC):
-        tile = ColumnTile(weight_RC[part], grid.rows(part), order_C)
-        tile.take_codes(codes_RC[part])
-        for end in range(columns, 0, -column_tile.BATCH_COLUMNS):
-            start = max(0, end - column_tile.BATCH_COLUMNS)
-            _solve_batch(tile, _feedback(hessian_CC, damping, order_C, start, end), start, end)
-        better_RC[part] = tile.codes_CR.T
-        num_clipped_R[part] = tile.num_clipped_R
-        del tile  # before the next one is made
-    return better_RC, num_clipped_R
+    tile = ColumnTile(weight_RC, grid, order_C)
+    tile.take_codes(codes_RC)
+    for end in range(weight_RC.shape[1], 0, -column_tile.BATCH_COLUMNS):
+        start = max(0, end - column_tile.BATCH_COLUMNS)
+        _solve_batch(tile, _feedback(hessian_CC, damping, order_C, start, end), start, end)
+    return tile.codes_CR.T.contiguous(), tile.num_clipped_R
 
 
 def _feedback(

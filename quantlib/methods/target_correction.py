@@ -7,8 +7,6 @@ original model has X_ref. The solver then aims at ``W X_ref^T``: the best unquan
 Source: QEP (quantization error propagation), whose published strength and damping are the constants here.
 """
 
-from collections.abc import Mapping
-
 import torch
 
 from quantlib.errors import NumericsError
@@ -18,23 +16,20 @@ _STRENGTH = 0.5
 _DAMPING = 1.0
 
 
-def corrected_weights(
-    weights: Mapping[str, torch.Tensor], hessian_CC: torch.Tensor, cross_CC: torch.Tensor
-) -> dict[str, torch.Tensor]:
-    """The weights at which a solver should aim.
+def target_change(hessian_CC: torch.Tensor, cross_CC: torch.Tensor) -> torch.Tensor:
+    """What weights are multiplied by to find how far they must move.
 
     Shapes:
-        weights: Name -> fp32 [R, C].
         hessian_CC: fp32 [C, C], X^T X. Not changed.
         cross_CC: fp32 [C, C], X_ref^T X over the same tokens. Not changed.
 
     Returns:
-        Name -> fp32 [R, C], new.
+        fp32 [C, C].
 
     Raises:
         NumericsError: An entry of either matrix is not finite.
 
-    Cost: C**3 * 4 / 3 multiply-adds and R * C**2; memory of four more matrices C x C.
+    Cost: C**3 * 4 / 3 multiply-adds; memory of four more matrices C x C.
     """
     for name, moments_CC in (("Hessian", hessian_CC), ("products with the reference", cross_CC)):
         if not bool(torch.isfinite(moments_CC).all()):
@@ -45,8 +40,19 @@ def corrected_weights(
     damped_CC = hessian_CC.clone()
     damped_CC.diagonal().add_(_DAMPING * hessian_CC.diagonal().double().mean().item())
     # (X^T X + l)^-1 applied from the right; both sides transposed, as the left one is symmetric.
-    change_CC = torch.cholesky_solve((cross_CC - hessian_CC).T, torch.linalg.cholesky(damped_CC)).T
-    return {
-        name: torch.addmm(weight_RC, weight_RC, change_CC, alpha=_STRENGTH)
-        for name, weight_RC in weights.items()
-    }
+    return torch.cholesky_solve((cross_CC - hessian_CC).T, torch.linalg.cholesky(damped_CC)).T
+
+
+def corrected_weight(weight_RC: torch.Tensor, change_CC: torch.Tensor) -> torch.Tensor:
+    """The weight at which a solver should aim.
+
+    Shapes:
+        weight_RC: fp32 [R, C]. Not changed.
+        change_CC: fp32 [C, C], from `target_change`.
+
+    Returns:
+        fp32 [R, C], new.
+
+    Cost: R * C**2 multiply-adds.
+    """
+    return torch.addmm(weight_RC, weight_RC, change_CC, alpha=_STRENGTH)

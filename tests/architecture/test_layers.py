@@ -47,6 +47,7 @@ LAYERS = {
     "quantlib.memory_watch": 1,
     "quantlib.units": 1,
     "quantlib.panels": 1,
+    "quantlib.row_tiles": 1,
     "quantlib.methods": 4,
     "quantlib.packing": 4,
     "quantlib.calibration": 4,

@@ -24,7 +24,6 @@ from quantlib.job import failures, lease
 from quantlib.job.activations import newest_checkpoint
 from quantlib.job.planner import build_plan
 from quantlib.job.stages import Progress
-from quantlib.methods import column_tile
 from quantlib.storage import Store, open_store, ranges
 from quantlib.storage.local_engine import LocalStore
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source
@@ -294,7 +293,6 @@ def test_resume_retries_are_counted_in_the_report(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("size", ["small", "large"])
 def test_resume_slices_do_not_change_what_is_written(root, undisturbed, monkeypatch, size):
-    monkeypatch.setattr(column_tile, "_CPU_TILE_ROWS", 16 if size == "small" else 1 << 20)
     monkeypatch.setattr(ranges, "MAX_REQUEST_BYTES", 999 if size == "small" else 1 << 40)
     monkeypatch.setattr(ranges, "MAX_GAP_BYTES", 0 if size == "small" else 1 << 40)
     for propagation in ("original", "quantized"):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from quantlib.methods import METHODS
 from quantlib.methods.bias_correction import exact_bias
-from quantlib.methods.gptq import quantize_linears
 from quantlib.schemes import scheme_from_name
 
 ROWS, COLUMNS, TOKENS = 16, 64, 400
@@ -23,7 +23,7 @@ def _problem(seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 def _quantized(weight_RC: torch.Tensor, x_NC: torch.Tensor):
     about_NC = x_NC - x_NC.mean(0)
-    return quantize_linears(
+    return METHODS["gptq"](
         {"w": weight_RC},
         {"w": SCHEME},
         hessian_CC=(about_NC.T @ about_NC).float(),

@@ -118,8 +118,6 @@ def test_descent_rows_do_not_depend_on_their_neighbors(monkeypatch):
         )
         assert torch.equal(codes_RC, whole_RC[part])
         assert torch.equal(num_clipped_R, clipped_R[part])
-    monkeypatch.setattr(column_tile, "_CPU_TILE_ROWS", 32)
-    assert torch.equal(descend(weight_RC, start_RC, grid, hessian_CC, **given)[0], whole_RC)
     for name, width in (("BATCH_COLUMNS", 48), ("LEAF_COLUMNS", 7)):
         monkeypatch.setattr(column_tile, name, width)
     other_RC, _ = descend(weight_RC, start_RC, grid, hessian_CC, **given)

@@ -20,7 +20,7 @@ from quantlib.linalg import factor_hessian
 from quantlib.methods import METHODS, column_tile, target_correction
 from quantlib.methods.column_solver import solve_codes
 from quantlib.methods.coordinate_descent import descend
-from quantlib.methods.target_correction import corrected_weights
+from quantlib.methods.target_correction import corrected_weight, target_change
 from quantlib.packing import FORMATS
 from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES, SolverSettings
@@ -62,7 +62,17 @@ def problem(rows, columns, seed, dtype=torch.float32):
     return torch.from_numpy(weight).float().to(dtype), torch.from_numpy(x.T @ x).to(dtype)
 
 
-def run(weight_RC, hessian_CC, scheme, solver, *, method="gptq", num_tokens=MANY_TOKENS, cross_CC=None):
+def run(
+    weight_RC,
+    hessian_CC,
+    scheme,
+    solver,
+    *,
+    method="gptq",
+    num_tokens=MANY_TOKENS,
+    cross_CC=None,
+    height=None,
+):
     return METHODS[method](
         {"w": weight_RC},
         {"w": scheme},
@@ -71,6 +81,7 @@ def run(weight_RC, hessian_CC, scheme, solver, *, method="gptq", num_tokens=MANY
         num_tokens=num_tokens,
         scale_dtype=torch.bfloat16,
         solver=solver,
+        height=height,
     )["w"]
 
 
@@ -218,8 +229,8 @@ def test_method_tile_sizes_change_no_code_in_float64(scheme, order, passes, widt
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(column_tile, "BATCH_COLUMNS", max(widths))
         patch.setattr(column_tile, "LEAF_COLUMNS", min(widths))
-        patch.setattr(column_tile, "_CPU_TILE_ROWS", 16 if has_short_tiles else 4096)
-        assert_same(run(weight_RC, hessian_CC, scheme, solver).quantized, usual.quantized)
+        height = 16 if has_short_tiles else None
+        assert_same(run(weight_RC, hessian_CC, scheme, solver, height=height).quantized, usual.quantized)
 
 
 def moved_columns(num_groups, width, seed):
@@ -275,7 +286,7 @@ def test_solver_permuted_columns_in_the_inverse_order_give_permuted_codes(scheme
 @given(sizes, schemes, solvers, seeds)
 def test_method_undisturbed_inputs_correct_nothing(size, scheme, solver, seed):
     weight_RC, hessian_CC = problem(*size, seed)
-    assert torch.equal(corrected_weights({"w": weight_RC}, hessian_CC, hessian_CC)["w"], weight_RC)
+    assert torch.equal(corrected_weight(weight_RC, target_change(hessian_CC, hessian_CC)), weight_RC)
     plain, corrected = (run(weight_RC, hessian_CC, scheme, solver, cross_CC=c) for c in (None, hessian_CC))
     assert_same(corrected.quantized, plain.quantized)
 
@@ -285,7 +296,7 @@ def test_correction_fades_as_its_damping_grows(damping, shares, monkeypatch):
     monkeypatch.setattr(target_correction, "_DAMPING", damping)
     weight_RC, hessian_CC = problem(8, 40, seed=3)
     disturbed_CC = hessian_CC + 0.3 * problem(8, 40, seed=4)[1]
-    change_RC = corrected_weights({"w": weight_RC}, hessian_CC, disturbed_CC)["w"] - weight_RC
+    change_RC = corrected_weight(weight_RC, target_change(hessian_CC, disturbed_CC)) - weight_RC
     assert shares[0] <= change_RC.norm() / weight_RC.norm() < shares[1]
 
 

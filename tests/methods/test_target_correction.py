@@ -6,7 +6,7 @@ import torch
 
 from quantlib.errors import NumericsError
 from quantlib.methods import METHODS, target_correction
-from quantlib.methods.target_correction import corrected_weights
+from quantlib.methods.target_correction import corrected_weight, target_change
 from quantlib.schemes import WeightScheme
 from tests.support.reference_solver import correlated_inputs
 
@@ -32,7 +32,7 @@ def weight(rows=16, seed=3):
 def test_correction_equals_its_closed_form():
     reference, x = inputs()
     w = weight()
-    found = corrected_weights({"w": w}, *moments(reference, x))["w"]
+    found = corrected_weight(w, target_change(*moments(reference, x)))
     h = x.T @ x
     damped = h + h.diagonal().mean() * np.eye(COLUMNS)
     wanted = w.double().numpy() @ (np.eye(COLUMNS) + 0.5 * (reference - x).T @ x @ np.linalg.inv(damped))
@@ -44,7 +44,7 @@ def test_correction_in_full_and_undamped_is_least_squares(monkeypatch):
     monkeypatch.setattr(target_correction, "_DAMPING", 1e-6)
     reference, x = inputs(seed=5)
     w = weight()
-    found = corrected_weights({"w": w}, *moments(reference, x))["w"]
+    found = corrected_weight(w, target_change(*moments(reference, x)))
     wanted, *_ = np.linalg.lstsq(x, reference @ w.double().numpy().T, rcond=None)
     np.testing.assert_allclose(found.numpy(), wanted.T, atol=2e-3)
 
@@ -52,7 +52,7 @@ def test_correction_in_full_and_undamped_is_least_squares(monkeypatch):
 def test_correction_of_undisturbed_inputs_changes_next_to_nothing():
     reference, _ = inputs()
     w = weight()
-    found = corrected_weights({"w": w}, *moments(reference, reference))["w"]
+    found = corrected_weight(w, target_change(*moments(reference, reference)))
     torch.testing.assert_close(found, w, atol=1e-7, rtol=0)
 
 
@@ -82,4 +82,4 @@ def test_correction_refuses_moments_that_are_not_finite(damaged, said, value):
     both = moments(*inputs())
     both[damaged][3, 4] = value
     with pytest.raises(NumericsError, match=f"the {said} of an input must be finite"):
-        corrected_weights({"w": weight()}, *both)
+        target_change(*both)

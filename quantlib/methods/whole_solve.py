@@ -1,0 +1,101 @@
+"""A method on whole linears: prepare, solve every row tile, merge.
+
+R rows (out features), C columns (in features). Who solves tiles one by one does the same, perhaps on several
+machines.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantlib.methods.contracts import LinearReport, LinearResult, Prepare, SolvedRows
+from quantlib.methods.measures import check_weights, share
+from quantlib.quantized import joined_rows
+from quantlib.row_tiles import row_tiles, tile_height
+from quantlib.schemes import WeightScheme
+from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """A way to choose codes.
+
+    Attributes:
+        prepare: Its part that no row is needed for; what that gives solves row tiles.
+    """
+
+    prepare: Prepare
+
+    def __call__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        schemes: Mapping[str, WeightScheme],
+        *,
+        hessian_CC: torch.Tensor | None = None,
+        cross_CC: torch.Tensor | None = None,
+        num_tokens: int = 0,
+        scale_dtype: torch.dtype,
+        solver: SolverSettings = DEFAULT_SOLVER,
+        height: int | None = None,
+    ) -> dict[str, LinearResult]:
+        """Quantize the linears of one input group.
+
+        Shapes:
+            weights: Name -> floating [R, C], taken as fp32; R may differ. Not changed.
+            hessian_CC, cross_CC: As in `contracts.Prepare`.
+
+        Args:
+            weights: Linears that read the same input.
+            schemes: Name -> scheme, for every name in ``weights``.
+            num_tokens: Tokens summed in ``hessian_CC``.
+            scale_dtype: Dtype in which the output format stores scales.
+            solver: The choices that are left to the method.
+            height: Most rows of a tile; by default from columns and device.
+
+        Returns:
+            Name -> result, in the order of ``weights``.
+
+        Raises:
+            NumericsError: A weight or the Hessian is not finite, or shapes do not fit.
+        """
+        check_weights(weights, hessian_CC)
+        prepared = self.prepare(
+            hessian_CC=hessian_CC, cross_CC=cross_CC, num_tokens=num_tokens, solver=solver
+        )
+        solved: dict[str, list[SolvedRows]] = {name: [] for name in weights}
+        for scheme in dict.fromkeys(schemes[name] for name in weights):
+            alike = {name: weight_RC for name, weight_RC in weights.items() if schemes[name] == scheme}
+            first_RC = next(iter(alike.values()))
+            most = height or tile_height(first_RC.shape[1], first_RC.device.type)
+            for tile in row_tiles({name: len(weight_RC) for name, weight_RC in alike.items()}, most):
+                rows = {run.name: alike[run.name][run.start : run.end] for run in tile}
+                for name, part in prepared.solve(rows, scheme, scale_dtype=scale_dtype).items():
+                    solved[name].append(part)
+        return {name: merged_rows(name, parts) for name, parts in solved.items()}
+
+
+def merged_rows(name: str, parts: Sequence[SolvedRows]) -> LinearResult:
+    """A linear and its report from its rows, in order.
+
+    Numerics: energies are added in that order, in float64.
+    """
+    quantized = joined_rows([part.quantized for part in parts])
+    energy = sum(part.weight_energy for part in parts)
+    expected = [part.expected_energy for part in parts if part.expected_energy is not None]
+    first = parts[0].circumstances
+    report = LinearReport(
+        name=name,
+        method=first.method,
+        bits=quantized.scheme.bits,
+        predicted_error=share(sum(expected), energy) if expected else None,
+        relative_error=share(sum(part.error_energy for part in parts), energy),
+        damping_fraction=first.damping_fraction,
+        damping_attempts=first.damping_attempts,
+        tokens=first.tokens,
+        dead_columns=first.dead_columns,
+        clipped_fraction=sum(part.num_clipped for part in parts) / quantized.codes_RC.numel(),
+        bounded_scales=sum(part.num_bounded for part in parts),
+        fallback=first.fallback,
+    )
+    return LinearResult(quantized=quantized, report=report)
