@@ -21,11 +21,12 @@ from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.writer import ShardReceipt, write_shard
 from quantlib.errors import WorkerError
-from quantlib.group_solver import GroupSolver
+from quantlib.group_solver import GroupSolver, TileRows
 from quantlib.job import activations, planner
 from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.bands import Band
 from quantlib.job.finished import check_unit, read_unit
+from quantlib.job.group_tiles import GroupTile
 from quantlib.job.lease import refuse_taken_over
 from quantlib.job.manifest import (
     DoneRecord,
@@ -321,8 +322,30 @@ class BlockRunner:
             tokens: Calibration tokens behind the sums.
         """
         with self._working("solve"):
-            totals = [[Total.of(bands) for bands in kind] for kind in statistics]
-            packed, rows = self._solver.solve(self._plan.blocks[block], group, _merged(parts), totals, tokens)
+            planned, totals = self._plan.blocks[block], _totals(statistics)
+            packed, rows = self._solver.solve(planned, group, _merged(parts), totals, tokens)
+            return {"packed": self._share(packed), "linears": rows}
+
+    def solve_tile(
+        self, block: int, tile: GroupTile, parts: Sequence[Tensors], statistics: Sequence[Any], tokens: int
+    ) -> dict[str, Any]:
+        """Quantize a row tile of an input group that has several; arguments as for `solve`.
+
+        What its group shares is kept for the next tile, until `forget_prepared`.
+        """
+        with self._working("solve"):
+            planned, totals = self._plan.blocks[block], _totals(statistics)
+            solved = self._solver.solve_tile(planned, tile, _merged(parts), totals, tokens)
+            return {"rows": self._share(solved)}
+
+    def forget_prepared(self) -> None:
+        """No tile follows."""
+        self._solver.forget()
+
+    def pack(self, block: int, group: int, tiles: Sequence[TileRows]) -> dict[str, Any]:
+        """Pack an input group from all its tiles, in order; gives what `solve` gives."""
+        with self._working("solve"):
+            packed, rows = self._solver.pack(self._plan.blocks[block], group, tiles)
             return {"packed": self._share(packed), "linears": rows}
 
     def write(
@@ -392,7 +415,7 @@ class BlockRunner:
             activations.remove_checkpoints(self._work_store, self._plan.work)
 
     def stop(self) -> None:
-        """Leave off at the next cell or input group; what was begun raises WorkerError."""
+        """Leave off at the next cell or row tile; what was begun raises WorkerError."""
         self._stopped.set()
 
     def telemetry(self) -> dict[str, Any]:
@@ -456,3 +479,7 @@ def _merged(parts: Sequence[Tensors]) -> dict[str, torch.Tensor]:
     for part in parts:
         merged |= part
     return merged
+
+
+def _totals(statistics: Sequence[Any]) -> list[list[Total]]:
+    return [[Total.of(bands) for bands in kind] for kind in statistics]

@@ -6,7 +6,7 @@ object.
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from quantlib.errors import NumericsError, QuantError, WorkerLostError
@@ -15,6 +15,7 @@ from quantlib.job.bands import MAX_DIRECT_BATCHES, cut_into_bands, sum_shapes
 from quantlib.job.block_parts import BlockParts
 from quantlib.job.cell_streams import CellStreams, after_first_cell, key_of
 from quantlib.job.dispatch import Dispatcher
+from quantlib.job.group_tiles import GroupTile, group_tiles
 from quantlib.job.holdings import Held, Holdings
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.memory import MemoryPlan, Surroundings, budgets_from, plan_memory
@@ -23,7 +24,9 @@ from quantlib.job.plan import BlockPlan, Groups, Plan, UnitPlan
 from quantlib.job.reduction import Batch, Reduction
 from quantlib.job.schedule import Piece, PieceId
 from quantlib.job.shares import share_by_cost
+from quantlib.job.solve_pieces import GroupWork, solve_pieces
 from quantlib.job.transport import Handle, Transport, ask_all, ask_one, results
+from quantlib.row_tiles import device_type_of, tile_rows
 from quantlib.storage import normalize_uri
 
 _ADDRESSES = ("source", "output", "work", "calibration", "evaluation")
@@ -335,32 +338,44 @@ class Crew:
         job.parts.unload(block)
 
     def solve(self, block: int, groups: Groups, tokens: int) -> list[dict[str, Any]]:
-        """Quantize the linears of some input groups, a group at a time.
+        """Quantize the linears of some input groups, a row tile at a time.
 
         Returns:
             Report rows of all that are quantized by now, in the plan's order.
         """
         job, plan = self._opened, self._opened.plan.blocks[block]
         packed = job.holdings.packed.setdefault(block, {})
+        solved = job.holdings.solved.setdefault(block, {})
+        tiles_of = group_tiles(plan, device_type_of(job.plan.device_kind))
+        tiles = {tile.number: tile for group in groups for tile in tiles_of[group]}
         statistics = job.statistics.get(block, {})
 
         def begin(worker: int, piece: Piece) -> Handle:
-            given, sources = statistics.get(piece.id.part, [[], []]), job.parts.sources(block)
-            return self._transport.submit(worker, "solve", block, piece.id.part, sources, given, tokens)
+            if piece.id.stage == "pack":
+                codes = [solved[tile.number].handle for tile in tiles_of[piece.id.part]]
+                return self._transport.submit(worker, "pack", block, piece.id.part, codes)
+            tile = tiles[piece.id.part]
+            is_whole = len(tiles_of[tile.group]) == 1
+            method, part = ("solve", tile.group) if is_whole else ("solve_tile", tile)
+            given, sources = statistics.get(tile.group, [[], []]), job.parts.sources(block)
+            return self._transport.submit(worker, method, block, part, sources, given, tokens)
 
         def heard(worker: int, piece: Piece, result: Any) -> None:
-            packed[piece.id.part] = Held(worker, result["packed"], result["linears"])
+            if "rows" in result:
+                solved[piece.id.part] = Held(worker, result["rows"])
+                return
+            group = piece.id.part if piece.id.stage == "pack" else tiles[piece.id.part].group
+            packed[group] = Held(worker, result["packed"], result["linears"])
+            for tile in tiles_of[group]:
+                solved.pop(tile.number, None)
 
-        pieces = [
-            Piece(
-                id=PieceId(block, "solve", number),
-                rank=block,
-                cost=_solve_cost(plan, plan.input_groups[number]),
-            )
-            for number in groups
-            if number not in packed
-        ]
-        job.run(pieces, begin, heard)
+        works = [_group_work(plan, tiles_of[group], solved) for group in groups if group not in packed]
+        try:
+            job.run(solve_pieces(block, works, self._transport.workers), begin, heard)
+        finally:
+            if any(work.is_cut for work in works):
+                for worker in self._transport.workers:
+                    self._transport.submit(worker, "forget_prepared")
         job.statistics.pop(block, None)
         if self.num_workers == 1 or len(job.memory.slices[block]) > 1:
             # Several workers keep them until the shard is finished, where one pass gives them all: codes that
@@ -561,10 +576,17 @@ class _Job:
             raise
 
 
-def _solve_cost(block: BlockPlan, group: Sequence[str]) -> float:
-    linears = [linear for linear in block.linears if linear.name in group]
-    columns = linears[0].columns
-    return columns**3 / 3 + sum(linear.rows for linear in linears) * columns**2
+def _group_work(block: BlockPlan, tiles: Sequence[GroupTile], solved: Container[int]) -> GroupWork:
+    """What is left of an input group; costs in multiply-adds."""
+    (columns,) = {linear.columns for linear in block.linears if linear.name == tiles[0].runs[0].name}
+    rows = sum(tile_rows(tile.runs) for tile in tiles)
+    return GroupWork(
+        group=tiles[0].group,
+        tiles=tuple(tile.number for tile in tiles if tile.number not in solved),
+        is_cut=len(tiles) > 1,
+        prepare_cost=columns**3 / 3,
+        tile_cost=rows * columns**2 / len(tiles),
+    )
 
 
 def _stream_errors(cells: Sequence[dict[str, float]]) -> dict[str, Any]:

@@ -44,6 +44,7 @@ class Holdings:
         compared: Block -> evaluation cell -> what the comparison of its streams gave.
         sources: Block -> parts of its source tensors.
         packed: Block -> input group -> its packed tensors; ``told`` are the rows of the report.
+        solved: Block -> row tile -> its codes, until the input group that it is of is packed.
     """
 
     homes: dict[str, int] = field(default_factory=dict)
@@ -57,6 +58,7 @@ class Holdings:
     compared: dict[int, dict[str, Any]] = field(default_factory=dict)
     sources: dict[int, list[Held | None]] = field(default_factory=dict)
     packed: dict[int, dict[int, Held]] = field(default_factory=dict)
+    solved: dict[int, dict[int, Held]] = field(default_factory=dict)
 
     def place(self, keys: Iterable[str], block: int) -> None:
         """The streams of some cells stand before a block."""
@@ -73,6 +75,7 @@ class Holdings:
             self.compared,
             self.sources,
             self.packed,
+            self.solved,
         ):
             kept.pop(block, None)
 
@@ -80,7 +83,8 @@ class Holdings:
         """Some workers are gone: forget what they had, and the cells that must be brought up again.
 
         A cell must be brought up again when its streams are gone, when a sum is gone that it is in, and when
-        it has passed a block of which codes are gone whose sums are not kept, or do not hold it.
+        it has passed a block of which codes are gone whose sums are not kept, or do not hold it. The sums of
+        an input group that is not packed are kept: its tiles that are gone need nothing else.
         """
         lost = self.moving | {key for key, worker in self.homes.items() if worker in gone}
         self.moving = set()
@@ -95,6 +99,9 @@ class Holdings:
             for key in [key for key, held in cells.items() if held.worker in gone]:
                 lost.add(key)
                 del cells[key]
+        for tiles in self.solved.values():
+            for tile in [tile for tile, held in tiles.items() if held.worker in gone]:
+                del tiles[tile]
         for key in lost:
             for kept in (self.homes, self.follows, self.quantized):
                 kept.pop(key, None)

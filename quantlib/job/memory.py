@@ -17,7 +17,7 @@ from quantlib.units import format_bytes, parse_bytes
 # What is on the GPU where there is one; everything else is in the memory of its machine.
 _ON_DEVICE = ("block", "working", "statistics", "solve", "activations")
 # What goes from worker to worker: in an object store where there is one.
-_EXCHANGED = ("source", "packed", "sums", "merged sums")
+_EXCHANGED = ("source", "packed", "codes", "sums", "merged sums")
 
 Slices = tuple[tuple[Groups, ...], ...]
 
@@ -239,7 +239,8 @@ class _Needs:
         yield {**always, "block": block.live, "working": self._working, "statistics": totals + partials}
         solve = max((group.solve for group in mine), default=0)
         sums = {"sums": totals, "merged sums": totals * self._num_merged}
-        yield {**always, **ahead, **sums, "solve": solve}
+        codes = sum(group.codes for group in mine)
+        yield {**always, **ahead, **sums, "codes": codes, "solve": solve}
         if self._runs_quantized:
             made = block.live + block.levels + ahead["block"]
             yield {**always, **ahead, "block": made, "working": self._working}

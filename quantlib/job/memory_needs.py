@@ -10,14 +10,16 @@ from dataclasses import dataclass
 from quantlib.checkpoint.header import DTYPE_BYTES
 from quantlib.checkpoint.layout import spec_bytes
 from quantlib.job.activations import CALIBRATION, EVALUATION, cells_of
+from quantlib.job.group_tiles import group_tiles
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan
+from quantlib.row_tiles import device_type_of, tile_height, tile_rows
 
 _WIDE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Hidden states, and outputs of the widest linears, that a forward holds at a time.
 _HIDDEN_COPIES, _WIDEST_COPIES = 4, 4
-# A solve goes over rows in tiles of at most so many and holds so many buffers of one; a factor takes a little
-# more than its size while it is made.
-_TILE_ROWS, _TILE_BUFFERS, _FACTOR_SIZES = 4096, 3, 1.3
+# A solve holds a row tile in fp32 and so many buffers of its size; a factor takes a little more than its size
+# while it is made.
+_TILE_BUFFERS, _FACTOR_SIZES = 3, 1.3
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,12 +29,14 @@ class GroupNeeds:
     Attributes:
         total: Exact sums over cells.
         partial: What one cell adds to them.
-        solve: Hessian, factor, weights in fp32, row tiles and codes.
+        solve: Hessian, factor, a row tile in fp32 with its buffers, and codes.
+        codes: On their way to whoever packs; 0 of a group that is one tile.
     """
 
     total: int
     partial: int
     solve: int
+    codes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +78,7 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
     made = [spec for spec in unit.tensors if spec.name not in unit.copied]
     stored = max((DTYPE_BYTES[spec.dtype] for spec in copied), default=2)
     quantized = {linear.name: linear for linear in block.linears if linear.scheme is not None}
+    tiles = group_tiles(block, device_type_of(plan.device_kind))
     elements = sum(linear.rows * linear.columns for linear in quantized.values())
     others = sum(math.prod(spec.shape) for spec in copied)
     return BlockNeeds(
@@ -82,8 +87,13 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
         levels=elements * 4,
         packed=sum(spec_bytes(spec) for spec in made),
         groups=tuple(
-            _group_needs([quantized[name] for name in group], plan, is_centered=n in block.centered_groups)
-            for n, group in enumerate(block.input_groups)
+            _group_needs(
+                [quantized[name] for name in names],
+                plan,
+                [tile_rows(tile.runs) for tile in tiles[n]],
+                is_centered=n in block.centered_groups,
+            )
+            for n, names in enumerate(block.input_groups)
         ),
     )
 
@@ -107,12 +117,19 @@ def cell_needs(plan: Plan, num_workers: int) -> CellNeeds:
     )
 
 
-def _group_needs(linears: Sequence[LinearPlan], plan: Plan, *, is_centered: bool) -> GroupNeeds:
+def _group_needs(
+    linears: Sequence[LinearPlan], plan: Plan, tiles: Sequence[int], *, is_centered: bool
+) -> GroupNeeds:
+    """Of linears that are solved in tiles of so many rows."""
     columns, rows = linears[0].columns, sum(linear.rows for linear in linears)
-    tile = 4 * min(rows, _TILE_ROWS) * columns
-    solve = 4 * rows * columns + _TILE_BUFFERS * tile + 2 * rows * columns
+    codes = rows * columns * (len(tiles) > 1)
+    highest = min(max(tiles), tile_height(columns, device_type_of(plan.device_kind)))
+    solve = (1 + _TILE_BUFFERS) * 4 * highest * columns + 2 * rows * columns
+    if is_centered:
+        # The weights once more in fp32, from which a bias is found.
+        solve += 4 * rows * columns
     if plan.calibration_digest is None:
-        return GroupNeeds(total=0, partial=0, solve=solve)
+        return GroupNeeds(total=0, partial=0, solve=solve, codes=codes)
     square = (columns + is_centered) ** 2
     panel = 128 * max(1, math.ceil(columns / 2048)) * columns
     crosses: bool = plan.options["correct_targets"]
@@ -122,4 +139,5 @@ def _group_needs(linears: Sequence[LinearPlan], plan: Plan, *, is_centered: bool
         partial=4 * square * (1 + crosses),
         # Corrected targets need a factor of their own, and the product that they are corrected by.
         solve=solve + int((1 + _FACTOR_SIZES) * 4 * square) + 8 * square * crosses,
+        codes=codes,
     )

@@ -1,11 +1,12 @@
 """Who does what next: a state that only events move, without clocks, threads or workers of its own.
 
 A *piece* is the smallest part of a stage that one worker does: a cell through a block, an input group to
-solve. Each is done once, nobody is idle while something is ready that fits, and no worker's memory exceeded.
+solve. Each is done once, nobody is idle while something is ready that fits and is worth beginning there, and
+no worker's memory exceeded.
 """
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass
 
 from quantlib.errors import RecipeError
@@ -30,6 +31,19 @@ class PieceId:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """What pieces have in common that a worker makes before the first of them, and keeps until another setup.
+
+    Attributes:
+        name: Which.
+        cost: How much work it is, in the unit of the pieces.
+    """
+
+    name: Hashable
+    cost: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
     """Something one worker does in one go.
 
@@ -40,7 +54,8 @@ class Piece:
         memory_bytes: What it needs on its worker while it runs.
         after: Pieces that must be finished before.
         home: The worker that has what the piece works on; another one takes it only when it has nothing
-            else to do.
+            else to do, and can with its setup be done before the home would be.
+        setup: What comes before the piece on a worker that did not make it last.
     """
 
     id: PieceId
@@ -49,6 +64,7 @@ class Piece:
     memory_bytes: int = 0
     after: frozenset[PieceId] = frozenset()
     home: Worker | None = None
+    setup: Setup | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +81,19 @@ class _Hand:
 
     memory_bytes: int
     doing: Piece | None = None
+    made: Hashable = None
+    # Cost of what it begins in the assignment that is being made: of earlier work nobody knows what is left.
+    just_begun: float = 0.0
+
+    def setup_cost(self, piece: Piece) -> float:
+        """What it would have to make before a piece."""
+        return piece.setup.cost if piece.setup is not None and piece.setup.name != self.made else 0.0
+
+    def begin(self, piece: Piece) -> None:
+        self.just_begun = self.setup_cost(piece) + piece.cost
+        self.doing = piece
+        if piece.setup is not None:
+            self.made = piece.setup.name
 
 
 class _Queue:
@@ -191,17 +220,20 @@ class Schedule:
         """What is to begin now, on workers that have nothing to do.
 
         First everybody takes what is at home with it or nowhere, then whoever is left without takes what is
-        at home elsewhere, from whoever has most of it.
+        at home elsewhere, from whoever has most of it, unless that one is done with all it has sooner.
         """
         begun = []
+        for hand in self._hands.values():
+            hand.just_begun = 0.0
         for takes_from_others in (False, True):
             if not any(queue.pieces for queue in self._ready.values()):
                 break
             for worker, hand in self._hands.items():
                 if hand.doing is None:
-                    hand.doing = self._taken(worker, hand.memory_bytes, takes_from_others=takes_from_others)
-                    if hand.doing is not None:
-                        begun.append(Assignment(worker, hand.doing))
+                    piece = self._taken(worker, hand, takes_from_others=takes_from_others)
+                    if piece is not None:
+                        hand.begin(piece)
+                        begun.append(Assignment(worker, piece))
         return begun
 
     def _wait(self, piece: Piece) -> None:
@@ -223,7 +255,7 @@ class Schedule:
         piece, hand.doing = hand.doing, None
         return piece
 
-    def _taken(self, worker: Worker, memory_bytes: int, *, takes_from_others: bool) -> Piece | None:
+    def _taken(self, worker: Worker, hand: _Hand, *, takes_from_others: bool) -> Piece | None:
         if takes_from_others:
             homes = [
                 home for home, queue in self._ready.items() if queue.pieces and home not in (worker, None)
@@ -234,8 +266,8 @@ class Schedule:
         found = []
         for home in homes:
             queue = self._ready.get(home)
-            piece = queue.first(memory_bytes) if queue is not None else None
-            if piece is not None:
+            piece = queue.first(hand.memory_bytes) if queue is not None else None
+            if piece is not None and not (takes_from_others and self._is_sooner_done(home, piece, hand)):
                 found.append((_order(piece), queue))
                 if takes_from_others:
                     break
@@ -243,3 +275,11 @@ class Schedule:
             return None
         (_, _, name), queue = min(found, key=lambda candidate: candidate[0])
         return queue.discard(name)
+
+    def _is_sooner_done(self, home: Worker | None, piece: Piece, other: _Hand) -> bool:
+        """Whether a home ends all that it has before another worker would have ended one piece of it."""
+        hand = None if home is None else self._hands.get(home)
+        if piece.setup is None or hand is None or hand.memory_bytes < piece.memory_bytes:
+            return False
+        left = hand.just_begun + hand.setup_cost(piece) + self._ready[home].load
+        return left < other.setup_cost(piece) + piece.cost

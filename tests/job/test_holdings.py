@@ -45,6 +45,17 @@ def test_codes_of_a_lost_worker_are_gone_and_those_of_others_stay(held):
     assert held.packed[3] == {0: Held(0, "q")}
 
 
+def test_row_tiles_of_a_lost_worker_are_gone_and_need_no_cell(held):
+    # Cells have passed the block; the sums of a group that is not packed are where they were observed.
+    held.captured[3] = {}
+    held.observed[3] = {GROUPS: {A: Held(0, None), C: Held(0, None)}}
+    held.homes = {A: 0, C: 0}
+    held.solved[3] = {0: Held(0, "first rows"), 1: Held(1, "last rows")}
+    held.lose({1})
+    assert held.solved[3] == {0: Held(0, "first rows")}
+    assert set(held.homes) == {A, C}
+
+
 def test_cells_that_passed_a_block_unobserved_come_back_when_its_codes_are_lost(held):
     # An earlier loss took a cell out of the sums; as all codes were there, it was only moved on.
     del held.observed[3][GROUPS][A]
@@ -68,6 +79,8 @@ def test_cells_that_passed_a_block_whose_sums_are_not_kept_come_back_when_its_co
 
 def test_release_keeps_nothing_of_a_block(held):
     held.packed[3], held.compared[3], held.captured[3], held.exponents[3] = {}, {}, {}, {}
+    held.solved[3] = {}
     held.release(3)
-    for kept in (held.observed, held.sources, held.packed, held.compared, held.captured, held.exponents):
+    kinds = (held.observed, held.sources, held.packed, held.solved, held.compared, held.captured)
+    for kept in (*kinds, held.exponents):
         assert not kept

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantlib.errors import RecipeError
-from quantlib.job.schedule import Piece, PieceId, Schedule
+from quantlib.job.schedule import Piece, PieceId, Schedule, Setup
 
 
 def _name(number: int) -> PieceId:
@@ -128,3 +128,51 @@ def test_what_was_dropped_is_not_begun():
     assert _begun(schedule) == {0: 0}
     schedule.finish(0)
     assert schedule.is_over
+
+
+def _tile(number: int, setup_cost: float, home: int = 0) -> Piece:
+    return Piece(id=_name(number), home=home, setup=Setup(name="factor", cost=setup_cost))
+
+
+def _with_workers(count: int, pieces: list[Piece]) -> Schedule:
+    schedule = Schedule()
+    for worker in range(count):
+        schedule.join(worker, memory_bytes=0)
+    schedule.add(pieces)
+    return schedule
+
+
+def _begun(schedule: Schedule) -> dict[int, int]:
+    return {begun.worker: begun.piece.id.part for begun in schedule.assign()}
+
+
+def test_tiles_are_taken_from_a_home_that_begins_too():
+    # The home would be done after 10 + 4, whoever takes a tile after 10 + 1.
+    schedule = _with_workers(5, [_tile(number, 10.0) for number in range(4)])
+    assert sorted(_begun(schedule)) == [0, 1, 2, 3]
+
+
+def test_tile_is_left_to_a_home_that_has_prepared_unless_it_has_more_left_than_preparing_takes():
+    for left, is_taken in ((4, False), (12, True)):
+        schedule = _with_workers(1, [_tile(number, 10.0) for number in range(left + 2)])
+        assert _begun(schedule) == {0: 0}
+        schedule.finish(0)
+        schedule.assign()
+        schedule.join(1, memory_bytes=0)
+        assert bool(_begun(schedule)) == is_taken
+
+
+def test_worker_that_has_prepared_takes_the_last_tile_of_a_busy_home():
+    schedule = _with_workers(2, [_tile(0, 10.0), _tile(1, 10.0, home=1), _tile(2, 10.0)])
+    assert _begun(schedule) == {0: 0, 1: 1}
+    schedule.finish(1)
+    assert _begun(schedule) == {1: 2}
+
+
+def test_tiles_of_a_home_that_is_gone_are_taken_whatever_they_take():
+    schedule = _with_workers(1, [_tile(0, 10.0), _tile(1, 10.0)])
+    schedule.assign()
+    schedule.finish(0)
+    schedule.leave(0)
+    schedule.join(1, memory_bytes=0)
+    assert _begun(schedule) == {1: 1}

@@ -29,6 +29,11 @@ def tiny_source(folder: Path, family: str = "llama", **overrides: Any) -> Path:
     return folder
 
 
+def wide_source(folder: Path) -> Path:
+    """A `tiny_source` of two blocks whose gate and up have more rows than a row tile on a CPU."""
+    return tiny_source(folder, num_hidden_layers=2, intermediate_size=4640)
+
+
 def tiny_text(path: Path, *, seed: int = 0, documents: int = 60) -> Path:
     """Documents of random words, as jsonl."""
     chosen = random.Random(seed)

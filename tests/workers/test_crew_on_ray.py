@@ -7,7 +7,7 @@ import pytest
 from quantlib.errors import ObjectNotFoundError, RecipeError
 from quantlib.inprocess import DirectStages, quantize
 from quantlib.job.conversion import convert
-from tests.support.tiny_jobs import shard_digests, tiny_options
+from tests.support.tiny_jobs import shard_digests, tiny_options, wide_source
 from workers.api import open_crew
 
 pytestmark = pytest.mark.slow
@@ -20,6 +20,18 @@ def _convert(options):
 
 def test_crew_without_data_writes_the_same_bytes(tmp_path, ray_cluster):
     given = {"method": "rtn", "calibration": None, "evaluation": None}
+    alone = tiny_options(tmp_path, output=str(tmp_path / "alone"), **given)
+    shared = tiny_options(tmp_path, output=str(tmp_path / "shared"), workers=2, **given)
+    quantize(alone)
+    _convert(shared)
+    assert shard_digests(Path(shared.output)) == shard_digests(Path(alone.output))
+
+
+def test_crew_of_tiles_writes_the_same_bytes(tmp_path, ray_cluster):
+    given = {
+        "source": str(wide_source(tmp_path / "wide")),
+        "rules": [{"match": "*.down_proj", "keep": True}],
+    }
     alone = tiny_options(tmp_path, output=str(tmp_path / "alone"), **given)
     shared = tiny_options(tmp_path, output=str(tmp_path / "shared"), workers=2, **given)
     quantize(alone)
