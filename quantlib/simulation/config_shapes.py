@@ -12,6 +12,7 @@ from typing import Any
 
 from quantlib.errors import RecipeError
 from quantlib.job.options import JobOptions
+from quantlib.row_tiles import row_tiles, tile_height, tile_rows
 from quantlib.schemes import WeightScheme, scheme_from_name
 from quantlib.simulation.shapes import BlockShape, GroupShape, ModelShape, attention_width, head_size
 
@@ -90,8 +91,8 @@ def _llama_blocks(config: Mapping[str, Any]) -> list[_Parts]:
     queries = config["num_attention_heads"] * size
     keys = config["num_key_value_heads"] * size
     groups = (
-        GroupShape(columns=hidden, rows=queries + 2 * keys),
-        GroupShape(columns=queries, rows=hidden),
+        _group(hidden, queries, keys, keys),
+        _group(queries, hidden),
         *_gated(hidden, inner),
     )
     return [(groups, 0, 2 * hidden)] * config["num_hidden_layers"]
@@ -102,10 +103,10 @@ def _deepseek_blocks(config: Mapping[str, Any]) -> list[_Parts]:
     q_rank, kv_rank = config["q_lora_rank"], config["kv_lora_rank"]
     nope, rope, value = config["qk_nope_head_dim"], config["qk_rope_head_dim"], config["v_head_dim"]
     attention = (
-        GroupShape(columns=hidden, rows=q_rank + kv_rank + rope),
-        GroupShape(columns=q_rank, rows=heads * (nope + rope)),
-        GroupShape(columns=kv_rank, rows=heads * (nope + value)),
-        GroupShape(columns=heads * value, rows=hidden),
+        _group(hidden, q_rank, kv_rank + rope),
+        _group(q_rank, heads * (nope + rope)),
+        _group(kv_rank, heads * (nope + value)),
+        _group(heads * value, hidden),
     )
     norms = 2 * hidden + q_rank + kv_rank
     inner = config["moe_intermediate_size"]
@@ -120,9 +121,16 @@ def _deepseek_blocks(config: Mapping[str, Any]) -> list[_Parts]:
 def _gated(hidden: int, inner: int, token_share: float = 1.0) -> tuple[GroupShape, ...]:
     """Gate and up, which read the same, and down."""
     return (
-        GroupShape(columns=hidden, rows=2 * inner, token_share=token_share),
-        GroupShape(columns=inner, rows=hidden, token_share=token_share),
+        _group(hidden, inner, inner, token_share=token_share),
+        _group(inner, hidden, token_share=token_share),
     )
+
+
+def _group(columns: int, *rows: int, token_share: float = 1.0) -> GroupShape:
+    """Linears of so many rows that read the same, in the row tiles of a GPU."""
+    linears = {str(number): count for number, count in enumerate(rows)}
+    tiles = row_tiles(linears, tile_height(columns, "cuda"))
+    return GroupShape(columns=columns, tiles=tuple(map(tile_rows, tiles)), token_share=token_share)
 
 
 def _block(parts: _Parts, width: float, scheme: WeightScheme) -> BlockShape:

@@ -16,6 +16,8 @@ from quantlib.simulation.shapes import BlockShape, GroupShape, ModelShape
 
 # Of a weight and of an activation: bf16.
 WIDE_BYTES = 2
+# Of a weight's code on its way from whoever solved a row tile to whoever packs.
+CODE_BYTES = 1
 # Of an entry of a sum as it travels: half of a symmetric matrix in int64, and where targets are corrected all
 # of a product of two streams too.
 _SUM_BYTES, _CROSS_BYTES = 4, 8
@@ -78,15 +80,20 @@ class Costs:
         forwards = 2 if self.workload.correct_targets else 1
         return forwards * self.forward_s(block, tokens) + flops / self.rates.matrix_flops
 
-    def solve_s(self, group: GroupShape) -> float:
-        """Factor and solve of an input group."""
+    def prepare_s(self, group: GroupShape) -> float:
+        """What comes before a worker's first row tile of an input group: its factor."""
         factors = 5 if self.workload.correct_targets else 1
+        return factors * group.columns**3 / 3 / self.rates.factor_flops
+
+    def tile_s(self, group: GroupShape, rows: int) -> float:
+        """Solve of a row tile."""
         passes = 1 + self.workload.descent_passes
-        return (
-            factors * group.columns**3 / 3 / self.rates.factor_flops
-            + passes * group.rows * group.columns**2 / self.rates.solve_flops
-            + passes * group.columns * self.rates.column_s
-        )
+        arithmetic = rows * group.columns**2 / self.rates.solve_flops
+        return passes * (arithmetic + group.columns * self.rates.column_s)
+
+    def tiles_s(self, group: GroupShape) -> float:
+        """Solve of all row tiles of an input group."""
+        return sum(self.tile_s(group, rows) for rows in group.tiles)
 
     def score_s(self, tokens: int) -> float:
         """Logits of both streams of an evaluation cell."""

@@ -1,13 +1,13 @@
 """What a simulated job needs of a GPU's memory, and of a node's for sums on their way."""
 
 from quantlib.job.bands import MAX_DIRECT_BATCHES
-from quantlib.simulation.costs import WIDE_BYTES, Costs
+from quantlib.simulation.costs import CODE_BYTES, WIDE_BYTES, Costs
 from quantlib.simulation.hardware import Cluster
 from quantlib.simulation.shapes import BlockShape
 
 # Of an entry of an input group's matrices while they are made: a cell's part in fp32; matrix and factor while
-# they are solved; a weight with its errors.
-_PARTIAL_BYTES, _FACTOR_BYTES, _SOLVED_BYTES = 4, 8, 8
+# they are solved; a weight of a row tile with its transpose and its errors.
+_PARTIAL_BYTES, _FACTOR_BYTES, _SOLVED_BYTES = 4, 8, 12
 
 
 def gpu_memory(costs: Costs, num_workers: int) -> dict[str, int]:
@@ -32,7 +32,9 @@ def gpu_memory(costs: Costs, num_workers: int) -> dict[str, int]:
         "activations": sum(streams),
         "solve": max(
             (
-                _FACTOR_BYTES * group.columns**2 + (_SOLVED_BYTES + WIDE_BYTES) * group.weights
+                _FACTOR_BYTES * group.columns**2
+                + (_SOLVED_BYTES + WIDE_BYTES) * max(group.tiles) * group.columns
+                + CODE_BYTES * group.weights
                 for block in blocks
                 for group in block.groups
             ),

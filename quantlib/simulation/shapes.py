@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlib.checkpoint.layout import layout_shard
+from quantlib.job.group_tiles import group_tiles
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
+from quantlib.row_tiles import tile_rows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,13 +20,18 @@ class GroupShape:
 
     Attributes:
         columns: In features.
-        rows: Out features of all of them.
+        tiles: Rows of its row tiles: out features of all linears.
         token_share: Share of the tokens that they see: of an expert, the part routed to it.
     """
 
     columns: int
-    rows: int
+    tiles: tuple[int, ...]
     token_share: float = 1.0
+
+    @property
+    def rows(self) -> int:
+        """Out features of its linears."""
+        return sum(self.tiles)
 
     @property
     def weights(self) -> int:
@@ -87,12 +94,15 @@ class ModelShape:
         return self.prelude_bytes + self.tail_bytes + sum(block.output_bytes for block in self.blocks)
 
 
-def shape_of_plan(plan: Plan, config: Mapping[str, Any], tensor_bytes: Mapping[str, int]) -> ModelShape:
+def shape_of_plan(
+    plan: Plan, config: Mapping[str, Any], tensor_bytes: Mapping[str, int], device_type: str = "cuda"
+) -> ModelShape:
     """The sizes of a planned job.
 
     Args:
         config: Values of the source's ``config.json``.
         tensor_bytes: Source tensor -> its bytes.
+        device_type: Of the workers, whatever planned: it decides the row tiles.
     """
     width = attention_width(config)
     units = plan.block_units
@@ -103,7 +113,9 @@ def shape_of_plan(plan: Plan, config: Mapping[str, Any], tensor_bytes: Mapping[s
     return ModelShape(
         name=plan.source,
         blocks=tuple(
-            _block_shape(block, units[block.index], width, sum(tensor_bytes[n] for n in block.tensors))
+            _block_shape(
+                block, units[block.index], width, sum(tensor_bytes[n] for n in block.tensors), device_type
+            )
             for block in plan.blocks
         ),
         hidden=config["hidden_size"],
@@ -134,13 +146,18 @@ def head_size(config: Mapping[str, Any]) -> int:
     return config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
 
 
-def _block_shape(block: BlockPlan, unit: UnitPlan, width: float, source_bytes: int) -> BlockShape:
+def _block_shape(
+    block: BlockPlan, unit: UnitPlan, width: float, source_bytes: int, device_type: str
+) -> BlockShape:
     linears = {linear.name: linear for linear in block.linears}
-    calibrated = [[n for n in group if linears[n].method == "gptq"] for group in block.input_groups]
+    calibrated = [
+        [tile.runs for tile in tiles if linears[tile.runs[0].name].method == "gptq"]
+        for tiles in group_tiles(block, device_type).values()
+    ]
     groups = tuple(
-        GroupShape(columns=linears[names[0]].columns, rows=sum(linears[n].rows for n in names))
-        for names in calibrated
-        if names
+        GroupShape(columns=linears[tiles[0][0].name].columns, tiles=tuple(map(tile_rows, tiles)))
+        for tiles in calibrated
+        if tiles
     )
     weights = sum(linear.rows * linear.columns for linear in block.linears)
     return BlockShape(

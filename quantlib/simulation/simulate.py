@@ -15,11 +15,12 @@ from quantlib.job.bands import MAX_DIRECT_BATCHES
 from quantlib.job.cadence import Cadence
 from quantlib.job.cell_streams import after_first_cell
 from quantlib.job.schedule import Piece, PieceId, Schedule
+from quantlib.job.solve_pieces import GroupWork, solve_pieces
 from quantlib.simulation.clock import Clock, Future, Process
-from quantlib.simulation.costs import WIDE_BYTES, Costs, Workload
+from quantlib.simulation.costs import CODE_BYTES, WIDE_BYTES, Costs, Workload
 from quantlib.simulation.exchange import Exchange
 from quantlib.simulation.hardware import Cluster
-from quantlib.simulation.shapes import ModelShape
+from quantlib.simulation.shapes import BlockShape, ModelShape
 from quantlib.simulation.timeline import Timeline, Turn
 
 # Stages whose pieces are calibration cells; those of the others, but solve, are evaluation cells.
@@ -96,6 +97,9 @@ class _Run:
         self._live: dict[tuple[int, str], int] = {}
         self._observers: dict[int, set[int]] = {}
         self._solved_on: dict[int, Counter[int]] = {}
+        # Worker -> the group of a block whose factor it has; codes of row tiles by the node that has them.
+        self._prepared: dict[int, tuple[int, int]] = {}
+        self._codes: dict[tuple[int, int], Counter[int]] = {}
         self._calibration = [_Cell(tokens, False) for tokens in self._work.cells(self._work.sequences)]
         self._evaluation = [
             _Cell(tokens, True) for tokens in self._work.cells(self._work.evaluation_sequences)
@@ -207,11 +211,19 @@ class _Run:
         return sorted({self._cluster.node_of(worker) for worker in self._observers.get(block, ())})
 
     def _solves(self, block: int) -> list[Piece]:
-        groups = self._blocks[block].groups
-        return [
-            Piece(id=PieceId(block, "solve", number), rank=block, cost=self._costs.solve_s(group))
-            for number, group in enumerate(groups)
-        ]
+        works, first = [], 0
+        for number, group in enumerate(self._blocks[block].groups):
+            tiles = range(first, first + len(group.tiles))
+            work = GroupWork(
+                group=number,
+                tiles=tuple(tiles),
+                is_cut=len(tiles) > 1,
+                prepare_cost=self._costs.prepare_s(group),
+                tile_cost=self._costs.tiles_s(group) / len(tiles),
+            )
+            works.append(work)
+            first = tiles.stop
+        return solve_pieces(block, works, self._workers)
 
     def _write(self, block: int) -> Process:
         """The packed tensors on one worker, and from there to storage."""
@@ -294,6 +306,8 @@ class _Run:
         match name.stage:
             case "solve":
                 self._solve(turn, worker, name)
+            case "pack":
+                self._pack(turn, worker, name)
             case "unit":
                 self._unit(turn, worker, name.block)
             case "score":
@@ -312,15 +326,35 @@ class _Run:
                 turn.spend(costs.forward_s(block, cell.tokens), "evaluate")
 
     def _solve(self, turn: Turn, worker: int, name: PieceId) -> None:
-        """The parts of a sum come to the worker, which factors and solves."""
-        group, node = self._blocks[name.block].groups[name.part], self._cluster.node_of(worker)
-        size, sums = self._costs.sum_bytes(group), self._num_sums(name.block)
-        self._pull(turn, worker, name.block, _ORIGINAL, self._blocks[name.block].source_bytes)
+        """The parts of a sum come to the worker, which factors unless it has, and solves a row tile."""
+        block, costs = self._blocks[name.block], self._costs
+        number, rows = _tiles(block)[name.part]
+        group, node = block.groups[number], self._cluster.node_of(worker)
+        size, sums = costs.sum_bytes(group), self._num_sums(name.block)
+        self._pull(turn, worker, name.block, _ORIGINAL, block.source_bytes)
         sent = {sender: count * size for sender, count in sums.items()}
-        turn.wait(self.exchange.gather(turn.at, node, sent), "network")
-        turn.spend(self._costs.copy_s(sum(sums.values()) * size + group.weights * WIDE_BYTES), "copy")
-        turn.spend(self._costs.solve_s(group), "solve")
-        self._solved_on.setdefault(name.block, Counter())[node] += group.weights
+        self._gather(turn, node, (name.block, f"sum {number}"), sent)
+        if self._prepared.get(worker) != (name.block, number):
+            turn.spend(costs.copy_s(sum(sums.values()) * size), "copy")
+            turn.spend(costs.prepare_s(group), "solve")
+        weights = rows * group.columns
+        turn.spend(costs.copy_s(weights * WIDE_BYTES), "copy")
+        turn.spend(costs.tile_s(group, rows), "solve")
+        if len(group.tiles) == 1:
+            self._prepared.pop(worker, None)
+            self._solved_on.setdefault(name.block, Counter())[node] += weights
+            return
+        self._prepared[worker] = (name.block, number)
+        turn.spend(costs.copy_s(weights * CODE_BYTES), "copy")
+        self._codes.setdefault((name.block, number), Counter())[node] += weights * CODE_BYTES
+
+    def _pack(self, turn: Turn, worker: int, name: PieceId) -> None:
+        """The codes of all tiles come to the worker."""
+        node, codes = self._cluster.node_of(worker), self._codes.pop((name.block, name.part))
+        turn.wait(self.exchange.gather(turn.at, node, codes), "network")
+        turn.spend(self._costs.copy_s(codes.total()), "copy")
+        weights = self._blocks[name.block].groups[name.part].weights
+        self._solved_on.setdefault(name.block, Counter())[node] += weights
 
     def _counted_sums(self, block: int) -> Mapping[int, float]:
         """Node -> sums that are there: equal parts of one, or what few observers have."""
@@ -356,11 +390,14 @@ class _Run:
     def _pull(self, turn: Turn, worker: int, block: int, kind: str, size: int) -> None:
         """Parts of weights that other nodes read or packed, once a node."""
         turn.wait(self._read_at.get(block, 0.0), "read")
-        node = self._cluster.node_of(worker)
-        if (node, block, kind) not in self._pulled_at:
-            parts = self._packed_bytes(block) if kind == _QUANTIZED else self._even_parts(size)
-            self._pulled_at[node, block, kind] = self.exchange.gather(turn.at, node, parts)
-        turn.wait(self._pulled_at[node, block, kind], "network")
+        parts = self._packed_bytes(block) if kind == _QUANTIZED else self._even_parts(size)
+        self._gather(turn, self._cluster.node_of(worker), (block, kind), parts)
+
+    def _gather(self, turn: Turn, node: int, what: tuple[int, str], parts: Mapping[int, float]) -> None:
+        """What other nodes have comes to a node once, and is then there for all its workers."""
+        if (node, *what) not in self._pulled_at:
+            self._pulled_at[node, *what] = self.exchange.gather(turn.at, node, parts)
+        turn.wait(self._pulled_at[node, *what], "network")
 
     def _even_parts(self, size_bytes: float) -> dict[int, float]:
         nodes = self._cluster.num_nodes
@@ -408,6 +445,11 @@ class _Run:
             self._homes[is_evaluation, name.part] = worker
             self.moved_cells += 1
         return cell
+
+
+def _tiles(block: BlockShape) -> list[tuple[int, int]]:
+    """Group and rows of every row tile."""
+    return [(number, rows) for number, group in enumerate(block.groups) for rows in group.tiles]
 
 
 # Whether a cell is of the evaluation text, and its number.

@@ -18,7 +18,7 @@ from quantlib.simulation.shapes import shape_of_plan
 from quantlib.simulation.simulate import simulate
 from quantlib.storage import open_store
 from tests.support.thread_cluster import ThreadCluster
-from tests.support.tiny_jobs import tiny_options, tiny_source, tiny_text
+from tests.support.tiny_jobs import tiny_options, tiny_source, tiny_text, wide_source
 
 _FIRST = ("capture", "forward")
 
@@ -27,6 +27,7 @@ _FIRST = ("capture", "forward")
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pieces")
     tiny_source(folder / "source")
+    wide_source(folder / "wide")
     for seed, name in enumerate(("calibration", "evaluation")):
         tiny_text(folder / f"{name}.jsonl", seed=seed, documents=800)
     return folder
@@ -64,13 +65,15 @@ def _depends_on_homes(piece: Piece) -> bool:
         {"propagation": "quantized"},
         {"propagation": "quantized", "correct_targets": True, "evaluation": None},
         {"method": "rtn", "calibration": None, "evaluation": None},
+        {"source": "wide", "rules": [{"match": "*.down_proj", "keep": True}]},
     ],
-    ids=["original", "checkpoints", "quantized", "corrected", "rtn"],
+    ids=["original", "checkpoints", "quantized", "corrected", "rtn", "tiles"],
 )
 def test_stages_add_the_pieces_of_a_real_job(root, stages, tmp_path, workers, changes):
     given = {"sequences": 300, "evaluation_sequences": 290, "checkpoint_every": 0, **changes}
     texts = {name: str(root / f"{name}.jsonl") for name in ("calibration", "evaluation")}
-    options = tiny_options(tmp_path, **{"source": str(root / "source"), **texts, **given})
+    source = root / given.pop("source", "source")
+    options = tiny_options(tmp_path, source=str(source), **{**texts, **given})
     crew, runner = ThreadCluster(workers), DirectStages()
     convert(options, Crew(crew, 1), runner, lambda _: None)
     runner.close()
@@ -84,6 +87,8 @@ def test_stages_add_the_pieces_of_a_real_job(root, stages, tmp_path, workers, ch
     cluster = parse_cluster(f"{workers}xH100", network="1GB/s", storage="1GB/s")
     simulate(_shape(plan), workload, cluster)
     assert len(real) > 1 or options.method == "rtn"
+    is_cut = any(name.stage == "pack" for added in real if options.method == "gptq" for name, *_ in added[0])
+    assert is_cut == (source.name == "wide")
     assert _sorted(stages) == real
 
 
@@ -98,4 +103,4 @@ def _sorted(stages):
 def _shape(plan: Plan):
     checkpoint = open_checkpoint(open_store(plan.source), plan.source)
     sizes = {name: entry.end - entry.start for name, entry in checkpoint.tensors.items()}
-    return shape_of_plan(plan, checkpoint.config, sizes)
+    return shape_of_plan(plan, checkpoint.config, sizes, device_type="cpu")

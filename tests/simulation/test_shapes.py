@@ -57,7 +57,9 @@ def test_flops_are_those_of_the_table(name, blocks, params, forward, statistics,
     tokens = 512 * 2048
     forwards = sum(costs.forward_s(block, tokens) for block in shape.blocks)
     captures = sum(costs.capture_s(block, tokens) for block in shape.blocks)
-    solves = sum(costs.solve_s(group) for block in shape.blocks for group in block.groups)
+    solves = sum(
+        costs.prepare_s(group) + costs.tiles_s(group) for block in shape.blocks for group in block.groups
+    )
     assert len(shape.blocks) == blocks
     assert sum(group.weights for group in shape.blocks[0].groups) == pytest.approx(params, rel=1e-3)
     assert forwards == pytest.approx(forward, rel=5e-3)
