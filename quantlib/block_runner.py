@@ -390,7 +390,7 @@ class BlockRunner:
         with self._working("head"):
             assert self._outer is not None
             cell = self._cells[key]
-            hidden = [stream.hidden_BTD.float() for stream in cell.streams]
+            hidden = [stream.hidden_BTD for stream in cell.streams]
             return score_streams(self._outer, cell.ids_BT, *hidden)
 
     def convert_unit(self, unit_name: str) -> None:

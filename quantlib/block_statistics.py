@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from quantlib.calibration.partials import Partial
 from quantlib.calibration.totals import Total, exponent_for
 from quantlib.cells import Cell
 from quantlib.errors import NumericsError
 from quantlib.job.activations import CALIBRATION, cells_of
 from quantlib.job.bands import sum_shapes
 from quantlib.job.plan import BlockPlan, Groups, Plan
-from quantlib.steps import observe_cell, record_inputs
+from quantlib.steps import ObservedCell, observe_cell
 from quantlib.worker_cells import WorkerCells, following_stream
 
 
@@ -29,6 +30,7 @@ class BlockStatistics:
     def __init__(self, plan: Plan, cells: WorkerCells, device: torch.device) -> None:
         self._plan, self._cells, self._device = plan, cells, device
         self._corrects: bool = plan.options["correct_targets"]
+        self._follows = self._corrects or plan.options["propagation"] == "original"
         self._sums: dict[tuple[int, Groups], _Sums] = {}
 
     def observe(
@@ -66,16 +68,18 @@ class BlockStatistics:
         if key not in sums.summaries:
             cell = self._cells[key]
             observed = self._observe(module, sums, cell, excluded_rows)
+            partials = self._partials(sums, observed)
             summary: dict[str, Any] = {
                 "excluded": sorted(cell.first_row + row for row in observed.left_out),
                 "tokens": observed.num_tokens,
-                "exponents": self._exponents(sums, cell, observed) if cell.number == 0 else None,
+                "exponents": self._exponents(sums, cell, partials) if cell.number == 0 else None,
             }
-            sums.pending.append((cell, observed.partials))
+            sums.pending.append((cell, partials))
             self._add_pending(sums, exponents or summary["exponents"])
             sums.summaries[key] = summary
-            followed_BTD = observed.followed_BTD
-            if moves and followed_BTD is not None:
+            if moves and self._follows:
+                reference_BTD, output_BTD = observed.reference_BTD, observed.output_BTD
+                followed_BTD = output_BTD if reference_BTD is None else reference_BTD
                 following_stream(cell).move(block, lambda _: followed_BTD)
         return sums.summaries[key]
 
@@ -94,13 +98,12 @@ class BlockStatistics:
         self._add_pending(sums, exponents)
         return sums.totals, list(sums.summaries)
 
-    def _exponents(self, sums: "_Sums", cell: Cell, observed: "_Observed") -> list[int]:
+    def _exponents(self, sums: "_Sums", cell: Cell, partials: Sequence[Partial | None]) -> list[int]:
         num_cells = len(cells_of(self._plan)[CALIBRATION])
         exponents = []
-        for number, partial_CC in enumerate(observed.partials):
-            peak = 0.0 if partial_CC is None else _peak(partial_CC, is_whole=number >= len(sums.groups))
+        for number, partial in enumerate(partials):
             with _naming(cell, sums.plan, sums.leader(number)):
-                exponents.append(exponent_for(peak, num_cells))
+                exponents.append(exponent_for(0.0 if partial is None else partial.peak, num_cells))
         return exponents
 
     def _add_pending(self, sums: "_Sums", exponents: Sequence[int] | None) -> None:
@@ -113,39 +116,34 @@ class BlockStatistics:
                 for shape, exponent in zip(shapes, exponents, strict=True)
             ]
         for cell, partials in sums.pending:
-            for number, (total, partial_CC) in enumerate(zip(sums.totals, partials, strict=True)):
+            for number, (total, partial) in enumerate(zip(sums.totals, partials, strict=True)):
                 with _naming(cell, sums.plan, sums.leader(number)):
-                    if partial_CC is not None:
-                        total.add_(partial_CC)
+                    if partial is not None:
+                        total.add_(partial.panels)
         sums.pending.clear()
 
     def _observe(
         self, module: nn.Module, sums: "_Sums", cell: Cell, excluded_rows: Sequence[int]
-    ) -> "_Observed":
+    ) -> ObservedCell:
         plan = sums.plan
         assert cell.main is not None and cell.main.position == plan.index
         excluded = {row - cell.first_row for row in excluded_rows} & set(range(len(cell.ids_BT)))
-        inputs = self._cells.inputs_of(cell, plan.index)
-        followed_BTD, references = None, []
+        reference_BTD = None
         if self._corrects:
             assert cell.reference is not None and cell.reference.position == plan.index
-            followed_BTD, references = record_inputs(module, plan, cell.reference.hidden_BTD, inputs)
+            reference_BTD = cell.reference.hidden_BTD
+        batches = self._cells.batches_of(cell, plan.index)
         with _naming(cell, plan):
-            output_BTD, statistics, left_out = observe_cell(
-                module, plan, cell.main.hidden_BTD, inputs, excluded, sums.groups, references
+            return observe_cell(
+                module, plan, cell.main.hidden_BTD, batches, excluded, sums.groups, reference_BTD
             )
-        if self._plan.options["propagation"] == "original":
-            followed_BTD = output_BTD
-        return _Observed(
-            partials=[
-                found.get(group)
-                for found in (statistics.grams, statistics.crosses)[: 1 + self._corrects]
-                for group in sums.groups
-            ],
-            num_tokens=statistics.num_tokens,
-            left_out=left_out,
-            followed_BTD=followed_BTD,
-        )
+
+    def _partials(self, sums: "_Sums", observed: ObservedCell) -> list[Partial | None]:
+        """X^T X of every group that is summed, then X_ref^T X where targets are corrected; None of a group
+        that no token reached."""
+        statistics = observed.statistics
+        kinds = (statistics.grams, statistics.crosses)[: 1 + self._corrects]
+        return [found.get(group) for found in kinds for group in sums.groups]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -161,34 +159,12 @@ class _Sums:
     plan: BlockPlan
     groups: Groups
     totals: list[Total] = field(default_factory=list)
-    pending: list[tuple[Cell, list[torch.Tensor | None]]] = field(default_factory=list)
+    pending: list[tuple[Cell, list[Partial | None]]] = field(default_factory=list)
     summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def leader(self, total: int) -> str:
         """A linear that reads what a total is a sum of."""
         return self.plan.input_groups[self.groups[total % len(self.groups)]][0]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Observed:
-    """What one forward of a calibration cell gave.
-
-    Attributes:
-        partials: X^T X of every group that is summed, then X_ref^T X where targets are corrected; None of a
-            group that no token reached.
-        num_tokens: Tokens counted.
-        left_out: Rows of the cell that are not finite.
-        followed_BTD: Where the stream that follows the original blocks has come to, if the cell has one.
-    """
-
-    partials: list[torch.Tensor | None]
-    num_tokens: int
-    left_out: set[int]
-    followed_BTD: torch.Tensor | None
-
-
-def _peak(partial_CC: torch.Tensor, *, is_whole: bool) -> float:
-    return float(partial_CC.abs().max() if is_whole else partial_CC.diagonal().max())
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from quantlib.calibration.documents import read_documents
 from quantlib.checkpoint.decoder import DecodedCheckpoint
 from quantlib.checkpoint.index import open_checkpoint
 from quantlib.job.stages import Progress
-from quantlib.machine import cell_tokens, compute_dtype, default_threads, device_kind
+from quantlib.machine import batch_tokens, compute_dtype, default_threads, device_kind
 from quantlib.model.skeleton import Skeleton, load_skeleton, run_block
 from quantlib.steps import perplexity, score_streams
 from quantlib.storage import normalize_uri, open_store
@@ -59,7 +59,7 @@ def evaluate_checkpoint(
     kind = device_kind(device)
     place = torch.device("cuda" if kind.startswith("cuda") else "cpu")
     dtype = getattr(torch, compute_dtype(weights.config, kind))
-    cells = rows_BT.to(place).split(max(1, cell_tokens(kind) // sequence_length))
+    cells = rows_BT.to(place).split(max(1, batch_tokens(kind) // sequence_length))
     with torch.inference_mode():
         sums = _score(weights, skeleton, cells, dtype, place, on_progress)
     tokens = sum(cell["tokens"] for cell in sums)
@@ -96,6 +96,4 @@ def _score(
             streams[number] = run_block(block, streams[number], inputs[tuple(cell.shape)][index])
     on_progress(Progress(done=total - 1, total=total, label="head"))
     outer = skeleton.build_outer(weights.read(skeleton.tail_tensors), dtype=torch.float32, device=device)
-    return [
-        score_streams(outer, cell, stream.float(), None) for cell, stream in zip(cells, streams, strict=True)
-    ]
+    return [score_streams(outer, cell, stream, None) for cell, stream in zip(cells, streams, strict=True)]

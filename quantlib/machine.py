@@ -93,6 +93,11 @@ def cell_tokens(kind: str) -> int:
     return 16384 if kind.startswith("cuda") else 4096
 
 
+def batch_tokens(kind: str) -> int:
+    """Tokens that go through a block at a time: on a CPU few, so that activations stay in its cache."""
+    return cell_tokens(kind) if kind.startswith("cuda") else 1024
+
+
 def default_threads(num_workers: int) -> int:
     """An equal share of this machine's cores for each worker on it."""
     return max(1, len(os.sched_getaffinity(0)) // num_workers)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from quantlib.batches import Batch
 from quantlib.calibration.capture import InputObserver, InputRecorder, InputStatistics
 from quantlib.calibration.moments import Moments
 from quantlib.errors import NumericsError
@@ -29,61 +30,94 @@ _PIECE_BYTES = 1 << 20
 _COMPARED_ELEMENTS = 1 << 17
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObservedCell:
+    """What one pass of a cell through a block gave.
+
+    Attributes:
+        output_BTD: The block's output.
+        reference_BTD: That of the reference stream, if there is one.
+        statistics: Of input groups.
+        num_tokens: Tokens counted.
+        left_out: Rows of the cell that are not counted.
+    """
+
+    output_BTD: torch.Tensor
+    reference_BTD: torch.Tensor | None
+    statistics: InputStatistics
+    num_tokens: int
+    left_out: set[int]
+
+
 def observe_cell(
     block: nn.Module,
     plan: BlockPlan,
     hidden_BTD: torch.Tensor,
-    inputs: BlockInputs,
+    batches: Sequence[Batch],
     excluded: Collection[int],
     summed: Collection[int],
-    references: Sequence[torch.Tensor] = (),
-) -> tuple[torch.Tensor, InputStatistics, set[int]]:
-    """One forward of a cell that gathers the statistics of input groups.
+    reference_BTD: torch.Tensor | None = None,
+) -> ObservedCell:
+    """One forward of a cell, batch by batch, that gathers the statistics of input groups.
+
+    When a row turns out to hold a NaN or an infinity the whole cell is run once more without it.
 
     Args:
+        batches: Of the cell.
         excluded: Rows of the cell left out so far.
         summed: Numbers of the groups.
-        references: What the groups read in the reference stream, from `record_inputs`; gives the products of
-            both streams' inputs too.
-
-    Returns:
-        The block's output [B, T, D], the statistics, and the rows left out now. When a row turns out to
-        hold a NaN or an infinity the cell is run once more without it.
+        reference_BTD: The reference stream: gives the products of both streams' inputs too.
 
     Raises:
         NumericsError: Finite inputs whose squares overflow fp32; no row can be blamed.
     """
-    rows, excluded = hidden_BTD.shape[0], set(excluded)
+    left_out = set(excluded)
     while True:
-        with InputObserver(
-            block,
-            _leaders(plan),
-            num_rows=rows,
-            left_out=excluded,
-            summed=summed,
-            references=references,
-            centered=plan.centered_groups,
-        ) as observer:
-            output_BTD = run_block(block, hidden_BTD, inputs)
-        statistics = observer.statistics
-        if statistics.bad_rows:
-            excluded |= statistics.bad_rows
-            continue
-        for group, gram_CC in statistics.grams.items():
-            if not bool(torch.isfinite(gram_CC.diagonal()).all()):
-                leader = plan.input_groups[group][0]
-                raise NumericsError(
-                    f"the inputs of {leader} are finite but their squares overflow fp32;"
-                    " the source model is not usable in this precision",
-                    linear=leader,
-                )
-        return output_BTD, statistics, excluded
+        statistics = InputStatistics()
+        output_BTD = torch.empty_like(hidden_BTD)
+        followed_BTD = None if reference_BTD is None else torch.empty_like(reference_BTD)
+        for rows, inputs in batches:
+            references: list[torch.Tensor] = []
+            if reference_BTD is not None and followed_BTD is not None:
+                followed_BTD[rows], references = _record_inputs(block, plan, reference_BTD[rows], inputs)
+            with InputObserver(
+                block,
+                _leaders(plan),
+                statistics,
+                rows=range(rows.start, rows.stop),
+                left_out=left_out,
+                summed=summed,
+                references=references,
+                centered=plan.centered_groups,
+            ):
+                output_BTD[rows] = run_block(block, hidden_BTD[rows], inputs)
+        if not statistics.bad_rows:
+            _refuse_overflow(plan, statistics)
+            return ObservedCell(
+                output_BTD=output_BTD,
+                reference_BTD=followed_BTD,
+                statistics=statistics,
+                num_tokens=(len(hidden_BTD) - len(left_out)) * hidden_BTD.shape[1],
+                left_out=left_out,
+            )
+        left_out |= statistics.bad_rows
 
 
-def record_inputs(
+def _refuse_overflow(plan: BlockPlan, statistics: InputStatistics) -> None:
+    for group, gram in statistics.grams.items():
+        if not bool(torch.isfinite(gram.diagonal).all()):
+            leader = plan.input_groups[group][0]
+            raise NumericsError(
+                f"the inputs of {leader} are finite but their squares overflow fp32;"
+                " the source model is not usable in this precision",
+                linear=leader,
+            )
+
+
+def _record_inputs(
     block: nn.Module, plan: BlockPlan, hidden_BTD: torch.Tensor, inputs: BlockInputs
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """One forward of a cell: the block's output [B, T, D], and what every input group read, [B, T, C]."""
+    """One forward of a batch: the block's output [B, T, D], and what every input group read, [B, T, C]."""
     with InputRecorder(block, _leaders(plan)) as recorder:
         output_BTD = run_block(block, hidden_BTD, inputs)
     return output_BTD, recorder.inputs
@@ -218,6 +252,7 @@ def score_streams(
             width = max(1, _LOGITS_BYTES // (4 * len(streams) * logits_STV.shape[-1]))
             target_T = ids_BT[row, start + 1 : stop + 1].long().to(logits_STV.device)
             parts.append(_score_(logits_STV, target_T))
+            del logits_STV  # else it stays while the next ones are made
             start = stop
     counts = {
         "tokens": float(positions * len(kept)),

@@ -9,12 +9,13 @@ from functools import partial
 import torch
 from torch import nn
 
+from quantlib.batches import Batch, BatchInputs, run_in_batches
 from quantlib.cell_store import read_cell, write_cell
 from quantlib.cells import Cell, Stream, cut_into_cells
 from quantlib.job.activations import CALIBRATION, EVALUATION, ActivationCheckpoint, cell_key, corpus_of
 from quantlib.job.manifest import tokens_uri
 from quantlib.job.plan import Plan
-from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
+from quantlib.model.skeleton import OuterModel
 from quantlib.storage import Store
 from quantlib.stream_shelf import Shelf
 from quantlib.tokens import read_rows
@@ -37,7 +38,7 @@ class WorkerCells:
             for cell in self._cut(digest)
         }
         self._mine: dict[str, Cell] = {}
-        self._inputs: dict[tuple[int, ...], list[BlockInputs]] = {}
+        self._inputs = BatchInputs(plan.sequences_per_batch)
 
     def __getitem__(self, key: str) -> Cell:
         return self._mine[key]
@@ -46,16 +47,14 @@ class WorkerCells:
         """Have some more cells: their token ids as inputs of block 0."""
         for key in keys:
             cell = self._all[key]
-            hidden_BTD, inputs = outer.embed(cell.ids_BT.to(self._device))
+            hidden_BTD = self._inputs.embed(outer, cell.ids_BT)
             is_evaluation = corpus_of(key) == EVALUATION
             has_reference = self._plan.options["correct_targets"] and not is_evaluation
             cell.start(hidden_BTD, compares=is_evaluation, has_reference=has_reference)
             self._mine[key] = cell
-            self._inputs.setdefault(tuple(cell.ids_BT.shape), inputs)
         # Any cell may come here later, and with it only its streams.
         for cell in self._all.values():
-            if tuple(cell.ids_BT.shape) not in self._inputs:
-                self._inputs[tuple(cell.ids_BT.shape)] = outer.embed(cell.ids_BT.to(self._device))[1]
+            self._inputs.learn(outer, cell.ids_BT)
 
     def keep(self, keys: Sequence[str]) -> None:
         """Have no other cells than these any more."""
@@ -107,13 +106,13 @@ class WorkerCells:
             for name, stream in cell.named_streams:
                 stream.place(stored[name].to(self._device), checkpoint.block)
 
-    def inputs_of(self, cell: Cell, block: int) -> BlockInputs:
-        """What a block is called with beside the hidden states of a cell."""
-        return self._inputs[tuple(cell.ids_BT.shape)][block]
+    def batches_of(self, cell: Cell, block: int) -> list[Batch]:
+        """The batches of a cell, with what a block is called with beside their hidden states."""
+        return self._inputs.of(cell.ids_BT, block)
 
     def move(self, stream: Stream, cell: Cell, module: nn.Module, block: int) -> None:
         """Run a stream of a cell through a block."""
-        stream.move(block, partial(run_block, module, block_inputs=self.inputs_of(cell, block)))
+        stream.move(block, partial(run_in_batches, module, batches=self.batches_of(cell, block)))
 
     def _cut(self, digest: str | None) -> list[Cell]:
         if digest is None:

@@ -3,14 +3,13 @@
 import pytest
 import torch
 
-from quantlib.calibration.hessian import gram_lower
-from quantlib.calibration.moments import with_sums
 from quantlib.calibration.totals import Total, exponent_for
 from quantlib.group_solver import GroupSolver
 from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.packing import FORMATS
 from quantlib.schemes import scheme_from_name
 from quantlib.solver_settings import DEFAULT_SOLVER
+from tests.support.partials import partial_of
 
 ROWS, COLUMNS, TOKENS = 32, 64, 600
 SCHEME = scheme_from_name("W4A16", 32)
@@ -35,11 +34,9 @@ def _inputs(mean: float = 1.0) -> torch.Tensor:
 
 
 def _statistics(x_NC: torch.Tensor, *, is_extended: bool) -> list[list[Total]]:
-    gram = gram_lower(x_NC)
-    partial = with_sums(gram, x_NC, x_NC) if is_extended else gram
-    exponent = exponent_for(float(partial.diagonal().max()), 1)
-    total = Total.zeros(len(partial), exponent)
-    total.add_(partial)
+    partial = partial_of(x_NC, has_sums=is_extended)
+    total = Total.zeros(COLUMNS + is_extended, exponent_for(partial.peak, 1))
+    total.add_(partial.panels)
     return [[total], []]
 
 

@@ -1,6 +1,6 @@
 """What the linears of a block read while it runs: one gram matrix for each input group.
 
-N tokens, C columns, B sequences, T positions.
+N tokens, C columns, B sequences of a batch, T positions.
 """
 
 from collections.abc import Collection, Sequence
@@ -10,26 +10,22 @@ from typing import Self
 import torch
 from torch import nn
 
-from quantlib.calibration.hessian import cross_product, gram_lower
-from quantlib.calibration.moments import with_sums
+from quantlib.calibration.partials import Partial
 
 
 @dataclass(slots=True)
 class InputStatistics:
-    """Partial statistics of one cell.
+    """Partial statistics of one cell, which grow batch by batch.
 
     Attributes:
-        grams: Group -> fp32 [C, C], lower triangle valid. With sums beside them, [C + 1, C + 1], for groups
-            that are to be centered (`moments.with_sums`).
-        crosses: Group -> X_ref^T X, fp32, likewise, where there is a reference.
-        num_tokens: Tokens counted.
+        grams: Group -> X^T X, with sums for groups that are to be centered.
+        crosses: Group -> X_ref^T X, likewise, where there is a reference.
         bad_rows: Sequences of the cell in which some group saw a NaN or an infinity. When there are any,
             the grams are worthless and the cell is to be run again without these rows.
     """
 
-    grams: dict[int, torch.Tensor] = field(default_factory=dict)
-    crosses: dict[int, torch.Tensor] = field(default_factory=dict)
-    num_tokens: int = 0
+    grams: dict[int, Partial] = field(default_factory=dict)
+    crosses: dict[int, Partial] = field(default_factory=dict)
     bad_rows: set[int] = field(default_factory=set)
 
 
@@ -60,12 +56,13 @@ class _InputWatch:
 
 
 class InputObserver(_InputWatch):
-    """Watches the inputs of a block's groups during one forward pass.
+    """Watches the inputs of a block's groups while a batch runs.
 
     Args:
         block: The live block.
         leaders: One linear a group, named relative to the block; all of a group read the same tensor.
-        num_rows: Sequences in the cell.
+        statistics: Of the cell; what is seen is added to them.
+        rows: Sequences of the cell that are in the batch.
         left_out: Sequences that are not to be counted.
         summed: Groups whose products are wanted; the others are only looked through for bad rows.
         references: For each group what it read in the reference stream, [B, T, C].
@@ -76,23 +73,21 @@ class InputObserver(_InputWatch):
         self,
         block: nn.Module,
         leaders: Sequence[str],
+        statistics: InputStatistics,
         *,
-        num_rows: int,
+        rows: range,
         left_out: Collection[int],
         summed: Collection[int],
         references: Sequence[torch.Tensor] = (),
         centered: Collection[int] = (),
     ) -> None:
-        self._summed, self._centered = summed, centered
-        self._kept = torch.tensor([row for row in range(num_rows) if row not in left_out], dtype=torch.long)
-        self._num_rows = num_rows
-        self._references = references
-        self.statistics = InputStatistics()
+        self._statistics, self._summed, self._centered = statistics, summed, centered
+        self._rows, self._references = rows, references
+        self._kept = [row for row in rows if row not in left_out]
         super().__init__(block, leaders)
 
     def _see(self, group: int, x: torch.Tensor) -> None:
         x_BTC = self._counted(x)
-        self.statistics.num_tokens = x_BTC[..., 0].numel()
         reference_BTC = self._counted(self._references[group]) if self._references else None
         if reference_BTC is not None:
             self._look_through(reference_BTC)
@@ -102,27 +97,35 @@ class InputObserver(_InputWatch):
                 self._look_through(x_BTC)
             return
         x_NC = x_BTC.flatten(0, 1)
-        gram_CC = gram_lower(x_NC)
+        gram = self._partial(self._statistics.grams, group, x_NC, is_whole=False)
+        gram.add_(x_NC)
         # A non-finite input shows in the sum of squares of its column: no second pass over the tokens.
-        if not torch.isfinite(gram_CC.diagonal()).all():
+        if not torch.isfinite(gram.diagonal).all():
             self._look_through(x_BTC)
-        is_centered = group in self._centered
-        self.statistics.grams[group] = with_sums(gram_CC, x_NC, x_NC) if is_centered else gram_CC
         if reference_BTC is not None:
-            reference_NC = reference_BTC.flatten(0, 1)
-            cross_CC = cross_product(reference_NC, x_NC)
-            self.statistics.crosses[group] = (
-                with_sums(cross_CC, reference_NC, x_NC) if is_centered else cross_CC
+            cross = self._partial(self._statistics.crosses, group, x_NC, is_whole=True)
+            cross.add_(x_NC, reference_BTC.flatten(0, 1))
+
+    def _partial(
+        self, partials: dict[int, Partial], group: int, x_NC: torch.Tensor, *, is_whole: bool
+    ) -> Partial:
+        if group not in partials:
+            partials[group] = Partial(
+                x_NC.shape[1], is_whole=is_whole, has_sums=group in self._centered, device=x_NC.device
             )
+        return partials[group]
 
     def _look_through(self, x_BTC: torch.Tensor) -> None:
-        finite_B = torch.isfinite(x_BTC).flatten(1).all(dim=1).cpu()
-        self.statistics.bad_rows |= set(self._kept[~finite_B].tolist())
+        finite = torch.isfinite(x_BTC).flatten(1).all(dim=1).tolist()
+        kept = zip(self._kept, finite, strict=True)
+        self._statistics.bad_rows |= {row for row, is_finite in kept if not is_finite}
 
     def _counted(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, C] without the sequences that are left out."""
-        x_BTC = x.reshape(self._num_rows, -1, x.shape[-1])
-        return x_BTC[self._kept.to(x.device)] if len(self._kept) < self._num_rows else x_BTC
+        x_BTC = x.reshape(len(self._rows), -1, x.shape[-1])
+        if len(self._kept) == len(self._rows):
+            return x_BTC
+        return x_BTC[torch.tensor([row - self._rows.start for row in self._kept], device=x.device).long()]
 
 
 class InputRecorder(_InputWatch):

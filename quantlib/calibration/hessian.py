@@ -1,10 +1,11 @@
-"""Second moments of a linear's input, one cell at a time, as fp32 products.
+"""Second moments of a linear's input, some tokens at a time, as fp32 products.
 
-C columns (in features), N tokens of one cell. Of X^T X only the lower triangle is computed, in panels of
-rows; of the product of two streams' inputs, X_ref^T X, all. How cells are summed is `totals`.
+C columns (in features), N tokens, P rows of a panel, L its columns. Of X^T X only the lower triangle is
+computed, in panels of rows; of the product of two streams' inputs, X_ref^T X, all. How cells are summed is
+`totals`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -14,36 +15,32 @@ from quantlib.panels import panels_of
 _CONVERTED_TOKENS = 1024
 
 
-def gram_lower(x_NC: torch.Tensor) -> torch.Tensor:
-    """X^T X of one cell, lower triangle.
+def add_gram_(panels: Sequence[torch.Tensor], x_NC: torch.Tensor) -> None:
+    """Add X^T X of some tokens to the lower triangle of a sum.
 
     Shapes:
+        panels: fp32 [P, L] as `panels.panel_shapes` has them, of C columns or more: what is beyond them is
+            left alone. Above the diagonal some entries are not added to.
         x_NC: fp32, bf16 or fp16 [N, C].
-
-    Returns:
-        fp32 [C, C]. Valid on and below the diagonal; above it, part of the entries are zero.
 
     Numerics: products of bf16 or fp16 inputs are exact in fp32; sums are taken in fp32 on every device. On a
         CPU torch would return a product rounded to 16 bits: such inputs are converted, some tokens at a time.
 
-    Cost: N * C**2 * (1/2 + 1/32) multiply-adds from 2048 columns up; memory of the result, and on a CPU of
-        1024 tokens in fp32.
+    Cost: N * C**2 * (1/2 + 1/32) multiply-adds from 2048 columns up; on a CPU memory of 1024 tokens in fp32.
     """
     columns = x_NC.shape[1]
-    gram_CC = torch.zeros(columns, columns, dtype=torch.float32, device=x_NC.device)
     for part_NC in _multipliable(x_NC):
-        for start, end in panels_of(columns):
-            _add_product_(gram_CC[start:end, :end], part_NC[:, start:end], part_NC[:, :end])
-    return gram_CC
+        for (start, end), panel_PL in zip(panels_of(panels[-1].shape[1]), panels, strict=True):
+            stop = min(end, columns)
+            if start < stop:
+                _add_product_(panel_PL[: stop - start, :stop], part_NC[:, start:stop], part_NC[:, :stop])
 
 
-def cross_product(reference_NC: torch.Tensor, x_NC: torch.Tensor) -> torch.Tensor:
-    """X_ref^T X of one cell, whole: fp32 [C, C]; otherwise as `gram_lower`."""
+def add_cross_product_(sum_CC: torch.Tensor, reference_NC: torch.Tensor, x_NC: torch.Tensor) -> None:
+    """Add X_ref^T X of some tokens to all of a sum, fp32 [C, C] or larger; otherwise as `add_gram_`."""
     columns = x_NC.shape[1]
-    cross_CC = torch.zeros(columns, columns, dtype=torch.float32, device=x_NC.device)
     for its_NC, part_NC in zip(_multipliable(reference_NC), _multipliable(x_NC), strict=True):
-        _add_product_(cross_CC, its_NC, part_NC)
-    return cross_CC
+        _add_product_(sum_CC[:columns, :columns], its_NC, part_NC)
 
 
 def _multipliable(x_NC: torch.Tensor) -> Iterator[torch.Tensor]:

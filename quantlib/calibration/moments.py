@@ -2,9 +2,10 @@
 
 Where a linear has a bias that may change, the best codes are those for the *centered* inputs, and the bias
 then takes up what is constant: quantized or not, a bias is a column that reads 1 and is not rounded, and
-eliminating it leaves the covariance. So totals of such a group have one row and column more, for that 1.
+eliminating it leaves the covariance. So totals of such a group have one row and column more, for that 1
+(`partials.Partial` with sums).
 
-C columns (in features), E = C + 1, N tokens of one cell.
+C columns (in features), E = C + 1.
 """
 
 from collections.abc import Sequence
@@ -34,25 +35,6 @@ class Moments:
     cross_CC: torch.Tensor | None
     mean_C: torch.Tensor | None = None
     reference_mean_C: torch.Tensor | None = None
-
-
-def with_sums(product_CC: torch.Tensor, left_NC: torch.Tensor, right_NC: torch.Tensor) -> torch.Tensor:
-    """The product [left, 1]^T [right, 1], given left^T right.
-
-    Shapes:
-        product_CC: fp32 [C, C].
-        left_NC, right_NC: floating [N, C].
-
-    Returns:
-        fp32 [E, E]: last row the sums of ``right``, last column those of ``left``, N in the corner.
-    """
-    columns = len(product_CC)
-    extended_EE = product_CC.new_empty(columns + 1, columns + 1)
-    extended_EE[:columns, :columns] = product_CC
-    extended_EE[columns, :columns] = right_NC.sum(0, dtype=torch.float64)
-    extended_EE[:columns, columns] = left_NC.sum(0, dtype=torch.float64)
-    extended_EE[columns, columns] = len(right_NC)
-    return extended_EE
 
 
 def moments_from(

@@ -1,8 +1,9 @@
 """Sums of cells' second moments that no order of cells or workers changes by a bit.
 
-C columns (in features), P rows of a panel. Partial sums in fp32 meet in int64 fixed point, whose exponent the
-first cell decides: integer addition has no order, so any number of workers, any assignment of cells and any
-repetition after a fault end in the same total. What is above the diagonal of a symmetric total is nowhere.
+C columns (in features), P rows of a panel, L its columns. Partial sums in fp32 meet in int64 fixed
+point, whose exponent the first cell decides: integer addition has no order, so any number of workers, any
+assignment of cells and any repetition after a fault end in the same total. What is above the diagonal of a
+symmetric total is nowhere.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 
 from quantlib.calibration.hessian import mirror_
 from quantlib.errors import NumericsError
-from quantlib.panels import panels_of
+from quantlib.panels import panel_shapes, panels_of
 
 # Totals stay below 2**62: two of them added still fit an int64 and can be checked afterwards.
 _TOTAL_BITS = 62
@@ -32,7 +33,7 @@ class Total:
         panels: Rows of the sum, int64, from top to bottom: [P, C], or of a symmetric sum [P, end of the
             panel], so that it takes half the memory of the whole.
         exponent: An entry means its integer times 2**-exponent; the same for every cell of a sum.
-        is_whole: Both triangles count: it is a sum of `hessian.cross_product`, not of `hessian.gram_lower`.
+        is_whole: Both triangles count: it is a sum of products of two streams, X_ref^T X.
     """
 
     panels: tuple[torch.Tensor, ...]
@@ -53,7 +54,7 @@ class Total:
         Args:
             exponent: From `exponent_for`.
         """
-        shapes = [(end - start, columns if is_whole else end) for start, end in panels_of(columns)]
+        shapes = panel_shapes(columns, is_whole=is_whole)
         panels = tuple(torch.zeros(shape, dtype=torch.int64, device=device) for shape in shapes)
         return cls(panels=panels, exponent=exponent, is_whole=is_whole)
 
@@ -73,11 +74,11 @@ class Total:
         panels = tuple(panel for band in bands for panel in band.panels)
         return cls(panels=panels, exponent=bands[0].exponent, is_whole=bands[0].is_whole)
 
-    def add_(self, partial_CC: torch.Tensor) -> None:
+    def add_(self, partials: Sequence[torch.Tensor]) -> None:
         """Add one cell's partial sum; after an error the total is half changed and of no use.
 
         Shapes:
-            partial_CC: fp32 [C, C].
+            partials: fp32 [P, L], panels like its own.
 
         Raises:
             NumericsError: An entry of the partial sum is not finite, or the total leaves its range.
@@ -87,8 +88,8 @@ class Total:
         Cost: temporary memory of two panels in 64 bits.
         """
         scale = 2.0**self.exponent
-        for (start, end), panel_PL in zip(panels_of(self.columns), self.panels, strict=True):
-            scaled_PL = partial_CC[start:end, : panel_PL.shape[1]].double().mul_(scale)
+        for panel_PL, partial_PL in zip(self.panels, partials, strict=True):
+            scaled_PL = partial_PL.double().mul_(scale)
             lowest, highest = (bound.item() for bound in torch.aminmax(scaled_PL))
             if not (math.isfinite(lowest) and math.isfinite(highest)):
                 raise NumericsError(

@@ -16,7 +16,7 @@ from quantlib.errors import PlanMismatchError
 from quantlib.job.options import option_fields
 from quantlib.schemes import WeightScheme
 
-SCHEMA = 2
+SCHEMA = 3
 
 # Numbers of input groups of a block.
 Groups = tuple[int, ...]
@@ -122,6 +122,7 @@ class Plan:
         device_kind: ``cpu-avx2``, ``cuda-sm90-nvidia-h200``, ...; of the first start with ``mixed_gpus``.
         threads: CPU threads of a worker.
         sequences_per_cell: Sequences in a cell (the last may hold fewer).
+        sequences_per_batch: Sequences of a cell that go through a block at a time.
         calibration_digest: sha256 of the calibration token rows; None without calibration.
         evaluation_digest: sha256 of the evaluation token rows; None without evaluation.
         versions: Of this tool and of the libraries that compute.
@@ -147,6 +148,7 @@ class Plan:
     device_kind: str
     threads: int
     sequences_per_cell: int
+    sequences_per_batch: int
     calibration_digest: str | None
     evaluation_digest: str | None
     versions: Mapping[str, str]
@@ -178,6 +180,7 @@ class Plan:
             kept.pop(name)
         if self.calibration_digest is None:
             kept.pop("sequences_per_cell")
+            kept.pop("sequences_per_batch")
         canonical = json.dumps(kept, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()
 

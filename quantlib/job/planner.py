@@ -25,9 +25,9 @@ from quantlib.job.activations import newest_checkpoint
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
-from quantlib.job.provenance import check_replay, read_provenance, recorded_settings
+from quantlib.job.provenance import MACHINE_SETTINGS, check_replay, read_provenance, recorded_settings
 from quantlib.job.report import REPORT_NAME
-from quantlib.machine import cell_tokens, compute_dtype, device_kind, may_share
+from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_kind, may_share
 from quantlib.model.skeleton import BlockSpec, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.packing.contracts import PackingFormat
@@ -335,7 +335,7 @@ def _planned_kind(options: JobOptions, first: str | None) -> str:
 def _settings_of(stored: Plan | None) -> dict[str, Any] | None:
     if stored is None:
         return None
-    return {name: getattr(stored, name) for name in ("threads", "sequences_per_cell", "compute_dtype")}
+    return {name: getattr(stored, name) for name in MACHINE_SETTINGS}
 
 
 def _machine_settings(
@@ -350,6 +350,7 @@ def _machine_settings(
     return {
         "threads": options.threads_per_worker or threads,
         "sequences_per_cell": max(1, cell_tokens(kind) // options.sequence_length),
+        "sequences_per_batch": max(1, batch_tokens(kind) // options.sequence_length),
         "compute_dtype": compute_dtype(checkpoint.config, kind),
     }
 

@@ -26,8 +26,10 @@ from quantlib.job.options import option_fields
 from quantlib.job.plan import Plan
 from quantlib.storage import normalize_uri, open_store
 
-SCHEMA = 3
+SCHEMA = 4
 PROVENANCE_NAME = "quantmill_provenance.json"
+# What the machine decides at the first start, and what is then kept.
+MACHINE_SETTINGS = ("threads", "sequences_per_cell", "sequences_per_batch", "compute_dtype")
 
 # Where and by how many a job is run is for whoever repeats it to say.
 _NOT_REPEATED = (
@@ -59,6 +61,7 @@ _WANTED: dict[tuple[str, ...], tuple[type, ...]] = {
     ("evaluation", "digest"): (str, _OR_NONE),
     ("machine", "threads"): (int,),
     ("machine", "sequences_per_cell"): (int,),
+    ("machine", "sequences_per_batch"): (int,),
     ("machine", "compute_dtype"): (str,),
     ("machine", "device_kind"): (str,),
     ("machine", "device_kinds"): (list,),
@@ -110,6 +113,7 @@ def build_provenance(
             "device_kinds": list(device_kinds) or [plan.device_kind],
             "threads": plan.threads,
             "sequences_per_cell": plan.sequences_per_cell,
+            "sequences_per_batch": plan.sequences_per_batch,
             "compute_dtype": plan.compute_dtype,
         },
         "format_version": plan.format_version,
@@ -223,9 +227,9 @@ def recorded_settings(provenance: Mapping[str, Any]) -> dict[str, Any]:
     """What the machine decided then and a replay must not decide anew.
 
     Returns:
-        ``threads`` (CPU threads of a worker), ``sequences_per_cell`` and ``compute_dtype``.
+        Those of `MACHINE_SETTINGS`.
     """
-    return {name: provenance["machine"][name] for name in ("threads", "sequences_per_cell", "compute_dtype")}
+    return {name: provenance["machine"][name] for name in MACHINE_SETTINGS}
 
 
 def with_replayed_values(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,7 +371,9 @@ def _option_pairs(provenance: Mapping[str, Any], plan: Plan) -> Iterator[_Pair]:
 def _cell_pairs(provenance: Mapping[str, Any], plan: Plan) -> Iterator[_Pair]:
     # Without calibration nothing is summed over cells.
     if plan.calibration_digest is not None:
-        yield "sequences in a cell", provenance["machine"]["sequences_per_cell"], plan.sequences_per_cell
+        machine = provenance["machine"]
+        yield "sequences in a cell", machine["sequences_per_cell"], plan.sequences_per_cell
+        yield "sequences in a batch", machine["sequences_per_batch"], plan.sequences_per_batch
 
 
 def _evaluation_pairs(provenance: Mapping[str, Any], plan: Plan) -> Iterator[_Pair]:

@@ -56,6 +56,7 @@ LAYERS = {
     "quantlib.steps": 6,
     "quantlib.evaluation": 6,
     "quantlib.cell_store": 6,
+    "quantlib.batches": 6,
     "quantlib.block_runner": 6,
     "quantlib.block_statistics": 6,
     "quantlib.group_solver": 6,

@@ -3,24 +3,25 @@
 B sequences, T positions, D hidden, C columns (in features).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
 
+from quantlib.batches import Batch, BatchInputs
 from quantlib.calibration.totals import Total, exponent_for, matrix_from
 from quantlib.cells import Cell, cut_into_cells
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
 from quantlib.errors import NumericsError
 from quantlib.job.plan import BlockPlan
-from quantlib.model.skeleton import BlockInputs, BlockSpec, Skeleton
+from quantlib.model.skeleton import BlockSpec, Skeleton
 from quantlib.steps import observe_cell
 from quantlib.storage import Store
 from quantlib.stream_shelf import Shelf
 
-_CELL_TOKENS = 4096
+_CELL_TOKENS, _BATCH_TOKENS = 4096, 1024
 
 
 def block_file(folder: Path, index: int) -> Path:
@@ -38,46 +39,42 @@ def gather_hessians(
     prelude = read_tensors(store, checkpoint, skeleton.prelude_tensors)
     outer = skeleton.build_outer(prelude, dtype=torch.float32, device="cpu")
     cells = cut_into_cells(rows_BT, max(1, _CELL_TOKENS // rows_BT.shape[1]), Shelf())
-    # By rows of the cell: what a block is called with holds for one shape, and the last cell may be smaller.
-    inputs: dict[int, list[BlockInputs]] = {}
+    inputs = BatchInputs(max(1, _BATCH_TOKENS // rows_BT.shape[1]))
     for cell in cells:
-        hidden_BTD, own_inputs = outer.embed(cell.ids_BT)
-        cell.start(hidden_BTD, compares=False)
-        inputs.setdefault(len(cell.ids_BT), own_inputs)
+        cell.start(inputs.embed(outer, cell.ids_BT), compares=False)
     for index in range(skeleton.num_blocks):
         spec = skeleton.block_spec(index)
         tensors = read_tensors(store, checkpoint, spec.tensors)
         block = skeleton.build_block(index, tensors, dtype=torch.float32, device="cpu")
         partial = folder / "partial"
-        save_file(_observed(block, spec, cells, {rows: own[index] for rows, own in inputs.items()}), partial)
+        batches = [inputs.of(cell.ids_BT, index) for cell in cells]
+        save_file(_observed(block, spec, cells, batches), partial)
         partial.rename(block_file(folder, index))
 
 
 def _observed(
-    block: torch.nn.Module, spec: BlockSpec, cells: Sequence[Cell], inputs: Mapping[int, BlockInputs]
+    block: torch.nn.Module, spec: BlockSpec, cells: Sequence[Cell], batches: Sequence[Sequence[Batch]]
 ) -> dict[str, torch.Tensor]:
     """The Hessians of a block; every cell's stream moves through it."""
     kept = {field: getattr(spec, field) for field in ("index", "prefix", "tensors", "input_groups")}
     plan, totals = BlockPlan(**kept, linears=()), []
-    for cell in cells:
+    for cell, own in zip(cells, batches, strict=True):
         assert cell.main is not None
-        own_inputs = inputs[len(cell.ids_BT)]
-        output_BTD, observed, left_out = observe_cell(
-            block, plan, cell.main.hidden_BTD, own_inputs, (), range(len(plan.input_groups))
-        )
-        if left_out:
+        observed = observe_cell(block, plan, cell.main.hidden_BTD, own, (), range(len(plan.input_groups)))
+        if observed.left_out:
             raise NumericsError(
-                f"{spec.prefix}: rows {sorted(left_out)} of calibration cell {cell.number} have activations"
-                " that are not finite; compare variants on other text or another model"
+                f"{spec.prefix}: rows {sorted(observed.left_out)} of calibration cell {cell.number} have"
+                " activations that are not finite; compare variants on other text or another model"
             )
-        grams = [observed.grams[group] for group in range(len(plan.input_groups))]
+        grams = [observed.statistics.grams[group] for group in range(len(plan.input_groups))]
         if not totals:
-            exponents = [exponent_for(float(gram_CC.diagonal().max()), len(cells)) for gram_CC in grams]
+            exponents = [exponent_for(gram.peak, len(cells)) for gram in grams]
             totals = [
-                Total.zeros(len(gram), exponent) for gram, exponent in zip(grams, exponents, strict=True)
+                Total.zeros(len(gram.diagonal), exponent)
+                for gram, exponent in zip(grams, exponents, strict=True)
             ]
-        for total, gram_CC in zip(totals, grams, strict=True):
-            total.add_(gram_CC)
-        cell.main.place(output_BTD, spec.index + 1)
+        for total, gram in zip(totals, grams, strict=True):
+            total.add_(gram.panels)
+        cell.main.place(observed.output_BTD, spec.index + 1)
     sums = zip(spec.input_groups, totals, strict=True)
     return {group[0]: matrix_from([total]) for group, total in sums}

@@ -20,9 +20,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from eager_columns import column_by_column, in_batches, inverse_factor
 
-from quantlib.calibration.hessian import gram_lower
 from quantlib.calibration.totals import Total, exponent_for, matrix_from
 from quantlib.grids.affine import AffineGrid, with_codes
 from quantlib.grids.fit import search_scales
@@ -33,6 +33,7 @@ from quantlib.methods.coordinate_descent import descend
 from quantlib.methods.measures import relative_error
 from quantlib.methods.scale_refit import refit_scales
 from quantlib.schemes import scheme_from_name
+from tests.support.partials import gram_lower, partial_of
 
 SHAPES = ((960, 576), (576, 576), (3072, 576), (576, 1536))
 # Gate and up on top of each other, and down, of Granite-3.0-1B-A400M, Qwen3-30B-A3B and OLMoE-1B-7B.
@@ -61,13 +62,13 @@ def activations(columns: int, rows: int = TOKENS_PER_CELL) -> torch.Tensor:
 def statistics_seconds(columns: int, repeats: int) -> dict[str, float]:
     """Stages that depend on the number of columns only."""
     x_NC = activations(columns)
-    gram_CC = gram_lower(x_NC)
-    exponent = exponent_for(gram_CC.diagonal().max().item(), 2 * repeats)
+    partial = partial_of(x_NC)
+    exponent = exponent_for(partial.peak, 2 * repeats)
     total = Total.zeros(columns, exponent)
     found = {
-        "gram_lower fp32": cpu_seconds(lambda: gram_lower(x_NC), repeats),
-        "gram_lower bf16": cpu_seconds(lambda: gram_lower(x_NC.bfloat16()), repeats),
-        "Total.add_": cpu_seconds(lambda: total.add_(gram_CC), repeats),
+        "Partial.add_ fp32": cpu_seconds(lambda: partial_of(x_NC), repeats),
+        "Partial.add_ bf16": cpu_seconds(lambda: partial_of(x_NC.bfloat16()), repeats),
+        "Total.add_": cpu_seconds(lambda: total.add_(partial.panels), repeats),
         "matrix_from": cpu_seconds(lambda: matrix_from([total]), repeats),
     }
     hessian_CC = matrix_from([total])

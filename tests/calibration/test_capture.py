@@ -6,10 +6,12 @@ import pytest
 import torch
 from torch import nn
 
+from quantlib.batches import batches_of, run_in_batches
 from quantlib.errors import NumericsError
 from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.model.skeleton import BlockInputs
-from quantlib.steps import observe_cell, record_inputs
+from quantlib.steps import ObservedCell, observe_cell
+from tests.support.partials import matrix_of
 
 
 class _Block(nn.Module):
@@ -42,6 +44,22 @@ _PLAN = BlockPlan(
 )
 _INPUTS = BlockInputs(args=(), kwargs={})
 _BOTH = (0, 1)
+# Rows of a batch: the cell at once, and in batches of which the last is smaller.
+_BATCHES = pytest.mark.parametrize("rows_per_batch", [5, 2, 1])
+
+
+def _observed(
+    block: nn.Module,
+    hidden: torch.Tensor,
+    rows_per_batch: int,
+    *,
+    excluded: set[int] | tuple[()] = (),
+    groups: tuple[int, ...] = _BOTH,
+    plan: BlockPlan = _PLAN,
+    reference: torch.Tensor | None = None,
+) -> ObservedCell:
+    batches = [(rows, _INPUTS) for rows in batches_of(len(hidden), rows_per_batch)]
+    return observe_cell(block, plan, hidden, batches, excluded, groups, reference)
 
 
 def _hidden(rows: int = 5) -> torch.Tensor:
@@ -55,74 +73,89 @@ def _expected(block: _Block, hidden: torch.Tensor) -> list[torch.Tensor]:
     return [x.T @ x, inner.T @ inner]
 
 
+@_BATCHES
 @torch.inference_mode()
-def test_observe_cell_sums_the_inputs_of_every_group():
+def test_observe_cell_sums_the_inputs_of_every_group(rows_per_batch: int):
     block, hidden = _Block(), _hidden()
-    output, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, (), _BOTH)
-    assert torch.equal(output, block(hidden))
-    assert statistics.num_tokens == 15
-    assert excluded == set()
+    found = _observed(block, hidden, rows_per_batch)
+    torch.testing.assert_close(found.output_BTD, block(hidden))
+    assert (found.num_tokens, found.left_out, found.reference_BTD) == (15, set(), None)
     for group, expected in enumerate(_expected(block, hidden)):
-        gram = statistics.grams[group]
+        gram = matrix_of(found.statistics.grams[group])
         torch.testing.assert_close(gram.tril().double(), expected.tril(), rtol=1e-5, atol=1e-5)
 
 
+@_BATCHES
 @torch.inference_mode()
-def test_observe_cell_leaves_out_rows_that_are_not_finite_and_names_them():
+def test_observe_cell_leaves_out_rows_that_are_not_finite_and_names_them(rows_per_batch: int):
     block, hidden = _Block(), _hidden()
     hidden[1, 2, 0] = float("nan")
     hidden[3, 0, 5] = float("inf")
-    _, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, (), _BOTH)
-    assert excluded == {1, 3}
-    assert statistics.num_tokens == 9
+    found = _observed(block, hidden, rows_per_batch)
+    assert found.left_out == {1, 3}
+    assert found.num_tokens == 9
     for group, expected in enumerate(_expected(block, hidden[[0, 2, 4]])):
-        gram = statistics.grams[group]
+        gram = matrix_of(found.statistics.grams[group])
         torch.testing.assert_close(gram.tril().double(), expected.tril(), rtol=1e-5, atol=1e-5)
 
 
+@_BATCHES
 @torch.inference_mode()
 @pytest.mark.parametrize("group", _BOTH)
-def test_observe_cell_of_one_group_finds_the_same_rows_and_the_same_bits(group: int):
+def test_observe_cell_of_one_group_finds_the_same_rows_and_the_same_bits(group: int, rows_per_batch: int):
     """One row has an infinity that only the input of ``c`` shows."""
     block, hidden = _Dividing(), _hidden()
     hidden[2, 1] = 0.0
-    _, whole, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, (), _BOTH)
-    _, alone, excluded_alone = observe_cell(block, _PLAN, hidden, _INPUTS, (), (group,))
-    assert excluded == {2}
-    assert (excluded_alone, alone.num_tokens) == (excluded, whole.num_tokens)
-    assert list(alone.grams) == [group]
-    assert torch.equal(alone.grams[group], whole.grams[group])
+    whole = _observed(block, hidden, rows_per_batch)
+    alone = _observed(block, hidden, rows_per_batch, groups=(group,))
+    assert whole.left_out == {2}
+    assert (alone.left_out, alone.num_tokens) == (whole.left_out, whole.num_tokens)
+    assert list(alone.statistics.grams) == [group]
+    found, wanted = (matrix_of(cell.statistics.grams[group]) for cell in (alone, whole))
+    assert torch.equal(found, wanted)
 
 
+@_BATCHES
 @torch.inference_mode()
-def test_observe_cell_keeps_rows_out_that_were_left_out_before():
-    block, hidden = _Block(), _hidden()
-    _, statistics, excluded = observe_cell(block, _PLAN, hidden, _INPUTS, {4}, _BOTH)
-    assert excluded == {4}
-    assert statistics.num_tokens == 12
+def test_observe_cell_keeps_rows_out_that_were_left_out_before(rows_per_batch: int):
+    found = _observed(_Block(), _hidden(), rows_per_batch, excluded={4})
+    assert found.left_out == {4}
+    assert found.num_tokens == 12
 
 
 @torch.inference_mode()
 def test_observe_cell_finite_inputs_that_overflow_are_an_error_that_names_the_linear():
     with pytest.raises(NumericsError, match=r"layers\.0\.a"):
-        observe_cell(_Block(), _PLAN, _hidden() * 1e25, _INPUTS, (), _BOTH)
+        _observed(_Block(), _hidden() * 1e25, 2)
 
 
+@_BATCHES
 @torch.inference_mode()
-def test_observe_cell_gives_the_sums_of_groups_that_are_to_be_centered():
+def test_observe_cell_gives_the_sums_of_groups_that_are_to_be_centered(rows_per_batch: int):
     """Of what the groups read and of what they read in the reference, without the row that is left out."""
     block, hidden = _Block(), _hidden()
     reference = hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
     kept = LinearPlan(name="layers.0.a", rows=4, columns=6, method=None, scheme=None, corrects_bias=False)
     corrected = LinearPlan(name="layers.0.b", rows=4, columns=6, method=None, scheme=None, corrects_bias=True)
     plan = dataclasses.replace(_PLAN, linears=(kept, corrected))
-    _, read = record_inputs(block, plan, reference, _INPUTS)
-    _, statistics, _ = observe_cell(block, plan, hidden, _INPUTS, {4}, _BOTH, read)
+    found = _observed(block, hidden, rows_per_batch, excluded={4}, plan=plan, reference=reference)
+    torch.testing.assert_close(found.reference_BTD, block(reference))
     x, its = (rows[:4].double().reshape(-1, 6) for rows in (hidden, reference))
     ones = torch.ones(12, 1, dtype=torch.float64)
     x1, its1 = torch.cat([x, ones], 1), torch.cat([its, ones], 1)
-    gram = statistics.grams[0]
-    torch.testing.assert_close(gram.tril().double(), (x1.T @ x1).tril(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(statistics.crosses[0].double(), its1.T @ x1, rtol=1e-5, atol=1e-5)
+    gram, cross = found.statistics.grams, found.statistics.crosses
+    torch.testing.assert_close(matrix_of(gram[0]).tril().double(), (x1.T @ x1).tril(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(matrix_of(cross[0]).double(), its1.T @ x1, rtol=1e-5, atol=1e-5)
     # The other group has no bias that changes.
-    assert [len(product) for product in (statistics.grams[1], statistics.crosses[1])] == [4, 4]
+    assert [len(matrix_of(product)) for product in (gram[1], cross[1])] == [4, 4]
+
+
+@_BATCHES
+@torch.inference_mode()
+def test_run_in_batches_sees_a_few_rows_at_a_time_and_gives_all(rows_per_batch: int):
+    block, hidden, seen = _Block(), _hidden(), []
+    block.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
+    batches = [(rows, _INPUTS) for rows in batches_of(len(hidden), rows_per_batch)]
+    found = run_in_batches(block, hidden, batches)
+    assert max(seen) == rows_per_batch and sum(seen) == len(hidden)
+    torch.testing.assert_close(found, block(hidden))

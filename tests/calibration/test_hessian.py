@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from quantlib.calibration.hessian import cross_product, gram_lower
+from quantlib.calibration.partials import Partial
+from tests.support.partials import cross_product, gram_lower, matrix_of
 
 
 @pytest.mark.parametrize("tokens", [64, 2500])
@@ -30,6 +31,30 @@ def test_gram_lower_input_with_strides_equals_contiguous_input():
     assert torch.equal(found.tril(), gram_lower(wide_NC[:, ::2].contiguous()).tril())
 
 
-def test_gram_lower_skips_most_of_the_upper_triangle():
-    found = gram_lower(torch.ones(4, 1024))
-    assert (found.triu(128) == 0).all()
+@pytest.mark.parametrize("columns", [100, 300])
+@pytest.mark.parametrize("has_sums", [False, True])
+def test_partial_of_several_batches_is_the_sum_over_all_tokens(columns, has_sums):
+    generator = torch.Generator().manual_seed(1)
+    x_NC, reference_NC = (torch.randn(90, columns, generator=generator) for _ in range(2))
+    gram = Partial(columns, has_sums=has_sums)
+    cross = Partial(columns, is_whole=True, has_sums=has_sums)
+    for x_BC, reference_BC in zip(x_NC.split(40), reference_NC.split(40), strict=True):
+        gram.add_(x_BC)
+        cross.add_(x_BC, reference_BC)
+        assert gram.panels is gram.panels  # asked for between batches it changes nothing
+    ones_N1 = torch.ones(90, int(has_sums), dtype=torch.float64)
+    x_NE, reference_NE = (torch.cat([side.double(), ones_N1], 1) for side in (x_NC, reference_NC))
+    torch.testing.assert_close(matrix_of(gram).double().tril(), (x_NE.T @ x_NE).tril(), rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(matrix_of(cross).double(), reference_NE.T @ x_NE, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gram.diagonal, matrix_of(gram).diagonal(), rtol=0, atol=0)
+    assert gram.peak == float(matrix_of(gram).diagonal().max())
+    assert cross.peak == float(matrix_of(cross).abs().max())
+
+
+@pytest.mark.parametrize(("columns", "panels"), [(1024, 8), (100, 1)])
+def test_partial_of_a_symmetric_sum_holds_little_above_the_diagonal(columns, panels):
+    gram = Partial(columns)
+    assert len(gram.panels) == panels
+    assert sum(panel.numel() for panel in gram.panels) <= max(
+        columns * (columns + 128) / 2, columns**2 / panels
+    )

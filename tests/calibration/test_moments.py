@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from quantlib.calibration.hessian import cross_product, gram_lower
-from quantlib.calibration.moments import Moments, about_zero, centered_moments, moments_from, with_sums
+from quantlib.calibration.moments import Moments, about_zero, centered_moments, moments_from
 from quantlib.calibration.totals import Total, exponent_for
+from tests.support.partials import partial_of
 
 CELLS, TOKENS, COLUMNS = 3, 50, 9
 
@@ -21,12 +21,11 @@ def _totals(left: list[torch.Tensor], right: list[torch.Tensor], *, is_whole: bo
     """Of two workers: one has the first cell, the other the rest."""
     totals: list[Total] = []
     for number, (left_NC, right_NC) in enumerate(zip(left, right, strict=True)):
-        product_CC = cross_product(left_NC, right_NC) if is_whole else gram_lower(right_NC)
-        partial_EE = with_sums(product_CC, left_NC, right_NC)
+        partial = partial_of(right_NC, left_NC if is_whole else None, has_sums=True)
         if not totals:
-            exponent = exponent_for(float(partial_EE.abs().max()), CELLS)
+            exponent = exponent_for(partial.peak, CELLS)
             totals = [Total.zeros(COLUMNS + 1, exponent, is_whole=is_whole) for _ in range(2)]
-        totals[min(number, 1)].add_(partial_EE)
+        totals[min(number, 1)].add_(partial.panels)
     return totals
 
 
@@ -64,7 +63,7 @@ def test_centered_moments_take_means_off_before_anything_is_rounded():
     x = [64.0 + torch.randint(-2, 3, (16, COLUMNS), generator=generator) / 8 for _ in range(32)]
     total = Total.zeros(COLUMNS + 1, 20)
     for x_NC in x:
-        total.add_(with_sums(gram_lower(x_NC), x_NC, x_NC))
+        total.add_(partial_of(x_NC, has_sums=True).panels)
     found = _centered([total], [])
     x_NC = _float64(x)
     np.testing.assert_allclose(found.hessian_CC, (x_NC - x_NC.mean(0)).T @ (x_NC - x_NC.mean(0)), rtol=1e-5)

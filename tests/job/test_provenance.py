@@ -85,7 +85,7 @@ def test_a_run_stores_it_beside_its_shards_and_it_can_be_repeated_from_there(roo
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"schema": 1}, "has schema 1, this version replays 3"),
+        ({"schema": 1}, "has schema 1, this version replays 4"),
         ({"schema": ...}, "has schema None"),
         ({"versions": ...}, "versions is missing"),
         ({"machine": {"threads": True}}, "machine.threads is True"),
@@ -171,6 +171,7 @@ def test_recorded_settings_are_those_of_the_machine():
     assert recorded_settings(PROVENANCE) == {
         "threads": 3,
         "sequences_per_cell": 2,
+        "sequences_per_batch": 1,
         "compute_dtype": "float32",
     }
     assert "workers" not in recorded_options(PROVENANCE)
@@ -207,6 +208,7 @@ def test_other_options_are_named(root, provenance, change, said):
         ({"compute_dtype": "bfloat16"}, "compute_dtype was float32, now bfloat16;"),
         ({"config_digest": "0"}, "config.json of the source was replaced;"),
         ({"sequences_per_cell": 999}, "sequences in a cell was .*, now 999;"),
+        ({"sequences_per_batch": 99}, "sequences in a batch was .*, now 99;"),
         ({"kept_linears": ()}, "the layout of the plan differs;"),
         ({"source_objects": {}}, "the source has no .* any more;"),
     ],

@@ -11,7 +11,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from quantlib.calibration.hessian import gram_lower
 from quantlib.calibration.totals import Total, exponent_for, matrix_from
 from quantlib.column_order import natural_order
 from quantlib.grids.affine import AffineGrid, with_codes
@@ -24,6 +23,7 @@ from quantlib.methods.target_correction import corrected_weight, target_change
 from quantlib.packing import FORMATS
 from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES, SolverSettings
+from tests.support.partials import partial_of
 from tests.support.reference_elimination import (
     damped_hessian,
     quadratic,
@@ -191,10 +191,10 @@ def test_method_every_token_twice_in_any_order_changes_no_bit(
     random.shuffle(twice)
     found = []
     for chosen in (cells, twice):
-        exponent = exponent_for(float(gram_lower(chosen[0]).diagonal().max()), len(chosen))
+        exponent = exponent_for(partial_of(chosen[0]).peak, len(chosen))
         total = Total.zeros(columns, exponent)
         for x_NC in chosen:
-            total.add_(gram_lower(x_NC))
+            total.add_(partial_of(x_NC).panels)
         hessian_CC = matrix_from([total])
         found.append(run(weight_RC, hessian_CC, scheme, solver, num_tokens=100_000 * len(chosen)))
     assert_same(found[1].quantized, found[0].quantized)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 PROVENANCE: dict[str, Any] = {
-    "schema": 3,
+    "schema": 4,
     "tool": "quantmill 0.1.0",
     "identity": "0" * 64,
     "model_type": "llama",
@@ -48,6 +48,7 @@ PROVENANCE: dict[str, Any] = {
         "device_kinds": ["cpu-avx2"],
         "threads": 3,
         "sequences_per_cell": 2,
+        "sequences_per_batch": 1,
         "compute_dtype": "float32",
     },
     "format_version": "0.0",
