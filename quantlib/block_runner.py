@@ -40,6 +40,8 @@ from quantlib.job.plan import Groups, Plan, UnitPlan
 from quantlib.job.publish import publish
 from quantlib.machine import device_bytes, refuse_other_device
 from quantlib.memory_watch import (
+    KEPT_BYTES,
+    give_back_free_memory,
     give_back_what_is_freed,
     memory_bytes,
     peak_memory_bytes,
@@ -83,10 +85,12 @@ class BlockRunner:
         """Plan the job; see `quantlib.job.planner.prepare`."""
         with self._clock.computing("plan"):
             self._prepared = planner.prepare(options, threads)
+            keeps = self._prepared.plan.has_streams and options.worker_memory is None
             return {
                 "plan": self._prepared.plan,
                 "report": self._prepared.report,
                 "idle_bytes": memory_bytes(),
+                "kept_bytes": KEPT_BYTES if keeps else 0,
                 "device_bytes": device_bytes(self._prepared.plan.device_kind),
             }
 
@@ -184,7 +188,7 @@ class BlockRunner:
 
     def embed(self, parts: Sequence[Tensors], keys: Sequence[str]) -> None:
         """Have some more cells: their token ids as inputs of block 0."""
-        with self._clock.computing("embed"), torch.inference_mode():
+        with self._computing("embed"):
             outer = self._skeleton.build_outer(_merged(parts), dtype=self._dtype, device=self._device)
             self._cells.embed(outer, keys)
 
@@ -227,14 +231,14 @@ class BlockRunner:
 
     def load(self, block: int, parts: Sequence[Tensors]) -> None:
         """Make a block live on the device, in place of the one before."""
-        with self._clock.computing("load"):
+        with self._computing("load"):
             self._modules.pop(_ORIGINAL, None)
             module = self._skeleton.build_block(block, _merged(parts), dtype=self._dtype, device=self._device)
             self._modules[_ORIGINAL] = (block, module)
 
     def load_quantized(self, block: int, parts: Sequence[Tensors], packed: Sequence[Tensors]) -> None:
         """Make a block live as it was packed, in place of the one before."""
-        with self._clock.computing("load"), torch.inference_mode():
+        with self._computing("load"):
             self._modules.pop(_QUANTIZED, None)
             tensors = _merged(parts)
             tensors |= dequantized_weights(self._plan.blocks[block], _merged(packed), self._packer)
@@ -244,10 +248,11 @@ class BlockRunner:
     def unload(self, block: int) -> None:
         """Have a block live no longer."""
         self._modules = {kind: loaded for kind, loaded in self._modules.items() if loaded[0] != block}
+        give_back_free_memory()
 
     def load_head(self, parts: Sequence[Tensors]) -> None:
         """Make what stands after the last block live, in place of all blocks."""
-        with self._clock.computing("load"):
+        with self._computing("load"):
             self._modules.clear()
             # fp32: the losses of two close models are compared, and bf16 logits carry a noise of 2^-9.
             self._outer = self._skeleton.build_outer(_merged(parts), dtype=torch.float32, device=self._device)
@@ -465,8 +470,16 @@ class BlockRunner:
     @contextmanager
     def _working(self, stage: str) -> Iterator[None]:
         self._refuse_if_stopped()
-        with self._clock.computing(stage), torch.inference_mode():
+        with self._computing(stage):
             yield
+
+    @contextmanager
+    def _computing(self, stage: str) -> Iterator[None]:
+        with self._clock.computing(stage), torch.inference_mode():
+            try:
+                yield
+            finally:
+                give_back_free_memory()
 
     def _module(self, kind: str, block: int) -> nn.Module:
         loaded, module = self._modules[kind]

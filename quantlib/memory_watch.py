@@ -13,7 +13,10 @@ from pathlib import Path
 _INTERVAL_S = 0.05
 # Of glibc's malloc.h; what is kept back when memory is to be given back.
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-_KEPT_BYTES = 1 << 16
+_THRESHOLD_BYTES = 1 << 16
+# Freed memory that glibc keeps otherwise, and after `give_back_free_memory`: the top of a thread's heap, and
+# what lies scattered between streams. Up to 144 MB were measured.
+KEPT_BYTES = 144_000_000
 _STATUS = Path("/proc/self/status")
 _LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 _MEMINFO = Path("/proc/meminfo")
@@ -35,6 +38,16 @@ def machine_memory_bytes() -> int | None:
     return min([_fields(_MEMINFO)["MemTotal"], *(int(limit) for limit in limits if limit.isdigit())])
 
 
+def give_back_free_memory() -> None:
+    """Return to the system what the C library keeps of freed memory; does nothing where it is not glibc.
+
+    Called after a piece of work: else what one piece freed stays beside what the next one takes.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def give_back_what_is_freed() -> None:
     """Have the C library return memory to the system once it is freed, at the cost of fetching it again.
 
@@ -43,7 +56,7 @@ def give_back_what_is_freed() -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
         for parameter in (_TRIM_THRESHOLD, _MMAP_THRESHOLD):
-            mallopt(parameter, _KEPT_BYTES)
+            mallopt(parameter, _THRESHOLD_BYTES)
 
 
 class _Watch:

@@ -15,6 +15,7 @@ from quantlib.batches import Batch
 from quantlib.calibration.capture import InputObserver, InputRecorder, InputStatistics
 from quantlib.calibration.moments import Moments
 from quantlib.errors import NumericsError
+from quantlib.job.memory_needs import LOGITS_BYTES
 from quantlib.job.plan import BlockPlan
 from quantlib.methods.bias_correction import exact_bias
 from quantlib.methods.contracts import LinearResult
@@ -22,9 +23,7 @@ from quantlib.methods.measures import error_energy, share, weight_energy
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
 
-# fp32 logits held at a time while scoring: many rows make a fast product.
-_LOGITS_BYTES = 64 << 20
-# They are then gone over in pieces that stay in a CPU's cache from one pass to the next.
+# Logits are gone over in pieces that stay in a CPU's cache from one pass to the next.
 _PIECE_BYTES = 1 << 20
 # Elements of two streams compared at a time, in float64, for the same reason.
 _COMPARED_ELEMENTS = 1 << 17
@@ -249,7 +248,7 @@ def score_streams(
             # What is left in equal parts: a small rest would be a slow product.
             stop = start + math.ceil((positions - start) / math.ceil((positions - start) / width))
             logits_STV = outer.logits(torch.stack([stream[row, start:stop] for stream in streams]))
-            width = max(1, _LOGITS_BYTES // (4 * len(streams) * logits_STV.shape[-1]))
+            width = max(1, LOGITS_BYTES // (4 * len(streams) * logits_STV.shape[-1]))
             target_T = ids_BT[row, start + 1 : stop + 1].long().to(logits_STV.device)
             parts.append(_score_(logits_STV, target_T))
             del logits_STV  # else it stays while the next ones are made

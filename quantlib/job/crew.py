@@ -102,6 +102,7 @@ class Crew:
         surroundings = Surroundings(
             workers=self.num_workers,
             idle_bytes=prepared["idle_bytes"],
+            kept_bytes=prepared["kept_bytes"],
             has_device=prepared["plan"].device_kind.startswith("cuda"),
             store_workers=room.store_workers,
         )

@@ -6,16 +6,25 @@ together: less memory means more slices, and every slice is another pass of the 
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import chain, pairwise
 
 from quantlib.errors import RecipeError
 from quantlib.job.bands import MAX_DIRECT_BATCHES
-from quantlib.job.memory_needs import block_needs, cell_needs
+from quantlib.job.memory_needs import (
+    UnitNeeds,
+    block_needs,
+    cell_needs,
+    head_needs,
+    prelude_needs,
+    unit_needs,
+    writing_needs,
+)
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import Groups, Plan
 from quantlib.units import format_bytes, parse_bytes
 
 # What is on the GPU where there is one; everything else is in the memory of its machine.
-_ON_DEVICE = ("block", "working", "statistics", "solve", "activations")
+_ON_DEVICE = ("block", "working", "statistics", "solve", "activations", "ends")
 # What goes from worker to worker: in an object store where there is one.
 _EXCHANGED = ("source", "packed", "codes", "sums", "merged sums")
 
@@ -77,10 +86,12 @@ class Surroundings:
         idle_bytes: Memory of a worker's process before any work.
         has_device: Whether a worker computes on a GPU with memory of its own.
         store_workers: How many share an object store; 0 where tensors are passed on within a process.
+        kept_bytes: Freed memory that a worker's process does not give back.
     """
 
     workers: int
     idle_bytes: int
+    kept_bytes: int = 0
     has_device: bool = False
     store_workers: int = 0
 
@@ -121,7 +132,8 @@ def plan_memory(plan: Plan, surroundings: Surroundings, budgets: Budgets) -> Mem
     """
     needs = _Needs(plan, surroundings)
     at_once = needs.peak(needs.unsliced(), pipelines=True, resident=needs.streams)
-    unsliced_bytes = sum(at_once.worker.values()) + sum(at_once.device.values()) - surroundings.idle_bytes
+    unsliced_bytes = sum(at_once.worker.values()) + sum(at_once.device.values())
+    unsliced_bytes -= surroundings.idle_bytes + surroundings.kept_bytes
     for slices, pipelines in _ways(needs, budgets):
         found = needs.peak(slices, pipelines=pipelines, resident=0)
         if found.fits(budgets):
@@ -186,6 +198,10 @@ class _Needs:
         self._num_merged = _num_merged(surroundings)
         self._begins_next = is_original and surroundings.workers > 1
         self._runs_quantized = plan.evaluation_digest is not None or not is_original
+        self._has_streams = plan.has_streams
+        self._prelude, self._head = prelude_needs(plan), head_needs(plan)
+        self._units = [] if plan.has_streams else unit_needs(plan)
+        self._writing = writing_needs(plan)
 
     def unsliced(self) -> Slices:
         """Every block in one slice."""
@@ -201,13 +217,15 @@ class _Needs:
 
     def peak(self, slices: Slices, *, pipelines: bool, resident: int) -> _Peak:
         """The fullest that every place gets."""
+        if not self._has_streams:
+            return self._worst(self._conversions(), 0)
         moments = (
             moment
             for number, passes in enumerate(slices)
             for groups in passes
             for moment in self._moments(number, groups, pipelines=pipelines)
         )
-        return self._worst(moments, resident)
+        return self._worst(chain(self._ends(), moments), resident)
 
     def _cut(self, number: int, budgets: Budgets) -> tuple[Groups, ...]:
         passes: list[Groups] = []
@@ -220,16 +238,33 @@ class _Needs:
             groups = (*groups, group)
         return (*passes, groups)
 
+    def _conversions(self) -> Iterator[dict[str, int]]:
+        """What is there while a unit without data is converted and the one before is written."""
+        for before, unit in pairwise([UnitNeeds(source=0, made=0, solve=0), *self._units]):
+            yield {"parts": unit.source, "made": before.made + unit.made, "solve": unit.solve}
+
+    def _ends(self) -> Iterator[dict[str, int]]:
+        """What is there before the blocks, while the first is fetched, and after them."""
+        for end, block in ((self._prelude, self._blocks[0].source), (self._head, 0)):
+            always = {"source": end.source + block, "writing": self._writing}
+            yield {**always, "reading": self._reading(end.source)}
+            yield {**always, "reading": self._reading(block), "ends": end.live, "working": end.working}
+
+    def _reading(self, source: int) -> int:
+        """Of tensors on their way from storage to an object store: a worker's part, in its own memory."""
+        return source // self._surroundings.workers if self._surroundings.store_workers else 0
+
     def _moments(self, number: int, groups: Groups, *, pipelines: bool) -> Iterator[dict[str, int]]:
         """What is there at a time while a slice of a block is summed, solved, and evaluated."""
         block = self._blocks[number]
         following = self._blocks[number + 1] if number + 1 < len(self._blocks) else None
-        always = {"source": block.source, "packed": block.packed}
+        always = {"source": block.source, "packed": block.packed, "writing": self._writing}
         ahead = {"block": 0, "statistics": 0, "working": 0}
         if pipelines:
             neighbours = [*self._blocks[max(0, number - 1) : number], *([following] if following else [])]
             always["source"] += sum(neighbour.source for neighbour in neighbours)
             always["packed"] += block.packed
+            always["reading"] = 0 if following is None else self._reading(following.source)
             if following is not None and self._begins_next:
                 statistics = sum(group.total + group.partial for group in following.groups)
                 ahead = {"block": following.live, "statistics": statistics, "working": self._working}
@@ -255,7 +290,7 @@ class _Needs:
         """A moment by the places where things are."""
         around = self._surroundings
         needs = {**moment, "activations": resident}
-        worker, device, store = {"idle": around.idle_bytes}, {}, {}
+        worker, device, store = {"idle": around.idle_bytes, "kept": around.kept_bytes}, {}, {}
         if around.has_device:
             worker["waiting activations"] = self.streams - resident
         for purpose, size in needs.items():
@@ -287,8 +322,8 @@ def _refusal(least: _Peak, budgets: Budgets) -> RecipeError:
         if limit is not None and sum(use.values()) > limit:
             purposes = ", ".join(f"{name} {format_bytes(size)}" for name, size in use.items() if size)
             return RecipeError(
-                f"{option} must be at least {format_bytes(sum(use.values()))} for one input group at a time"
-                f" ({purposes}), found {format_bytes(limit)}; allow that much, or use larger machines",
+                f"{option} must be at least {format_bytes(sum(use.values()))} with as little as possible at"
+                f" a time ({purposes}), found {format_bytes(limit)}; allow that much, or use larger machines",
                 option=option,
                 needed_bytes=sum(use.values()),
             )

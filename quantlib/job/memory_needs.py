@@ -1,4 +1,4 @@
-"""What the stages of a block take on one worker, in bytes, from shapes alone.
+"""What the stages of a job take on one worker, in bytes, from shapes alone.
 
 R rows (out features), C columns (in features).
 """
@@ -11,12 +11,19 @@ from quantlib.checkpoint.header import DTYPE_BYTES
 from quantlib.checkpoint.layout import spec_bytes
 from quantlib.job.activations import CALIBRATION, EVALUATION, cells_of
 from quantlib.job.group_tiles import group_tiles
-from quantlib.job.plan import BlockPlan, LinearPlan, Plan
+from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec
+from quantlib.panels import panel_shapes
 from quantlib.row_tiles import device_type_of, tile_height, tile_rows
 
 _WIDE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Hidden states, and outputs of the widest linears, that a forward holds at a time.
 _HIDDEN_COPIES, _WIDEST_COPIES = 4, 4
+# fp32 logits held at a time while scoring: many rows make a fast product.
+LOGITS_BYTES = 64 << 20
+# What a client of S3 holds of a shard that it writes (quantlib/storage/README.md).
+_WRITTEN_BYTES = 160 << 20
+# Parts of a unit without data that are there at a time; see `quantlib.unit_converter`.
+_PARTS_AT_A_TIME = 3
 # A solve holds a row tile in fp32 and so many buffers of its size; a factor takes a little more than its size
 # while it is made.
 _TILE_BUFFERS, _FACTOR_SIZES = 3, 1.3
@@ -29,12 +36,14 @@ class GroupNeeds:
     Attributes:
         total: Exact sums over cells.
         partial: What one cell adds to them.
+        source: Weights as they are stored.
         solve: Hessian, factor, a row tile in fp32 with its buffers, and codes.
         codes: On their way to whoever packs; 0 of a group that is one tile.
     """
 
     total: int
     partial: int
+    source: int
     solve: int
     codes: int
 
@@ -64,11 +73,41 @@ class CellNeeds:
 
     Attributes:
         streams: All streams of a worker's share of the cells.
-        working: What a forward of one cell takes.
+        working: What a forward of one cell takes: its hidden states before and after, and one batch.
     """
 
     streams: int
     working: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EndNeeds:
+    """Of what stands before the blocks, or after them.
+
+    Attributes:
+        source: Tensors as they are stored.
+        live: Those that are run, in the dtype they are run in.
+        working: Hidden states of a cell, and logits.
+    """
+
+    source: int
+    live: int
+    working: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitNeeds:
+    """Of a unit without data.
+
+    Attributes:
+        source: Parts of the source that are there at a time.
+        made: All that is written.
+        solve: Of the input group that takes most.
+    """
+
+    source: int
+    made: int
+    solve: int
 
 
 def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
@@ -91,6 +130,7 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
                 [quantized[name] for name in names],
                 plan,
                 [tile_rows(tile.runs) for tile in tiles[n]],
+                stored,
                 is_centered=n in block.centered_groups,
             )
             for n, names in enumerate(block.input_groups)
@@ -101,24 +141,100 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
 def cell_needs(plan: Plan, num_workers: int) -> CellNeeds:
     """What cells take on the worker that has most of them."""
     wide = _WIDE_BYTES[plan.compute_dtype]
-    hidden = plan.blocks[0].linears[0].columns
-    streams = {CALIBRATION: 1 + plan.options["correct_targets"], EVALUATION: 2}
+    hidden, length = plan.blocks[0].linears[0].columns, plan.options["sequence_length"]
+    corrects: bool = plan.options["correct_targets"]
+    streams = {CALIBRATION: 1 + corrects, EVALUATION: 2}
     rows = {CALIBRATION: plan.options["sequences"], EVALUATION: plan.options["evaluation_sequences"]}
-    share, tokens = 0, 0
+    share, cell, batch = 0, 0, 0
     for corpus, keys in cells_of(plan).items():
         if keys:
-            cell = min(rows[corpus], plan.sequences_per_cell) * plan.options["sequence_length"]
-            tokens = max(tokens, cell)
-            share += streams[corpus] * math.ceil(len(keys) / num_workers) * cell
+            rows_of_cell = min(rows[corpus], plan.sequences_per_cell)
+            cell = max(cell, rows_of_cell * length)
+            batch = max(batch, min(rows_of_cell, plan.sequences_per_batch) * length)
+            share += streams[corpus] * math.ceil(len(keys) / num_workers) * rows_of_cell * length
     widest = max(linear.rows for block in plan.blocks for linear in block.linears)
+    forward = batch * (_HIDDEN_COPIES * hidden + _WIDEST_COPIES * widest)
+    # What all groups read in the reference stream is kept until they read the other one.
+    forward += corrects * batch * max(_columns_read(block) for block in plan.blocks)
     return CellNeeds(
-        streams=share * hidden * wide,
-        working=tokens * wide * (_HIDDEN_COPIES * hidden + _WIDEST_COPIES * widest),
+        streams=share * hidden * wide, working=wide * ((2 + 2 * corrects) * cell * hidden + forward)
     )
 
 
+def _columns_read(block: BlockPlan) -> int:
+    columns = {linear.name: linear.columns for linear in block.linears}
+    return sum(columns[group[0]] for group in block.input_groups)
+
+
+def prelude_needs(plan: Plan) -> EndNeeds:
+    """What embedding takes, and the tensors that are written along with it."""
+    return EndNeeds(
+        source=_source_bytes(plan, "prelude", plan.prelude_tensors),
+        live=_num_values(plan, plan.prelude_tensors) * _WIDE_BYTES[plan.compute_dtype],
+        working=2 * _cell_bytes(plan),
+    )
+
+
+def head_needs(plan: Plan) -> EndNeeds:
+    """What scoring takes, if there is evaluation text, and the tensors that are written along with it."""
+    if plan.evaluation_digest is None:
+        return EndNeeds(source=_source_bytes(plan, "tail", ()), live=0, working=0)
+    specs = _specs(plan)
+    vocabulary = max(specs[name].shape[0] for name in plan.tail_tensors)
+    return EndNeeds(
+        source=_source_bytes(plan, "tail", plan.tail_tensors),
+        live=4 * _num_values(plan, plan.tail_tensors),
+        working=2 * _cell_bytes(plan)
+        + min(LOGITS_BYTES, 2 * 4 * vocabulary * plan.options["sequence_length"]),
+    )
+
+
+def unit_needs(plan: Plan) -> list[UnitNeeds]:
+    """What units take that are converted without data, in order."""
+    blocks = {block.index: block_needs(plan, block) for block in plan.blocks}
+    found = []
+    for unit in plan.units:
+        made = sum(spec_bytes(spec) for spec in unit.tensors)
+        if unit.block is None:
+            # What is copied is written from where it was read to.
+            found.append(UnitNeeds(source=0, made=made, solve=0))
+            continue
+        block = blocks[unit.block]
+        largest = sorted((group.source for group in block.groups), reverse=True)[:_PARTS_AT_A_TIME]
+        solve = max((group.solve for group in block.groups), default=0)
+        found.append(UnitNeeds(source=sum(largest), made=made, solve=solve))
+    return found
+
+
+def writing_needs(plan: Plan) -> int:
+    """What a storage client holds of the shard that it writes; local files are written as they are."""
+    largest = max(sum(spec_bytes(spec) for spec in unit.tensors) for unit in plan.units)
+    return min(_WRITTEN_BYTES, largest) if plan.output.startswith("s3://") else 0
+
+
+def _cell_bytes(plan: Plan) -> int:
+    """Hidden states of one stream of a cell."""
+    tokens = plan.sequences_per_cell * plan.options["sequence_length"]
+    return tokens * plan.blocks[0].linears[0].columns * _WIDE_BYTES[plan.compute_dtype]
+
+
+def _specs(plan: Plan) -> dict[str, TensorSpec]:
+    return {spec.name: spec for unit in plan.units for spec in unit.tensors}
+
+
+def _num_values(plan: Plan, names: Sequence[str]) -> int:
+    specs = _specs(plan)
+    return sum(math.prod(specs[name].shape) for name in names)
+
+
+def _source_bytes(plan: Plan, stage: str, used: Sequence[str]) -> int:
+    specs = _specs(plan)
+    copied = {name for unit in plan.units if unit.stage == stage for name in unit.copied}
+    return sum(spec_bytes(specs[name]) for name in copied.union(used))
+
+
 def _group_needs(
-    linears: Sequence[LinearPlan], plan: Plan, tiles: Sequence[int], *, is_centered: bool
+    linears: Sequence[LinearPlan], plan: Plan, tiles: Sequence[int], stored: int, *, is_centered: bool
 ) -> GroupNeeds:
     """Of linears that are solved in tiles of so many rows."""
     columns, rows = linears[0].columns, sum(linear.rows for linear in linears)
@@ -129,14 +245,15 @@ def _group_needs(
         # The weights once more in fp32, from which a bias is found.
         solve += 4 * rows * columns
     if plan.calibration_digest is None:
-        return GroupNeeds(total=0, partial=0, solve=solve, codes=codes)
+        return GroupNeeds(total=0, partial=0, source=rows * columns * stored, solve=solve, codes=codes)
     square = (columns + is_centered) ** 2
-    panel = 128 * max(1, math.ceil(columns / 2048)) * columns
+    lower = sum(math.prod(shape) for shape in panel_shapes(columns + is_centered, is_whole=False))
     crosses: bool = plan.options["correct_targets"]
     return GroupNeeds(
-        # int64: of X^T X a little more than the lower triangle, of X_ref^T X all.
-        total=4 * (square + panel) + 8 * square * crosses,
-        partial=4 * square * (1 + crosses),
+        # int64, and fp32: of X^T X a little more than the lower triangle, of X_ref^T X all.
+        total=8 * (lower + square * crosses),
+        partial=4 * (lower + square * crosses),
+        source=rows * columns * stored,
         # Corrected targets need a factor of their own, and the product that they are corrected by.
         solve=solve + int((1 + _FACTOR_SIZES) * 4 * square) + 8 * square * crosses,
         codes=codes,

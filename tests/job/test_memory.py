@@ -8,9 +8,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantlib.checkpoint.layout import spec_bytes
 from quantlib.errors import RecipeError
 from quantlib.job.memory import Budgets, MemoryPlan, Room, Surroundings, budgets_from, plan_memory
-from quantlib.job.memory_needs import block_needs, cell_needs
+from quantlib.job.memory_needs import (
+    block_needs,
+    cell_needs,
+    head_needs,
+    prelude_needs,
+    unit_needs,
+    writing_needs,
+)
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan
 from quantlib.job.planner import build_plan
 from quantlib.schemes import scheme_from_name
@@ -27,7 +35,7 @@ def tiny(tmp_path_factory) -> Plan:
 
 def _with_blocks(plan: Plan, shapes: list[list[tuple[int, int]]], propagation: str) -> Plan:
     """The same job over blocks of one linear a group, of these rows and columns."""
-    blocks, units = [], []
+    blocks, units = [], [unit for unit in plan.units if unit.stage != "block"]
     for index, linears in enumerate(shapes):
         names = [f"model.layers.{index}.l{number}" for number in range(len(linears))]
         block = BlockPlan(
@@ -133,7 +141,8 @@ def test_needs_of_a_block_from_its_shapes(tiny):
     assert (needs.live, needs.levels) == (4 * 96 * 64, 4 * 96 * 64)
     group = needs.groups[0]
     assert group.partial == 4 * 64 * 64
-    assert group.total >= 8 * 64 * 65 / 2
+    assert group.total == 2 * group.partial
+    assert group.source == 2 * 96 * 64
     assert group.solve >= 8 * 64 * 64 + 4 * 96 * 64
     rows, length, cells = plan.options["sequences"], plan.options["sequence_length"], plan.sequences_per_cell
     held_out = plan.options["evaluation_sequences"]
@@ -145,6 +154,61 @@ def test_needs_of_a_block_from_its_shapes(tiny):
         math.ceil(rows / 2) + 2 * math.ceil(held_out / 2)
     )
     assert cell_needs(many, 1000).streams == 4 * 64 * length * 2 * 3
+
+
+def test_working_of_a_batch_beside_the_cell_it_is_of(tiny):
+    plan = dataclasses.replace(_with_blocks(tiny, [[(96, 64)]], "original"), sequences_per_cell=8)
+    length = plan.options["sequence_length"]
+    needs = [
+        cell_needs(dataclasses.replace(plan, sequences_per_batch=rows), 1).working for rows in (1, 3, 99)
+    ]
+    assert needs[1] - needs[0] == 2 * length * 4 * (4 * 64 + 4 * 96)
+    # No batch is larger than its cell.
+    assert needs[2] - needs[0] == 7 * length * 4 * (4 * 64 + 4 * 96)
+    assert needs[0] == length * 4 * (4 * 64 + 4 * 96) + 2 * 8 * length * 64 * 4
+
+
+def test_ends_take_their_tensors_as_stored_and_as_run(tiny):
+    """Vocabulary 96, hidden 64, bf16 source, fp32 streams; the model has a head of its own."""
+    cell = 4 * tiny.sequences_per_cell * 32 * 64
+    prelude, head = prelude_needs(tiny), head_needs(tiny)
+    assert (prelude.source, prelude.live, prelude.working) == (2 * 96 * 64, 4 * 96 * 64, 2 * cell)
+    norm = 64
+    assert (head.source, head.live) == (2 * (96 * 64 + norm), 4 * (96 * 64 + norm))
+    assert head.working == 2 * cell + 2 * 4 * 96 * 32
+    unscored = head_needs(dataclasses.replace(tiny, evaluation_digest=None))
+    assert (unscored.source, unscored.live, unscored.working) == (head.source, 0, 0)
+
+
+def test_embedding_that_outgrows_all_blocks_is_planned_for(tiny):
+    def grown(unit):
+        specs = tuple(dataclasses.replace(spec, shape=(10**6, 64)) for spec in unit.tensors)
+        return dataclasses.replace(unit, tensors=specs) if unit.stage == "prelude" else unit
+
+    plan = dataclasses.replace(tiny, units=tuple(map(grown, tiny.units)))
+    found = plan_memory(plan, Surroundings(workers=1, idle_bytes=0), Budgets())
+    assert found.worker["ends"] == 4 * 10**6 * 64
+
+
+def test_units_without_data_have_no_block_live(tiny):
+    """Rounding holds three parts of a block, and two shards; nothing is run."""
+    none = {"calibration_digest": None, "evaluation_digest": None}
+    plan = dataclasses.replace(tiny, **none)
+    found = plan_memory(plan, _AROUND[0], Budgets()).worker
+    assert not {"block", "working", "statistics", "activations"} & {
+        name for name, size in found.items() if size
+    }
+    needs = unit_needs(plan)
+    pairs = zip([0, *(unit.made for unit in needs)], needs, strict=False)
+    worst = max(before + unit.made + unit.source + unit.solve for before, unit in pairs)
+    assert sum(found.values()) == _AROUND[0].idle_bytes + worst
+
+
+def test_shard_on_its_way_to_s3_is_held_by_the_client(tiny):
+    assert writing_needs(tiny) == 0
+    far = dataclasses.replace(tiny, output="s3://models/quantized")
+    largest = max(sum(spec_bytes(spec) for spec in unit.tensors) for unit in tiny.units)
+    assert writing_needs(far) == largest
 
 
 def test_budgets_are_those_of_the_request_before_those_of_the_machine(tmp_path):
