@@ -47,11 +47,18 @@ from quantlib.memory_watch import (
     peak_memory_bytes,
     watch_memory,
 )
+from quantlib.model.late_weights import LateWeight, stored_weight
 from quantlib.model.skeleton import OuterModel, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
-from quantlib.steps import dequantized_weights, score_streams, stream_error
+from quantlib.steps import (
+    corrected_biases,
+    dequantized_weights,
+    late_levels,
+    score_streams,
+    stream_error,
+)
 from quantlib.storage import join_uri, open_store
 from quantlib.stream_shelf import Shelf
 from quantlib.sum_exchange import SumExchange
@@ -102,12 +109,19 @@ class BlockRunner:
             self._prepared = None
             return planner.begin(prepared, options)
 
-    def open(self, plan: Plan, run_id: str | None = None, activation_bytes: int | None = None) -> None:
+    def open(
+        self,
+        plan: Plan,
+        run_id: str | None = None,
+        activation_bytes: int | None = None,
+        has_late_weights: bool = False,
+    ) -> None:
         """Take up a plan.
 
         Args:
             run_id: The run that holds the lease of the work prefix; it is checked before a unit is recorded.
             activation_bytes: What of the streams may be in memory; None for all.
+            has_late_weights: Whether the linears of a live block make their weights when they run.
 
         Raises:
             PlanMismatchError: This worker's device is of another kind than the plan's, which is not allowed.
@@ -118,7 +132,7 @@ class BlockRunner:
         torch.set_num_threads(1 if is_light else plan.threads)
         if plan.options["worker_memory"] is not None:
             give_back_what_is_freed()
-        self._run_id = run_id
+        self._run_id, self._has_late_weights = run_id, has_late_weights
         self._plan = plan
         self._units = {unit.name: unit for unit in plan.units}
         self._device = torch.device("cuda" if plan.device_kind.startswith("cuda") else "cpu")
@@ -233,17 +247,23 @@ class BlockRunner:
         """Make a block live on the device, in place of the one before."""
         with self._computing("load"):
             self._modules.pop(_ORIGINAL, None)
-            module = self._skeleton.build_block(block, _merged(parts), dtype=self._dtype, device=self._device)
-            self._modules[_ORIGINAL] = (block, module)
+            tensors = _merged(parts)
+            late = self._stored_weights(block, tensors) if self._has_late_weights else {}
+            self._modules[_ORIGINAL] = (block, self._built(block, tensors, late))
 
     def load_quantized(self, block: int, parts: Sequence[Tensors], packed: Sequence[Tensors]) -> None:
         """Make a block live as it was packed, in place of the one before."""
         with self._computing("load"):
             self._modules.pop(_QUANTIZED, None)
-            tensors = _merged(parts)
-            tensors |= dequantized_weights(self._plan.blocks[block], _merged(packed), self._packer)
-            module = self._skeleton.build_block(block, tensors, dtype=self._dtype, device=self._device)
-            self._modules[_QUANTIZED] = (block, module)
+            plan, tensors, made = self._plan.blocks[block], _merged(parts), _merged(packed)
+            late: dict[str, LateWeight] = {}
+            if self._has_late_weights:
+                late = self._stored_weights(block, tensors)
+                late |= late_levels(plan, made, self._packer, self._device)
+            else:
+                tensors |= dequantized_weights(plan, made, self._packer)
+            tensors |= corrected_biases(plan, made)
+            self._modules[_QUANTIZED] = (block, self._built(block, tensors, late))
 
     def unload(self, block: int) -> None:
         """Have a block live no longer."""
@@ -480,6 +500,14 @@ class BlockRunner:
                 yield
             finally:
                 give_back_free_memory()
+
+    def _stored_weights(self, block: int, tensors: Tensors) -> dict[str, LateWeight]:
+        names = [f"{linear.name}.weight" for linear in self._plan.blocks[block].linears]
+        return {name: stored_weight(tensors[name]) for name in names}
+
+    def _built(self, block: int, tensors: Tensors, late: Mapping[str, LateWeight]) -> nn.Module:
+        kind = {"dtype": self._dtype, "device": self._device}
+        return self._skeleton.build_block(block, tensors, late=late, **kind)
 
     def _module(self, kind: str, block: int) -> nn.Module:
         loaded, module = self._modules[kind]

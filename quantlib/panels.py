@@ -1,7 +1,10 @@
-"""How the rows of a square sum are cut into panels: a function of its size alone."""
+"""How rows are cut, of a square sum into panels and of a weight into runs: functions of their size alone."""
 
 import math
 from collections.abc import Iterator
+
+# A run of a weight of 16384 columns is 268 MB in fp32.
+WEIGHT_ROWS = 4096
 
 
 def panels_of(columns: int) -> Iterator[tuple[int, int]]:
@@ -24,3 +27,12 @@ def panel_shapes(columns: int, *, is_whole: bool) -> list[tuple[int, int]]:
     [(128, 128), (128, 256), (44, 300)]
     """
     return [(end - start, columns if is_whole else end) for start, end in panels_of(columns)]
+
+
+def weight_runs(rows: int) -> list[slice]:
+    """Rows of a weight that are multiplied at a time.
+
+    >>> weight_runs(5000)
+    [slice(0, 4096, None), slice(4096, 5000, None)]
+    """
+    return [slice(start, min(start + WEIGHT_ROWS, rows)) for start in range(0, rows, WEIGHT_ROWS)]

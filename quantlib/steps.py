@@ -5,7 +5,7 @@ B sequences, T positions, D hidden, C columns, V vocabulary. Nothing here knows 
 
 import dataclasses
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from quantlib.job.plan import BlockPlan
 from quantlib.methods.bias_correction import exact_bias
 from quantlib.methods.contracts import LinearResult
 from quantlib.methods.measures import error_energy, share, weight_energy
+from quantlib.model.late_weights import LateWeight
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
 
@@ -184,17 +185,33 @@ def correct_bias(
 def dequantized_weights(
     plan: BlockPlan, packed: Mapping[str, torch.Tensor], packer: PackingFormat
 ) -> dict[str, torch.Tensor]:
-    """Weight name -> fp32 levels [R, C] of a block's quantized linears, and their biases where corrected.
-
-    All are read from the packed tensors.
-    """
-    levels = {
+    """Weight name -> fp32 levels [R, C] of a block's quantized linears, read from the packed tensors."""
+    return {
         f"{linear.name}.weight": packer.unpack(linear.name, packed, linear.scheme).dequantize()
         for linear in plan.linears
         if linear.scheme is not None
     }
-    biases = [f"{linear.name}.bias" for linear in plan.linears if linear.corrects_bias]
-    return levels | {name: packed[name] for name in biases}
+
+
+def late_levels(
+    plan: BlockPlan, packed: Mapping[str, torch.Tensor], packer: PackingFormat, device: torch.device
+) -> dict[str, LateWeight]:
+    """The same weights, unpacked only while a linear runs."""
+
+    def late(linear: LinearPlan, scheme: WeightScheme) -> LateWeight:
+        def begin() -> Callable[[slice], torch.Tensor]:
+            names = [name for name in packer.packed_names(linear.name) if name in packed]
+            quantized = packer.unpack(linear.name, {n: packed[n].to(device) for n in names}, scheme)
+            return lambda rows: quantized.rows(rows).dequantize()
+
+        return LateWeight(shape=(linear.rows, linear.columns), begin=begin)
+
+    return {f"{x.name}.weight": late(x, x.scheme) for x in plan.linears if x.scheme is not None}
+
+
+def corrected_biases(plan: BlockPlan, packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Those that go with the codes, by name."""
+    return {f"{x.name}.bias": packed[f"{x.name}.bias"] for x in plan.linears if x.corrects_bias}
 
 
 def stream_error(original_BTD: torch.Tensor, quantized_BTD: torch.Tensor) -> dict[str, float]:

@@ -123,7 +123,7 @@ class Crew:
         self._plan = (plan, run_id)
         memory = self._memory
         assert memory is not None, "prepare(options) comes first"
-        self._all("open", plan, run_id, memory.activation_bytes)
+        self._all("open", plan, run_id, memory.activation_bytes, memory.has_late_weights)
         self._job = _Job(self._transport, plan, run_id, memory)
         self._job.employ(self._transport.workers)
 
@@ -182,7 +182,8 @@ class Crew:
             some worker was lost meanwhile, perhaps an old one, others may come in their place.
         """
         job, came, problems = self._opened, self._transport.newcomers(), []
-        calls: list[tuple[Any, ...]] = [("open", job.plan, job.run_id, job.memory.activation_bytes)]
+        given = (job.memory.activation_bytes, job.memory.has_late_weights)
+        calls: list[tuple[Any, ...]] = [("open", job.plan, job.run_id, *given)]
         if came and job.plan.has_streams:
             calls.append(("embed", job.parts.read(job.plan.prelude_tensors), []))
         for call in calls:

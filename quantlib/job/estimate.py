@@ -59,6 +59,7 @@ def describe_plan(
         },
         "most_slices": max(len(passes) for passes in memory.slices),
         "one_block_at_a_time": not memory.pipelines,
+        "late_weights": memory.has_late_weights,
         "waiting_activations_bytes": memory.waiting_bytes,
         "rough_seconds": flops / flops_per_second / num_workers,
         "identity": plan.identity(),
@@ -94,6 +95,7 @@ def _memory_lines(described: dict[str, Any]) -> list[str]:
         parts = ", ".join(f"{name} {_mb(size)}" for name, size in needs.items())
         lines += [f"memory of {words} at most about {_mb(sum(needs.values()))}: {parts}"] * bool(needs)
     measures = ["one block at a time"] * described["one_block_at_a_time"]
+    measures += ["weights made as a linear runs"] * described["late_weights"]
     if described["waiting_activations_bytes"]:
         measures.append(f"{_mb(described['waiting_activations_bytes'])} of activations wait outside")
     if described["most_slices"] > 1:

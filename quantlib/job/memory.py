@@ -103,6 +103,7 @@ class MemoryPlan:
     Attributes:
         slices: Of every block, in order; the streams go on with the last.
         pipelines: Whether the next block is fetched and begun while one is still worked on and written.
+        has_late_weights: Whether the linears of a live block make their weights only when they run.
         activation_bytes: What the streams of a worker may take of its memory, or of its GPU; None for all.
         waiting_bytes: What is thus left of them to wait on disk, or beside a GPU in its machine's memory.
         worker: Purpose -> bytes of a worker's process when it needs most.
@@ -113,6 +114,7 @@ class MemoryPlan:
 
     slices: Slices
     pipelines: bool = True
+    has_late_weights: bool = False
     activation_bytes: int | None = None
     waiting_bytes: int = 0
     worker: Mapping[str, int]
@@ -124,25 +126,26 @@ class MemoryPlan:
 def plan_memory(plan: Plan, surroundings: Surroundings, budgets: Budgets) -> MemoryPlan:
     """The least frugal way in which a job fits.
 
-    First streams leave memory, then one block is worked on at a time, then its input groups are cut into
-    slices.
+    First streams leave memory, then one block is worked on at a time, then its linears make their weights as
+    they run, then its input groups are cut into slices.
 
     Raises:
         RecipeError: A budget is too small for one input group alone; says what would do.
     """
     needs = _Needs(plan, surroundings)
-    at_once = needs.peak(needs.unsliced(), pipelines=True, resident=needs.streams)
+    at_once = needs.peak(needs.unsliced(), pipelines=True, is_late=False, resident=needs.streams)
     unsliced_bytes = sum(at_once.worker.values()) + sum(at_once.device.values())
     unsliced_bytes -= surroundings.idle_bytes + surroundings.kept_bytes
-    for slices, pipelines in _ways(needs, budgets):
-        found = needs.peak(slices, pipelines=pipelines, resident=0)
+    for slices, pipelines, is_late in _ways(needs, budgets):
+        found = needs.peak(slices, pipelines=pipelines, is_late=is_late, resident=0)
         if found.fits(budgets):
             room = found.room(budgets)
             resident = needs.streams if room is None else min(room, needs.streams)
-            found = needs.peak(slices, pipelines=pipelines, resident=resident)
+            found = needs.peak(slices, pipelines=pipelines, is_late=is_late, resident=resident)
             return MemoryPlan(
                 slices=slices,
                 pipelines=pipelines,
+                has_late_weights=is_late,
                 activation_bytes=room,
                 waiting_bytes=needs.streams - resident,
                 worker=found.worker,
@@ -150,13 +153,17 @@ def plan_memory(plan: Plan, surroundings: Surroundings, budgets: Budgets) -> Mem
                 store=found.store,
                 unsliced_bytes=unsliced_bytes,
             )
-    raise _refusal(needs.peak(needs.single_groups(), pipelines=False, resident=0), budgets)
+    raise _refusal(
+        needs.peak(needs.single_groups(), pipelines=False, is_late=needs.late_helps, resident=0), budgets
+    )
 
 
-def _ways(needs: "_Needs", budgets: Budgets) -> Iterator[tuple[Slices, bool]]:
-    yield needs.unsliced(), True
-    yield needs.unsliced(), False
-    yield needs.cut(budgets), False
+def _ways(needs: "_Needs", budgets: Budgets) -> Iterator[tuple[Slices, bool, bool]]:
+    """Slices, whether blocks overlap, whether weights are late; the next is asked for if one does not fit."""
+    yield needs.unsliced(), True, False
+    yield needs.unsliced(), False, False
+    yield needs.unsliced(), False, needs.late_helps
+    yield needs.cut(budgets), False, needs.late_helps
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,6 +199,8 @@ class _Needs:
     def __init__(self, plan: Plan, surroundings: Surroundings) -> None:
         self._surroundings = surroundings
         self._blocks = [block_needs(plan, block) for block in plan.blocks]
+        # Of few linears that are alike, one as it runs may take more than all of them made beforehand.
+        self.late_helps = all(block.late < block.live for block in self._blocks)
         cells = cell_needs(plan, surroundings.workers)
         self.streams, self._working = cells.streams, cells.working
         is_original = plan.options["propagation"] == "original"
@@ -215,7 +224,7 @@ class _Needs:
         """Every block in as few slices as fit, in the order of its input groups."""
         return tuple(self._cut(number, budgets) for number in range(len(self._blocks)))
 
-    def peak(self, slices: Slices, *, pipelines: bool, resident: int) -> _Peak:
+    def peak(self, slices: Slices, *, pipelines: bool, is_late: bool, resident: int) -> _Peak:
         """The fullest that every place gets."""
         if not self._has_streams:
             return self._worst(self._conversions(), 0)
@@ -223,7 +232,7 @@ class _Needs:
             moment
             for number, passes in enumerate(slices)
             for groups in passes
-            for moment in self._moments(number, groups, pipelines=pipelines)
+            for moment in self._moments(number, groups, pipelines=pipelines, is_late=is_late)
         )
         return self._worst(chain(self._ends(), moments), resident)
 
@@ -231,7 +240,7 @@ class _Needs:
         passes: list[Groups] = []
         groups: Groups = ()
         for group in range(len(self._blocks[number].groups)):
-            moments = self._moments(number, (*groups, group), pipelines=False)
+            moments = self._moments(number, (*groups, group), pipelines=False, is_late=self.late_helps)
             if groups and not self._worst(moments, 0).fits(budgets):
                 passes.append(groups)
                 groups = ()
@@ -254,7 +263,9 @@ class _Needs:
         """Of tensors on their way from storage to an object store: a worker's part, in its own memory."""
         return source // self._surroundings.workers if self._surroundings.store_workers else 0
 
-    def _moments(self, number: int, groups: Groups, *, pipelines: bool) -> Iterator[dict[str, int]]:
+    def _moments(
+        self, number: int, groups: Groups, *, pipelines: bool, is_late: bool
+    ) -> Iterator[dict[str, int]]:
         """What is there at a time while a slice of a block is summed, solved, and evaluated."""
         block = self._blocks[number]
         following = self._blocks[number + 1] if number + 1 < len(self._blocks) else None
@@ -271,13 +282,14 @@ class _Needs:
         mine = [block.groups[group] for group in groups]
         totals = sum(group.total for group in mine)
         partials = sum(group.partial for group in mine)
-        yield {**always, "block": block.live, "working": self._working, "statistics": totals + partials}
+        live = block.late if is_late else block.live
+        yield {**always, "block": live, "working": self._working, "statistics": totals + partials}
         solve = max((group.solve for group in mine), default=0)
         sums = {"sums": totals, "merged sums": totals * self._num_merged}
         codes = sum(group.codes for group in mine)
         yield {**always, **ahead, **sums, "codes": codes, "solve": solve}
         if self._runs_quantized:
-            made = block.live + block.levels + ahead["block"]
+            made = live + (0 if is_late else block.levels) + ahead["block"]
             yield {**always, **ahead, "block": made, "working": self._working}
 
     def _worst(self, moments: Iterable[dict[str, int]], resident: int) -> _Peak:

@@ -12,7 +12,7 @@ from quantlib.checkpoint.layout import spec_bytes
 from quantlib.job.activations import CALIBRATION, EVALUATION, cells_of
 from quantlib.job.group_tiles import group_tiles
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec
-from quantlib.panels import panel_shapes
+from quantlib.panels import WEIGHT_ROWS, panel_shapes
 from quantlib.row_tiles import device_type_of, tile_height, tile_rows
 
 _WIDE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -24,6 +24,8 @@ LOGITS_BYTES = 64 << 20
 _WRITTEN_BYTES = 160 << 20
 # Parts of a unit without data that are there at a time; see `quantlib.unit_converter`.
 _PARTS_AT_A_TIME = 3
+# A code while it is unpacked: a byte, a copy of its word, and what one of several passes makes of it.
+_CODE_BYTES = 2.5
 # A solve holds a row tile in fp32 and so many buffers of its size; a factor takes a little more than its size
 # while it is made.
 _TILE_BUFFERS, _FACTOR_SIZES = 3, 1.3
@@ -55,6 +57,7 @@ class BlockNeeds:
     Attributes:
         source: Tensors as they are stored.
         live: Weights in the dtype of the streams.
+        late: The same where linears make their weights when they run: one run of rows, and codes, at a time.
         levels: Dequantized weights, from which a block is made live as it was packed.
         packed: Tensors that take the place of source tensors in the shard.
         groups: Of its input groups.
@@ -62,6 +65,7 @@ class BlockNeeds:
 
     source: int
     live: int
+    late: int
     levels: int
     packed: int
     groups: tuple[GroupNeeds, ...]
@@ -120,10 +124,13 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
     tiles = group_tiles(block, device_type_of(plan.device_kind))
     elements = sum(linear.rows * linear.columns for linear in quantized.values())
     others = sum(math.prod(spec.shape) for spec in copied)
+    wide = _WIDE_BYTES[plan.compute_dtype]
     return BlockNeeds(
         source=elements * stored + sum(spec_bytes(spec) for spec in copied),
-        live=(elements + others) * _WIDE_BYTES[plan.compute_dtype],
-        levels=elements * 4,
+        live=(elements + others) * wide,
+        late=others * wide + max((_late_bytes(linear, wide) for linear in block.linears), default=0),
+        # On a CPU they are the weights themselves where a block is run in fp32.
+        levels=0 if wide == 4 and plan.device_kind.startswith("cpu") else elements * 4,
         packed=sum(spec_bytes(spec) for spec in made),
         groups=tuple(
             _group_needs(
@@ -231,6 +238,12 @@ def _source_bytes(plan: Plan, stage: str, used: Sequence[str]) -> int:
     specs = _specs(plan)
     copied = {name for unit in plan.units if unit.stage == stage for name in unit.copied}
     return sum(spec_bytes(specs[name]) for name in copied.union(used))
+
+
+def _late_bytes(linear: LinearPlan, wide: int) -> int:
+    run = min(linear.rows, WEIGHT_ROWS) * linear.columns
+    # Its levels, and where they are not run in fp32 what becomes of them; codes of a byte, and their words.
+    return run * (4 + wide * (wide != 4)) + int(_CODE_BYTES * linear.rows * linear.columns)
 
 
 def _group_needs(

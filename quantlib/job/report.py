@@ -162,7 +162,7 @@ def _calibration(plan: Plan, excluded_rows: Sequence[int]) -> dict[str, Any] | N
 
 def _memory(planned: Mapping[str, Any], telemetry: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What was planned beside what every worker took at most."""
-    named = ("pipelines", "worker", "device", "store", "unsliced_bytes")
+    named = ("pipelines", "has_late_weights", "worker", "device", "store", "unsliced_bytes")
     measured = ("peak_memory_bytes", "peak_device_bytes", "waiting_on_disk_bytes")
     return {
         "planned": {name: planned[name] for name in named},

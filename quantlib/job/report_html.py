@@ -228,6 +228,7 @@ def _memory(report: Mapping[str, Any]) -> str:
             "read from storage": figures.size(moved.get("read")),
             "written to storage": figures.size(moved.get("written")),
             "planned for": ", ".join(f"{name} {figures.size(size)}" for name, size in planned.items()),
+            "weights made only while a linear runs": _late_weights(report),
             "passes of the cells through a block": figures.count(
                 figures.part(report.get("memory"), "most_slices")
             ),
@@ -235,6 +236,11 @@ def _memory(report: Mapping[str, Any]) -> str:
     )
     top = max((peak for _, peak, _ in bars), default=0)
     return _section("Peak memory and traffic", f"{_bars(bars, top)}<p></p>{facts}")
+
+
+def _late_weights(report: Mapping[str, Any]) -> str | None:
+    is_late = figures.part(figures.part(report.get("memory"), "planned"), "has_late_weights")
+    return None if is_late is None else "yes" if is_late else "no"
 
 
 def _fallbacks(report: Mapping[str, Any]) -> str:

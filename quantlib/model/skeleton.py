@@ -8,6 +8,7 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from quantlib.errors import CheckpointError
 from quantlib.model.block_inputs import BlockInputs, run_block
 from quantlib.model.block_spec import BlockSpec, LinearSpec, describe_block, refuse_unhandled
 from quantlib.model.families import open_config
+from quantlib.model.late_weights import LateWeight, put_late_, run_in_parts_
 from quantlib.model.materialize import Slot, copy_module, fill_
 from quantlib.model.meta_model import build_meta_model, find_blocks, restore_buffers_
 from quantlib.model.outer import OuterModel
@@ -60,16 +62,23 @@ class Skeleton:
         return self._specs[i]
 
     def build_block(
-        self, i: int, tensors: Mapping[str, torch.Tensor], *, dtype: torch.dtype, device: torch.device | str
+        self,
+        i: int,
+        tensors: Mapping[str, torch.Tensor],
+        *,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        late: Mapping[str, LateWeight] = MappingProxyType({}),
     ) -> nn.Module:
         """Block ``i``, live, in eval mode, without gradients.
 
         Args:
             i: Which block.
-            tensors: Checkpoint name -> tensor, at least all of ``block_spec(i).tensors``. They are cast to
-                ``dtype`` and moved where necessary; otherwise the block shares their memory.
+            tensors: Checkpoint name -> tensor, at least all of ``block_spec(i).tensors`` that are not late.
+                They are cast to ``dtype`` and moved where necessary; otherwise the block shares their memory.
             dtype: Of the parameters.
             device: Where they go.
+            late: Checkpoint name -> weight of a linear that is made only while the linear runs.
 
         Raises:
             CheckpointError: A tensor is missing or has a wrong shape.
@@ -80,7 +89,11 @@ class Skeleton:
             Slot(path=s.path, attribute=s.attribute, tensor=f"{prefix}.{s.tensor}") for s in _slots(block)
         ]
         live = copy_module(block)
-        fill_(live, slots, tensors, dtype=dtype, device=device)
+        early = [slot for slot in slots if slot.tensor not in late]
+        fill_(live, early, tensors, dtype=dtype, device=device)
+        run_in_parts_(live)
+        found = {slot.path: late[slot.tensor] for slot in slots if slot.tensor in late}
+        put_late_(live, found, dtype=dtype, device=device)
         return live
 
     def build_outer(

@@ -105,6 +105,8 @@ def test_every_group_is_in_one_slice_and_no_budget_exceeded(tiny, job, around, s
         assert not used or used <= limit
     if share >= 1.0:
         assert (found.pipelines, found.waiting_bytes, found.slices) == (True, 0, roomy.slices)
+        assert not found.has_late_weights
+    assert not (found.pipelines and found.has_late_weights)
 
 
 @settings(max_examples=40, deadline=None)
@@ -138,7 +140,7 @@ def test_needs_of_a_block_from_its_shapes(tiny):
     """R = 96, C = 64: float32 streams, int64 sums of the lower triangle, an fp32 Hessian and its factor."""
     plan = _with_blocks(tiny, [[(96, 64)]], "original")
     needs = block_needs(plan, plan.blocks[0])
-    assert (needs.live, needs.levels) == (4 * 96 * 64, 4 * 96 * 64)
+    assert (needs.live, needs.late, needs.levels) == (4 * 96 * 64, 6.5 * 96 * 64, 0)
     group = needs.groups[0]
     assert group.partial == 4 * 64 * 64
     assert group.total == 2 * group.partial

@@ -21,6 +21,7 @@ _WAYS: dict[str, dict[str, Any]] = {
     "original": {"propagation": "original"},
     "quantized": {"propagation": "quantized"},
     "corrected": {"propagation": "quantized", "correct_targets": True, "evaluation": None},
+    "biases": {"propagation": "quantized", "source": "biased", "correct_biases": True},
 }
 # The tiny model has four input groups in a block.
 _NUM_GROUPS = 4
@@ -30,6 +31,7 @@ _NUM_GROUPS = 4
 def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tight")
     tiny_source(folder / "deep", num_hidden_layers=3)
+    tiny_source(folder / "biased", num_hidden_layers=3, attention_bias=True, mlp_bias=True)
     tiny_options(folder)
     for seed, name in enumerate(("calibration", "evaluation")):
         tiny_text(folder / f"{name}.jsonl", seed=seed, documents=800)
@@ -57,9 +59,8 @@ def light(monkeypatch):
 def _options(root: Path, name: str, way: str) -> JobOptions:
     """Three cells of either corpus."""
     given = {"sequences": 300, "evaluation_sequences": 300, "checkpoint_every": 0}
-    return tiny_options(
-        root, output=str(root / name), **{**given, "source": str(root / "deep"), **_WAYS[way]}
-    )
+    values = {**given, "source": "deep", **_WAYS[way]}
+    return tiny_options(root, output=str(root / name), **{**values, "source": str(root / values["source"])})
 
 
 def _cluster(workers: int, room: Room) -> ThreadCluster:
@@ -90,6 +91,7 @@ def test_tightest_worker_memory_changes_no_byte(root, roomy, way, workers):
     assert shard_digests(Path(options.output)) == roomy[way]
     memory = report["memory"]
     assert not memory["planned"]["pipelines"]
+    assert memory["planned"]["has_late_weights"]
     assert memory["most_slices"] >= 2
     assert sum(memory["planned"]["worker"].values()) <= room.worker_bytes
 
