@@ -16,13 +16,14 @@ from quantlib.calibration.capture import InputObserver, InputRecorder, InputStat
 from quantlib.calibration.moments import Moments
 from quantlib.errors import NumericsError
 from quantlib.job.memory_needs import LOGITS_BYTES
-from quantlib.job.plan import BlockPlan
+from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.methods.bias_correction import exact_bias
 from quantlib.methods.contracts import LinearResult
 from quantlib.methods.measures import error_energy, share, weight_energy
 from quantlib.model.late_weights import LateWeight
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
+from quantlib.schemes import WeightScheme
 
 # Logits are gone over in pieces that stay in a CPU's cache from one pass to the next.
 _PIECE_BYTES = 1 << 20

@@ -7,7 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantlib.calibration.hessian import cross_product, gram_lower
 from quantlib.calibration.totals import Total, exponent_for
 from quantlib.errors import NumericsError
 from quantlib.group_solver import GroupSolver
@@ -15,6 +14,7 @@ from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.packing import FORMATS
 from quantlib.schemes import scheme_from_name
 from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
+from tests.support.partials import cross_product, gram_lower, panels_from
 
 COLUMNS, TOKENS = 96, 400
 CPU = torch.device("cpu")
@@ -53,7 +53,7 @@ def _tensors(block: BlockPlan, seed: int = 0) -> dict[str, torch.Tensor]:
 
 def _total(product_CC: torch.Tensor, *, is_whole: bool) -> Total:
     total = Total.zeros(COLUMNS, exponent_for(float(product_CC.abs().max()), 1), is_whole=is_whole)
-    total.add_(product_CC)
+    total.add_(panels_from(product_CC, is_whole=is_whole))
     return total
 
 
