@@ -137,11 +137,8 @@ def plan_memory(plan: Plan, surroundings: Surroundings, budgets: Budgets) -> Mem
     unsliced_bytes = sum(at_once.worker.values()) + sum(at_once.device.values())
     unsliced_bytes -= surroundings.idle_bytes + surroundings.kept_bytes
     for slices, pipelines, is_late in _ways(needs, budgets):
-        found = needs.peak(slices, pipelines=pipelines, is_late=is_late, resident=0)
+        found, room, resident = needs.fitted(slices, budgets, pipelines=pipelines, is_late=is_late)
         if found.fits(budgets):
-            room = found.room(budgets)
-            resident = needs.streams if room is None else min(room, needs.streams)
-            found = needs.peak(slices, pipelines=pipelines, is_late=is_late, resident=resident)
             return MemoryPlan(
                 slices=slices,
                 pipelines=pipelines,
@@ -153,9 +150,9 @@ def plan_memory(plan: Plan, surroundings: Surroundings, budgets: Budgets) -> Mem
                 store=found.store,
                 unsliced_bytes=unsliced_bytes,
             )
-    raise _refusal(
-        needs.peak(needs.single_groups(), pipelines=False, is_late=needs.late_helps, resident=0), budgets
-    )
+    frugal = {"pipelines": False, "is_late": needs.late_helps}
+    least, _, _ = needs.fitted(needs.single_groups(), budgets, **frugal)
+    raise _refusal(least, budgets)
 
 
 def _ways(needs: "_Needs", budgets: Budgets) -> Iterator[tuple[Slices, bool, bool]]:
@@ -199,14 +196,16 @@ class _Needs:
     def __init__(self, plan: Plan, surroundings: Surroundings) -> None:
         self._surroundings = surroundings
         self._blocks = [block_needs(plan, block) for block in plan.blocks]
-        # Of few linears that are alike, one as it runs may take more than all of them made beforehand.
-        self.late_helps = all(block.late < block.live for block in self._blocks)
         cells = cell_needs(plan, surroundings.workers)
         self.streams, self._working = cells.streams, cells.working
         is_original = plan.options["propagation"] == "original"
         self._num_merged = _num_merged(surroundings)
         self._begins_next = is_original and surroundings.workers > 1
         self._runs_quantized = plan.evaluation_digest is not None or not is_original
+        # Of few linears that are alike, one as it runs may take more than all of them made beforehand.
+        self.late_helps = all(
+            block.late + block.unpacked * self._runs_quantized < block.live for block in self._blocks
+        )
         self._has_streams = plan.has_streams
         self._prelude, self._head = prelude_needs(plan), head_needs(plan)
         self._units = [] if plan.has_streams else unit_needs(plan)
@@ -219,6 +218,15 @@ class _Needs:
     def single_groups(self) -> Slices:
         """Every input group by itself."""
         return tuple(tuple((group,) for group in range(len(b.groups))) or ((),) for b in self._blocks)
+
+    def fitted(
+        self, slices: Slices, budgets: Budgets, *, pipelines: bool, is_late: bool
+    ) -> tuple[_Peak, int | None, int]:
+        """The peak with as much of the streams in place as has room; that room, and what they take."""
+        least = self.peak(slices, pipelines=pipelines, is_late=is_late, resident=0)
+        room = least.room(budgets)
+        resident = self.streams if room is None else max(0, min(room, self.streams))
+        return self.peak(slices, pipelines=pipelines, is_late=is_late, resident=resident), room, resident
 
     def cut(self, budgets: Budgets) -> Slices:
         """Every block in as few slices as fit, in the order of its input groups."""
@@ -289,7 +297,7 @@ class _Needs:
         codes = sum(group.codes for group in mine)
         yield {**always, **ahead, **sums, "codes": codes, "solve": solve}
         if self._runs_quantized:
-            made = live + (0 if is_late else block.levels) + ahead["block"]
+            made = live + (block.unpacked if is_late else block.levels) + ahead["block"]
             yield {**always, **ahead, "block": made, "working": self._working}
 
     def _worst(self, moments: Iterable[dict[str, int]], resident: int) -> _Peak:
@@ -325,9 +333,10 @@ def _num_merged(around: Surroundings) -> int:
 
 
 def _refusal(least: _Peak, budgets: Budgets) -> RecipeError:
+    # What has no room on a GPU waits in its machine's memory: that is only known once the GPU's is enough.
     needed = {
-        "worker_memory": (least.worker, budgets.worker),
         "device_memory": (least.device, budgets.device),
+        "worker_memory": (least.worker, budgets.worker),
         "object_store_memory": (least.store, budgets.store),
     }
     for option, (use, limit) in needed.items():

@@ -57,8 +57,9 @@ class BlockNeeds:
     Attributes:
         source: Tensors as they are stored.
         live: Weights in the dtype of the streams.
-        late: The same where linears make their weights when they run: one run of rows, and codes, at a time.
+        late: The same where linears make their weights when they run: one run of rows at a time.
         levels: Dequantized weights, from which a block is made live as it was packed.
+        unpacked: The codes of one linear, from which late weights are made as they were packed.
         packed: Tensors that take the place of source tensors in the shard.
         groups: Of its input groups.
     """
@@ -67,6 +68,7 @@ class BlockNeeds:
     live: int
     late: int
     levels: int
+    unpacked: int
     packed: int
     groups: tuple[GroupNeeds, ...]
 
@@ -131,6 +133,9 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
         late=others * wide + max((_late_bytes(linear, wide) for linear in block.linears), default=0),
         # On a CPU they are the weights themselves where a block is run in fp32.
         levels=0 if wide == 4 and plan.device_kind.startswith("cpu") else elements * 4,
+        unpacked=int(
+            max((_CODE_BYTES * linear.rows * linear.columns for linear in quantized.values()), default=0)
+        ),
         packed=sum(spec_bytes(spec) for spec in made),
         groups=tuple(
             _group_needs(
@@ -242,8 +247,8 @@ def _source_bytes(plan: Plan, stage: str, used: Sequence[str]) -> int:
 
 def _late_bytes(linear: LinearPlan, wide: int) -> int:
     run = min(linear.rows, WEIGHT_ROWS) * linear.columns
-    # Its levels, and where they are not run in fp32 what becomes of them; codes of a byte, and their words.
-    return run * (4 + wide * (wide != 4)) + int(_CODE_BYTES * linear.rows * linear.columns)
+    # Its levels, and where they are not run in fp32 what becomes of them.
+    return run * (4 + wide * (wide != 4))
 
 
 def _group_needs(

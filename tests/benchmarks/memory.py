@@ -31,12 +31,20 @@ PROMISED_SHARE = 0.01
 
 
 def make_source(
-    folder: Path, blocks: int, *, hidden: int = HIDDEN, intermediate: int = INTERMEDIATE, heads: int = HEADS
+    folder: Path,
+    blocks: int,
+    *,
+    hidden: int = HIDDEN,
+    intermediate: int = INTERMEDIATE,
+    heads: int = HEADS,
+    kv_heads: int | None = None,
+    positions: int = 128,
 ) -> int:
     """A random bf16 Llama of this many blocks, one shard a block; gives the bytes of a block."""
     shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads}
     # One block by transformers, for config, tokenizer and names; the others are drawn here, shard by shard.
-    tiny_source(folder, num_hidden_layers=1, num_key_value_heads=heads, max_shard_size="10GB", **shape)
+    shape |= {"num_key_value_heads": kv_heads or heads, "max_position_embeddings": positions}
+    tiny_source(folder, num_hidden_layers=1, max_shard_size="10GB", **shape)
     (single,) = folder.glob("*.safetensors")
     tensors = load_file(single)
     single.unlink()

@@ -95,13 +95,17 @@ def test_every_group_is_in_one_slice_and_no_budget_exceeded(tiny, job, around, s
         ]
         assert needed > getattr(budgets, place)
         # That much will do, as far as this budget goes.
-        plan_memory(plan, around, Budgets(**{place: needed}))
-        with pytest.raises(RecipeError):
-            plan_memory(plan, around, Budgets(**{place: needed - 1}))
+        try:
+            plan_memory(plan, around, dataclasses.replace(budgets, **{place: needed}))
+        except RecipeError as other:
+            assert other.facts["option"] != option
+        with pytest.raises(RecipeError) as still:
+            plan_memory(plan, around, dataclasses.replace(budgets, **{place: needed - 1}))
+        assert still.value.facts["option"] == option
         return
     for block, passes in zip(plan.blocks, found.slices, strict=True):
         assert [group for groups in passes for group in groups] == list(range(len(block.input_groups)))
-    for used, limit in zip(_sizes(found), (budgets.worker, budgets.device, budgets.store), strict=True):
+    for used, limit in zip(_sizes(found), (worker, device, store), strict=True):
         assert not used or used <= limit
     if share >= 1.0:
         assert (found.pipelines, found.waiting_bytes, found.slices) == (True, 0, roomy.slices)
@@ -140,7 +144,8 @@ def test_needs_of_a_block_from_its_shapes(tiny):
     """R = 96, C = 64: float32 streams, int64 sums of the lower triangle, an fp32 Hessian and its factor."""
     plan = _with_blocks(tiny, [[(96, 64)]], "original")
     needs = block_needs(plan, plan.blocks[0])
-    assert (needs.live, needs.late, needs.levels) == (4 * 96 * 64, 6.5 * 96 * 64, 0)
+    assert (needs.live, needs.late, needs.levels) == (4 * 96 * 64, 4 * 96 * 64, 0)
+    assert needs.unpacked == 2.5 * 96 * 64
     group = needs.groups[0]
     assert group.partial == 4 * 64 * 64
     assert group.total == 2 * group.partial

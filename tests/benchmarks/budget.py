@@ -1,0 +1,111 @@
+"""Do jobs stay inside a budget of idle memory and 40 % of what they would take unsliced?
+
+    python tests/benchmarks/budget.py [--jobs many-blocks wide-linear] [--share 0.4] [--threads 1]
+
+Each job is planned once without a budget, which tells idle memory and unsliced need, then run in one process
+with ``--worker-memory`` = idle + share * need. Printed: the budget, what was planned within it and how, and
+the peak that the process measured. Weights are random, the text is random words.
+
+- ``many-blocks``: a Llama of 400 blocks, hidden 512.
+- ``wide-linear``: one block with a single quantized linear, 16384 x 16384 (an output projection; all else is
+  kept by a rule).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from memory import make_source
+
+from tests.support.tiny_jobs import tiny_text
+
+QUANTMILL = str(Path(sys.executable).with_name("quantmill"))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A model and what is asked for it."""
+
+    blocks: int
+    hidden: int
+    intermediate: int
+    heads: int
+    sequences: int
+    sequence_length: int
+    rules: str = ""
+
+
+JOBS = {
+    "many-blocks": Job(blocks=400, hidden=512, intermediate=256, heads=8, sequences=128, sequence_length=512),
+    "wide-linear": Job(
+        blocks=1,
+        hidden=16384,
+        intermediate=128,
+        heads=128,
+        sequences=128,
+        sequence_length=256,
+        rules='[[rules]]\nmatch = "*.o_proj"\n[[rules]]\nmatch = "*"\nkeep = true\n',
+    ),
+}
+
+
+def run(job: Job, share: float, threads: int, folder: Path) -> str:
+    """Plan and convert; gives a line of the table."""
+    make_source(
+        folder / "source",
+        job.blocks,
+        hidden=job.hidden,
+        intermediate=job.intermediate,
+        heads=job.heads,
+        kv_heads=1,
+        positions=job.sequence_length,
+    )
+    text = tiny_text(folder / "text.jsonl", documents=job.sequences * job.sequence_length // 20)
+    (folder / "recipe.toml").write_text(job.rules)
+    given = [str(folder / "source"), str(folder / "output"), "--recipe", str(folder / "recipe.toml")]
+    given += ["--calibration", str(text), "--sequences", str(job.sequences), "--runner", "inprocess"]
+    given += ["--sequence-length", str(job.sequence_length), "--threads-per-worker", str(threads)]
+    given += ["--checkpoint-every", "0", "--json"]
+    needs = _answer("plan", given)["memory_bytes"]
+    idle = needs["worker"]["idle"]
+    budget = idle + int(share * needs["unsliced"])
+    report = _answer("quantize", [*given, "--worker-memory", str(budget)])
+    memory: dict[str, Any] = report["memory"]
+    planned = sum(memory["planned"]["worker"].values())
+    (peak,) = memory["worker_peak_memory_bytes"]
+    (on_disk,) = memory["worker_waiting_on_disk_bytes"]
+    figures = [idle, needs["unsliced"], budget, planned, peak, on_disk]
+    cells = [f"{size / 1e6:,.0f}" for size in figures]
+    return f"| {' | '.join(cells)} | {'yes' if peak <= budget else '**no**'} | {report['seconds']:,.0f} |"
+
+
+def _answer(command: str, given: list[str]) -> dict[str, Any]:
+    ended = subprocess.run([QUANTMILL, command, *given], stdout=subprocess.PIPE, text=True, check=False)
+    if ended.returncode:
+        sys.exit(ended.returncode)
+    return json.loads(ended.stdout)
+
+
+def main() -> None:
+    """Run the jobs, one after the other."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--jobs", nargs="+", choices=tuple(JOBS), default=tuple(JOBS))
+    parser.add_argument("--share", type=float, default=0.4)
+    parser.add_argument("--threads", type=int, default=1)
+    arguments = parser.parse_args()
+    print("| job | idle MB | unsliced need | budget | planned | peak | on disk | inside | s |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for name in arguments.jobs:
+        with tempfile.TemporaryDirectory(prefix="quantmill-budget-") as folder:
+            print(f"| {name} {run(JOBS[name], arguments.share, arguments.threads, Path(folder))}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
