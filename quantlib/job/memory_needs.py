@@ -126,11 +126,13 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
     tiles = group_tiles(block, device_type_of(plan.device_kind))
     elements = sum(linear.rows * linear.columns for linear in quantized.values())
     others = sum(math.prod(spec.shape) for spec in copied)
+    in_linears = sum(linear.rows * linear.columns for linear in block.linears)
     wide = _WIDE_BYTES[plan.compute_dtype]
     return BlockNeeds(
         source=elements * stored + sum(spec_bytes(spec) for spec in copied),
         live=(elements + others) * wide,
-        late=others * wide + max((_late_bytes(linear, wide) for linear in block.linears), default=0),
+        late=(elements + others - in_linears) * wide
+        + max((_late_bytes(linear, wide) for linear in block.linears), default=0),
         # On a CPU they are the weights themselves where a block is run in fp32.
         levels=0 if wide == 4 and plan.device_kind.startswith("cpu") else elements * 4,
         unpacked=int(

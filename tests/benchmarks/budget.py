@@ -2,9 +2,10 @@
 
     python tests/benchmarks/budget.py [--jobs many-blocks wide-linear] [--share 0.4] [--threads 1]
 
-Each job is planned once without a budget, which tells idle memory and unsliced need, then run in one process
-with ``--worker-memory`` = idle + share * need. Printed: the budget, what was planned within it and how, and
-the peak that the process measured. Weights are random, the text is random words.
+Each job is planned once without a budget, which tells the unsliced need, then run by one Ray worker with
+``--worker-memory`` = idle + share * need; idle is what the worker of a tiny job held before any work.
+Printed: the budget, what was planned within it, what of the activations waited on disk, and the peak that the
+worker measured (of itself, without Ray's shared memory). Weights are random, the text is random words.
 
 - ``many-blocks``: a Llama of 400 blocks, hidden 512.
 - ``wide-linear``: one block with a single quantized linear, 16384 x 16384 (an output projection; all else is
@@ -24,7 +25,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from memory import make_source
 
-from tests.support.tiny_jobs import tiny_text
+from quantlib.job.report import REPORT_NAME
+from tests.support.tiny_jobs import tiny_source, tiny_text
 
 QUANTMILL = str(Path(sys.executable).with_name("quantmill"))
 
@@ -49,14 +51,14 @@ JOBS = {
         hidden=16384,
         intermediate=128,
         heads=128,
-        sequences=128,
+        sequences=256,
         sequence_length=256,
         rules='[[rules]]\nmatch = "*.o_proj"\n[[rules]]\nmatch = "*"\nkeep = true\n',
     ),
 }
 
 
-def run(job: Job, share: float, threads: int, folder: Path) -> str:
+def run(job: Job, idle: int, share: float, threads: int, folder: Path) -> str:
     """Plan and convert; gives a line of the table."""
     make_source(
         folder / "source",
@@ -70,27 +72,36 @@ def run(job: Job, share: float, threads: int, folder: Path) -> str:
     text = tiny_text(folder / "text.jsonl", documents=job.sequences * job.sequence_length // 20)
     (folder / "recipe.toml").write_text(job.rules)
     given = [str(folder / "source"), str(folder / "output"), "--recipe", str(folder / "recipe.toml")]
-    given += ["--calibration", str(text), "--sequences", str(job.sequences), "--runner", "inprocess"]
+    given += ["--calibration", str(text), "--sequences", str(job.sequences), "--workers", "1"]
     given += ["--sequence-length", str(job.sequence_length), "--threads-per-worker", str(threads)]
-    given += ["--checkpoint-every", "0", "--json"]
-    needs = _answer("plan", given)["memory_bytes"]
-    idle = needs["worker"]["idle"]
-    budget = idle + int(share * needs["unsliced"])
-    report = _answer("quantize", [*given, "--worker-memory", str(budget)])
+    given += ["--checkpoint-every", "0"]
+    unsliced: int = json.loads(_said("plan", *given, "--json"))["memory_bytes"]["unsliced"]
+    budget = idle + int(share * unsliced)
+    _said("quantize", *given, "--worker-memory", str(budget))
+    report = json.loads((folder / "output" / REPORT_NAME).read_text())
     memory: dict[str, Any] = report["memory"]
     planned = sum(memory["planned"]["worker"].values())
     (peak,) = memory["worker_peak_memory_bytes"]
     (on_disk,) = memory["worker_waiting_on_disk_bytes"]
-    figures = [idle, needs["unsliced"], budget, planned, peak, on_disk]
+    figures = [idle, unsliced, budget, planned, peak, on_disk]
     cells = [f"{size / 1e6:,.0f}" for size in figures]
     return f"| {' | '.join(cells)} | {'yes' if peak <= budget else '**no**'} | {report['seconds']:,.0f} |"
 
 
-def _answer(command: str, given: list[str]) -> dict[str, Any]:
-    ended = subprocess.run([QUANTMILL, command, *given], stdout=subprocess.PIPE, text=True, check=False)
+def idle_bytes(folder: Path) -> int:
+    """Of a worker before any work."""
+    tiny_source(folder / "source", num_hidden_layers=1)
+    given = ["--method", "rtn", "--group-size", "32", "--workers", "1", "--threads-per-worker", "1"]
+    _said("quantize", str(folder / "source"), str(folder / "output"), *given)
+    report = json.loads((folder / "output" / REPORT_NAME).read_text())
+    return report["memory"]["planned"]["worker"]["idle"]
+
+
+def _said(*command: str) -> str:
+    ended = subprocess.run([QUANTMILL, *command], stdout=subprocess.PIPE, text=True, check=False)
     if ended.returncode:
         sys.exit(ended.returncode)
-    return json.loads(ended.stdout)
+    return ended.stdout
 
 
 def main() -> None:
@@ -104,7 +115,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     for name in arguments.jobs:
         with tempfile.TemporaryDirectory(prefix="quantmill-budget-") as folder:
-            print(f"| {name} {run(JOBS[name], arguments.share, arguments.threads, Path(folder))}", flush=True)
+            idle = idle_bytes(Path(folder) / "tiny")
+            line = run(JOBS[name], idle, arguments.share, arguments.threads, Path(folder))
+            print(f"| {name} {line}", flush=True)
 
 
 if __name__ == "__main__":

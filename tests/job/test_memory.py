@@ -163,6 +163,13 @@ def test_needs_of_a_block_from_its_shapes(tiny):
     assert cell_needs(many, 1000).streams == 4 * 64 * length * 2 * 3
 
 
+def test_late_weights_are_those_of_kept_linears_too(tmp_path):
+    given = {"rules": [{"match": "*.o_proj", "keep": True}]}
+    some, all_ = (build_plan(tiny_options(tmp_path, **values), 1)[0] for values in (given, {}))
+    lates = [block_needs(plan, plan.blocks[0]).late for plan in (some, all_)]
+    assert lates[0] == lates[1]
+
+
 def test_working_of_a_batch_beside_the_cell_it_is_of(tiny):
     plan = dataclasses.replace(_with_blocks(tiny, [[(96, 64)]], "original"), sequences_per_cell=8)
     length = plan.options["sequence_length"]
