@@ -30,7 +30,7 @@ from quantlib.inprocess import quantize
 from quantlib.job.clean import clean_work, format_cleaned
 from quantlib.job.command_line import COMMANDS, build_parser, options_of, values_of
 from quantlib.job.estimate import describe_plan, format_plan
-from quantlib.job.memory import Room, Surroundings, budgets_from, plan_memory
+from quantlib.job.memory import Room, Surroundings, budgets_from, heap_bytes, plan_memory
 from quantlib.job.options import JobOptions
 from quantlib.job.planner import build_plan, open_planned_source
 from quantlib.job.progress_bar import progress_bar
@@ -88,6 +88,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     surroundings = Surroundings(
         workers=num_workers,
         idle_bytes=memory_bytes(),
+        kept_bytes=heap_bytes(plan, options),
         has_device=plan.device_kind.startswith("cuda"),
         store_workers=0 if is_here else num_workers,
     )

@@ -35,12 +35,12 @@ from quantlib.job.manifest import (
     remove_record,
     store_record,
 )
+from quantlib.job.memory import heap_bytes
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import Groups, Plan, UnitPlan
 from quantlib.job.publish import publish
 from quantlib.machine import device_bytes, refuse_other_device
 from quantlib.memory_watch import (
-    KEPT_BYTES,
     give_back_free_memory,
     give_back_what_is_freed,
     memory_bytes,
@@ -92,12 +92,11 @@ class BlockRunner:
         """Plan the job; see `quantlib.job.planner.prepare`."""
         with self._clock.computing("plan"):
             self._prepared = planner.prepare(options, threads)
-            keeps = self._prepared.plan.has_streams and options.worker_memory is None
             return {
                 "plan": self._prepared.plan,
                 "report": self._prepared.report,
                 "idle_bytes": memory_bytes(),
-                "kept_bytes": KEPT_BYTES if keeps else 0,
+                "kept_bytes": heap_bytes(self._prepared.plan, options),
                 "device_bytes": device_bytes(self._prepared.plan.device_kind),
             }
 

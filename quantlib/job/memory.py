@@ -21,6 +21,7 @@ from quantlib.job.memory_needs import (
 )
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import Groups, Plan
+from quantlib.memory_watch import KEPT_BYTES
 from quantlib.units import format_bytes, parse_bytes
 
 # What is on the GPU where there is one; everything else is in the memory of its machine.
@@ -75,6 +76,11 @@ def budgets_from(options: JobOptions, room: Room) -> Budgets:
         device=named("device_memory") or room.device_bytes,
         store=named("object_store_memory") or room.store_bytes,
     )
+
+
+def heap_bytes(plan: Plan, options: JobOptions) -> int:
+    """Freed memory that a worker keeps: one without streams frees little, a named budget forbids it."""
+    return KEPT_BYTES if plan.has_streams and options.worker_memory is None else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
