@@ -502,7 +502,7 @@ class BlockRunner:
 
     def _stored_weights(self, block: int, tensors: Tensors) -> dict[str, LateWeight]:
         names = [f"{linear.name}.weight" for linear in self._plan.blocks[block].linears]
-        return {name: stored_weight(tensors[name]) for name in names}
+        return {name: stored_weight(tensors[name]) for name in names if name in tensors}
 
     def _built(self, block: int, tensors: Tensors, late: Mapping[str, LateWeight]) -> nn.Module:
         kind = {"dtype": self._dtype, "device": self._device}

@@ -20,7 +20,7 @@ from quantlib.calibration.documents import read_documents
 from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
 from quantlib.checkpoint.index import Checkpoint, open_checkpoint
 from quantlib.checkpoint.layout import shard_names
-from quantlib.errors import CheckpointError, PlanMismatchError, RecipeError
+from quantlib.errors import CheckpointError, PlanMismatchError, RecipeError, UnsupportedModelError
 from quantlib.job.activations import newest_checkpoint
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
 from quantlib.job.options import JobOptions
@@ -28,7 +28,7 @@ from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan,
 from quantlib.job.provenance import MACHINE_SETTINGS, check_replay, read_provenance, recorded_settings
 from quantlib.job.report import REPORT_NAME
 from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_kind, may_share
-from quantlib.model.skeleton import BlockSpec, Skeleton, load_skeleton
+from quantlib.model.skeleton import BlockSpec, LinearSpec, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.packing.contracts import PackingFormat
 from quantlib.quantized import QuantizedLinear
@@ -208,6 +208,7 @@ def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> 
         method, scheme = rule_for(options, linear.name)
         if scheme is not None:
             packer.check(linear.name, linear.rows, linear.columns, scheme)
+            _refuse_other_storage(spec, linear, method)
         linears.append(
             LinearPlan(
                 name=linear.name,
@@ -230,6 +231,21 @@ def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> 
         linears=tuple(linears),
         input_groups=tuple(group for group in groups if group),
     )
+
+
+def _refuse_other_storage(spec: BlockSpec, linear: LinearSpec, method: str | None) -> None:
+    """The steps of a job read a weight under its linear's name and find the module by it."""
+    if not linear.is_stored_as_is or linear.name != f"{spec.prefix}.{linear.path}":
+        raise UnsupportedModelError(
+            f"{linear.name}: its weight is not stored under this name as a matrix of its own, [out, in]"
+            f" (it is read from {', '.join(linear.weight_tensors[:2])}); such linears are not quantized yet",
+            linear=linear.name,
+        )
+    if linear.expert is not None and method == "gptq":
+        raise UnsupportedModelError(
+            f"{linear.name}: routed experts cannot be calibrated yet; choose a method without calibration",
+            linear=linear.name,
+        )
 
 
 def _plan_units(

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Cache
 
 from quantlib.errors import UnsupportedModelError
+from quantlib.model.trace import split_hidden
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,7 +90,7 @@ class RecordingStandIn(StandIn):
             UnsupportedModelError: The model hands its blocks a cache although it was told not to.
             PreludeDone: This was the last block.
         """
-        hidden_BTD = args[0] if args else kwargs.pop("hidden_states")
+        hidden_BTD, args, kwargs = split_hidden(args, kwargs)
         if any(isinstance(value, Cache) for value in (*args, *kwargs.values())):
             raise UnsupportedModelError(
                 "the model passes a cache to its blocks although caches are switched off;"
@@ -98,7 +99,7 @@ class RecordingStandIn(StandIn):
         recording: Recording = self.__dict__["_recording"]
         if recording.hidden is None:
             recording.hidden = hidden_BTD
-        recording.inputs.append(BlockInputs(args=args[1:], kwargs=kwargs))
+        recording.inputs.append(BlockInputs(args=args, kwargs=kwargs))
         if self.__dict__["_is_last"]:
             raise PreludeDone
         return self._as_block_output(hidden_BTD)

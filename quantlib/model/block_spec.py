@@ -1,22 +1,47 @@
 """What a decoder block consists of: stored tensors, linears, and which linears read the same tensor."""
 
-from collections.abc import Container
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from torch import nn
 
 from quantlib.errors import UnsupportedModelError
-from quantlib.model.trace import BlockTrace, own_tensors
+from quantlib.model.experts import Experts
+from quantlib.model.late_weights import is_plain_linear
+from quantlib.model.materialize import Slot
+from quantlib.model.sources import Sources
+from quantlib.model.strided import StridedView
+from quantlib.model.trace import BlockTrace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinearSpec:
-    """One linear. ``name`` is its checkpoint name without ``.weight``; rows are out, columns in features."""
+    """One linear; rows are out, columns in features.
+
+    Attributes:
+        name: Under which its tensors are written: its checkpoint name without ``.weight`` where its weight is
+            stored as a tensor of its own, else its place in the block under the block's prefix.
+        path: Of the module, inside the block.
+        expert: Which expert it belongs to; None for a linear that every token goes through.
+        weight_tensors: Stored tensors that the weight is read from; several when transformers computes it.
+        weight_view: The part of the one stored tensor, or its transpose; None when it is all of it as it is.
+    """
 
     name: str
+    path: str
     rows: int
     columns: int
     has_bias: bool
+    expert: int | None
+    weight_tensors: tuple[str, ...]
+    weight_view: StridedView | None
+
+    @property
+    def is_stored_as_is(self) -> bool:
+        """Whether the checkpoint holds the weight under its own name, in its own orientation."""
+        return self.weight_view is None and self.weight_tensors == (f"{self.name}.weight",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,9 +50,9 @@ class BlockSpec:
 
     Attributes:
         index: 0-based position.
-        prefix: Module name (``model.layers.17``).
+        prefix: What the checkpoint names of its tensors begin with (``model.layers.17``).
         tensors: Checkpoint names of all its tensors.
-        linears: In the order they run.
+        linears: Those that can be quantized, in the order they run. Routers and gates are tensors only.
         input_groups: Names of all linears, those that read the same tensor together, in the order they run.
     """
 
@@ -38,64 +63,144 @@ class BlockSpec:
     input_groups: tuple[tuple[str, ...], ...]
 
 
-def refuse_unhandled(prefix: str, block: nn.Module) -> None:
+def refuse_unhandled(prefix: str, blocks: Iterable[nn.Module]) -> None:
     """Refuse what cannot be quantized or run causally, before the model is traced.
 
+    Small matrices of other modules (routers, convolutions, decays) are kept as they are.
+
     Raises:
-        UnsupportedModelError: A matrix is not the weight of a linear, or attention is not causal.
+        UnsupportedModelError: Attention is not causal, or most weights of the blocks are not of linears.
     """
-    for path, module in block.named_modules():
-        name = _joined(prefix, path)
-        if getattr(module, "is_causal", True) is False:
-            raise UnsupportedModelError(
-                f"{name}: its attention is not causal; wanted a causal language model", module=name
-            )
-        if isinstance(module, nn.Linear):
-            continue
-        for attribute, tensor in own_tensors(module).items():
-            if tensor.ndim >= 2:
+    linears, others = 0, {}
+    for index, block in enumerate(blocks):
+        for path, module in block.named_modules():
+            name = _joined(prefix, str(index), path)
+            if getattr(module, "is_causal", True) is False:
                 raise UnsupportedModelError(
-                    f"{name}.{attribute}: a {tensor.ndim}-D weight of {type(module).__name__}, which is not"
-                    " a torch.nn.Linear; every matrix of a block must be the weight of one"
-                    " (fused experts and Conv1D are not handled)",
-                    tensor=f"{name}.{attribute}",
+                    f"{name}: its attention is not causal; wanted a causal language model", module=name
                 )
+            for attribute, tensor in module.named_parameters(recurse=False):
+                if isinstance(module, nn.Linear):
+                    linears += tensor.numel()
+                elif tensor.ndim >= 2:
+                    others[f"{name}.{attribute}"] = tensor
+    if sum(tensor.numel() for tensor in others.values()) > linears:
+        name = max(others, key=lambda found: others[found].numel())
+        raise UnsupportedModelError(
+            f"{name}: a {others[name].ndim}-D weight that is not of a torch.nn.Linear; most weights of the"
+            " blocks must be weights of linears (this form of experts is not handled)",
+            tensor=name,
+        )
 
 
-def describe_block(index: int, prefix: str, block: nn.Module, trace: BlockTrace) -> BlockSpec:
+def describe_block(
+    place: str, block: nn.Module, trace: BlockTrace, slots: Sequence[Slot], sources: Sources
+) -> BlockSpec:
     """A block's parts, from its meta module and what the traced run showed.
+
+    Args:
+        place: Path of the block in the model; it ends in the block's position.
+        block: On the meta device, its modules replaced.
+        trace: What running it showed.
+        slots: All slots of the block.
+        sources: Where its tensors are stored.
 
     Raises:
         UnsupportedModelError: A linear was not called.
     """
-    groups = tuple(tuple(_joined(prefix, path) for path in group) for group in trace.groups.values())
-    called = {name: position for position, name in enumerate(name for group in groups for name in group)}
-    linears = []
+    index = int(place.rpartition(".")[2])
+    tensors = sources.stored(slots)
+    prefix = _common_prefix(tensors, index) or place
+    kept = kept_linears(block)
+    called = [path for group in trace.groups.values() for path in group]
+    weights = {slot.path: slot for slot in slots if slot.attribute == "weight"}
+    linears = {
+        path: _describe_linear(prefix, path, block, weights[path], sources)
+        for path in called
+        if path not in kept
+    }
     for path, module in block.named_modules():
-        if isinstance(module, nn.Linear):
-            linears.append(_describe_linear(_joined(prefix, path), module, called))
-    tensors = [
-        _joined(prefix, path, name) for path, module in block.named_modules() for name in own_tensors(module)
-    ]
+        if isinstance(module, nn.Linear) and path not in called:
+            raise _not_called(_joined(place, path))
+    groups = (
+        tuple(linears[path].name for path in group if path in linears) for group in trace.groups.values()
+    )
     return BlockSpec(
         index=index,
         prefix=prefix,
-        tensors=tuple(tensors),
-        linears=tuple(sorted(linears, key=lambda linear: called[linear.name])),
-        input_groups=groups,
+        tensors=tensors,
+        linears=tuple(linears.values()),
+        input_groups=tuple(group for group in groups if group),
     )
 
 
-def _describe_linear(name: str, module: nn.Linear, called: Container[str]) -> LinearSpec:
-    if name not in called:
-        raise UnsupportedModelError(
-            f"{name}: the linear is not called when its block runs, so its input cannot be observed;"
-            " linears must be called as modules",
-            module=name,
-        )
+def _describe_linear(prefix: str, path: str, block: nn.Module, weight: Slot, sources: Sources) -> LinearSpec:
+    module = cast(nn.Linear, block.get_submodule(path))
+    whole = weight.view is None or math.prod(weight.view.whole) == math.prod(weight.view.size)
+    has_name = whole and not sources.is_converted(weight) and weight.tensor.endswith(".weight")
     return LinearSpec(
-        name=name, rows=module.out_features, columns=module.in_features, has_bias=module.bias is not None
+        name=weight.tensor.removesuffix(".weight") if has_name else _joined(prefix, path),
+        path=path,
+        rows=module.out_features,
+        columns=module.in_features,
+        has_bias=module.bias is not None,
+        expert=_expert_of(block, path),
+        weight_tensors=sources.stored([weight]),
+        weight_view=weight.view,
     )
+
+
+def _expert_of(block: nn.Module, path: str) -> int | None:
+    parts = path.split(".")
+    for length in range(len(parts) - 1):
+        if isinstance(block.get_submodule(".".join(parts[:length])), Experts):
+            return int(parts[length])
+    return None
+
+
+def _common_prefix(names: Sequence[str], index: int) -> str | None:
+    """The longest module path that all names begin with; None when it does not say of which block."""
+    common = []
+    for parts in zip(*(name.split(".")[:-1] for name in names), strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return ".".join(common) if str(index) in common else None
+
+
+def _not_called(name: str) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"{name}: the linear is not called when its block runs, so its input cannot be observed;"
+        " linears must be called as modules",
+        module=name,
+    )
+
+
+def kept_linears(block: nn.Module) -> frozenset[str]:
+    """Paths of the linears that are kept as they are.
+
+    Subclasses with a forward of their own, whose rows may not read all they are called with, and those that
+    choose or weigh experts: of the module that owns the experts, or of a child of it with no other linear,
+    those with one output an expert (the router), or a single output (the gate of shared experts).
+    """
+    found = {
+        path
+        for path, module in block.named_modules()
+        if isinstance(module, nn.Linear) and not is_plain_linear(module)
+    }
+    for path, experts in block.named_modules():
+        if not isinstance(experts, Experts):
+            continue
+        owner = path.rpartition(".")[0]
+        for name, module in block.get_submodule(owner).named_modules():
+            inside = _joined(owner, name)
+            if inside == path or inside.startswith(f"{path}.") or not isinstance(module, nn.Linear):
+                continue
+            parent = inside.rpartition(".")[0]
+            siblings = sum(isinstance(child, nn.Linear) for child in block.get_submodule(parent).children())
+            if module.out_features in (1, experts.num_experts) and (parent == owner or siblings == 1):
+                found.add(inside)
+    return frozenset(found)
 
 
 def _joined(*parts: str) -> str:

@@ -1,7 +1,7 @@
-"""Which models are known to work, and what is refused before anything is built.
+"""Which models can be opened, and what is refused before anything is built.
 
-Blocks, linears and input groups are found by tracing, so a family needs no code of its own. The table below
-lists the families whose result the tests compare with transformers' own forward.
+Every causal language model of transformers can: blocks, linears, experts and stored names are found, not
+listed. What a family lacks shows when its model is built and traced, and is said there.
 """
 
 import copy
@@ -11,13 +11,18 @@ from typing import Any
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+)
 
 from quantlib.errors import CheckpointError, UnsupportedModelError
 
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
-
 # Set by some published configs; each would change what a forward keeps or returns.
 _IGNORED_KEYS = ("use_cache", "output_hidden_states", "output_attentions", "return_dict")
+
+# How classes that return the logits of a next token are called, in transformers and in published configs.
+_GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def open_config(config: Mapping[str, Any]) -> PretrainedConfig:
@@ -29,32 +34,57 @@ def open_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """
     _refuse_other_models(config)
     values = {key: copy.deepcopy(value) for key, value in config.items() if key not in _IGNORED_KEYS}
+    # Infinity is written as {"__float__": "Infinity"}.
+    values = PretrainedConfig._decode_special_floats(values)
     model_type = values["model_type"]
     try:
         opened = CONFIG_MAPPING[model_type].from_dict(values)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"config.json is not a valid {model_type} configuration: {error}; correct the file",
             model_type=model_type,
         ) from error
-    opened.use_cache = False
-    _refuse_bidirectional(opened)
+    for part in (opened, opened.get_text_config(decoder=True)):
+        part.use_cache = False
+        _refuse_bidirectional(part)
     return opened
+
+
+def model_class(config: PretrainedConfig) -> Any:
+    """transformers' class for a configuration: the one its ``architectures`` names if there are several.
+
+    Raises:
+        UnsupportedModelError: There is none that reads text and predicts its next token.
+    """
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING)
+    found: list[Any] = [mapping[type(config)] for mapping in mappings if type(config) in mapping]
+    found = [inner for entry in found for inner in (entry if isinstance(entry, tuple) else (entry,))]
+    text = config.get_text_config(decoder=True)
+    # Of a multimodal configuration, a class that reads its text part only is not the one that was stored.
+    found = [entry for entry in found if text is config or entry.config_class is not type(text)]
+    if not found or config.is_encoder_decoder:
+        kind = "an encoder-decoder model" if config.is_encoder_decoder else "no causal language model"
+        raise UnsupportedModelError(
+            f"model_type {config.model_type!r} is {kind} in transformers; wanted a causal language model",
+            model_type=config.model_type,
+        )
+    named = [entry for entry in found if entry.__name__ in (config.architectures or ())]
+    return (named or found)[0]
 
 
 def _refuse_other_models(config: Mapping[str, Any]) -> None:
     model_type = config.get("model_type")
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
         raise UnsupportedModelError(
-            f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}"
-            " (each as a text-only causal language model)",
+            f"model_type {model_type!r} is not one that transformers has; wanted a causal language model"
+            " of transformers (no code of a model repository is run)",
             model_type=model_type,
         )
     architectures = config.get("architectures") or ()
-    if architectures and not any(name.endswith("ForCausalLM") for name in architectures):
+    if architectures and not any(name.endswith(_GENERATES) for name in architectures):
         raise UnsupportedModelError(
             f"the checkpoint holds {', '.join(architectures)}; wanted a causal language model"
-            " (an architecture that ends in ForCausalLM)",
+            f" (an architecture that ends in {', '.join(_GENERATES)})",
             model_type=model_type,
         )
     if config.get("quantization_config"):
@@ -67,7 +97,8 @@ def _refuse_other_models(config: Mapping[str, Any]) -> None:
 
 def _refuse_bidirectional(config: PretrainedConfig) -> None:
     causal = getattr(config, "is_causal", True) is not False
-    if causal and not getattr(config, "use_bidirectional_attention", False):
+    # "vision": only among the tokens of an image.
+    if causal and getattr(config, "use_bidirectional_attention", False) in (False, None, "vision"):
         return
     raise UnsupportedModelError(
         "config.json asks for bidirectional attention (is_causal or use_bidirectional_attention);"

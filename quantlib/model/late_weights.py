@@ -9,6 +9,7 @@ R rows (out features), C columns (in features).
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -32,6 +33,11 @@ class LateWeight:
     begin: Callable[[], RowsOf]
 
 
+def is_plain_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether a module multiplies by its weight and does nothing else: some subclasses route or group."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def stored_weight(weight_RC: torch.Tensor) -> LateWeight:
     """A weight that stays as it is stored until it is needed."""
     return LateWeight(shape=tuple(weight_RC.shape), begin=lambda: weight_RC.__getitem__)
@@ -40,7 +46,7 @@ def stored_weight(weight_RC: torch.Tensor) -> LateWeight:
 def run_in_parts_(block: nn.Module) -> None:
     """Have linears of many rows run as `quantlib.panels.weight_runs` says, with the weights they have."""
     for linear in block.modules():
-        if isinstance(linear, nn.Linear) and len(weight_runs(linear.out_features)) > 1:
+        if is_plain_linear(linear) and len(weight_runs(linear.out_features)) > 1:
             _replace_forward_(linear, lambda weight_RC=linear.weight: weight_RC.__getitem__)
 
 
@@ -61,7 +67,7 @@ def put_late_(
     """
     for path, weight in weights.items():
         linear = block.get_submodule(path)
-        assert isinstance(linear, nn.Linear)
+        assert is_plain_linear(linear)
         if weight.shape != tuple(linear.weight.shape):
             raise CheckpointError(
                 f"the weight of {path} has shape {list(weight.shape)}, the model of config.json wants"

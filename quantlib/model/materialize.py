@@ -14,17 +14,22 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from quantlib.errors import CheckpointError
+from quantlib.model.strided import StridedView
 
 Module = TypeVar("Module", bound=nn.Module)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Slot:
-    """Where a checkpoint's ``tensor`` goes: to ``attribute`` of the submodule at ``path``."""
+    """Where a checkpoint's ``tensor`` goes: to ``attribute`` of the submodule at ``path``.
+
+    ``view`` says which part of it, in which orientation; None is all of it as it is.
+    """
 
     path: str
     attribute: str
     tensor: str
+    view: StridedView | None = None
 
 
 def copy_module(module: Module, replaced: Mapping[int, Any] | None = None) -> Module:
@@ -59,18 +64,19 @@ def fill_(
     Raises:
         CheckpointError: A tensor is missing or has another shape than the model wants.
     """
-    made: dict[str, Any] = {}
+    made: dict[tuple[str, StridedView | None], Any] = {}
     for slot in slots:
         if slot.tensor not in tensors:
             raise CheckpointError(f"tensor {slot.tensor} is needed and was not given", tensor=slot.tensor)
         owner = module.get_submodule(slot.path)
-        if slot.tensor not in made:
+        key = (slot.tensor, slot.view)
+        if key not in made:
             place = getattr(owner, slot.attribute)
-            live = _live(slot.tensor, tensors[slot.tensor], place.shape, dtype, device)
+            live = _live(slot, tensors[slot.tensor], place.shape, dtype, device)
             is_parameter = isinstance(place, nn.Parameter)
-            made[slot.tensor] = nn.Parameter(live, requires_grad=False) if is_parameter else live
+            made[key] = nn.Parameter(live, requires_grad=False) if is_parameter else live
         places = owner._parameters if slot.attribute in owner._parameters else owner._buffers
-        places[slot.attribute] = made[slot.tensor]
+        places[slot.attribute] = made[key]
     for inner in module.modules():
         for name, buffer in inner._buffers.items():
             if buffer is not None and not buffer.is_meta:
@@ -78,16 +84,14 @@ def fill_(
 
 
 def _live(
-    name: str,
-    tensor: torch.Tensor,
-    wanted: torch.Size,
-    dtype: torch.dtype,
-    device: torch.device | str,
+    slot: Slot, tensor: torch.Tensor, place: torch.Size, dtype: torch.dtype, device: torch.device | str
 ) -> torch.Tensor:
+    wanted = place if slot.view is None else torch.Size(slot.view.whole)
     if tensor.shape != wanted:
         raise CheckpointError(
-            f"tensor {name} has shape {list(tensor.shape)}, the model of config.json wants {list(wanted)};"
-            " config.json and weights do not belong together",
-            tensor=name,
+            f"tensor {slot.tensor} has shape {list(tensor.shape)}, the model of config.json wants"
+            f" {list(wanted)}; config.json and weights do not belong together",
+            tensor=slot.tensor,
         )
-    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)
+    part = tensor if slot.view is None else slot.view.of(tensor)
+    return part.to(device=device, dtype=dtype if tensor.is_floating_point() else tensor.dtype)

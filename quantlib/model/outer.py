@@ -95,15 +95,32 @@ class OuterModel:
         # Every position as a sequence of its own: no embedding is looked up, and the masks and rotary
         # embeddings that the forward makes on its way, which nothing reads here, stay small.
         hidden_N1D = hidden_BTD.to(device=self.device, dtype=self.dtype).flatten(0, 1).unsqueeze(1)
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        with torch.no_grad():
+            logits_N1V = self.run_tail(hidden_N1D, zero)
+        return logits_N1V.float().unflatten(0, hidden_BTD.shape[:2]).squeeze(2)
+
+    def run_tail(self, hidden_N1D: torch.Tensor, embedded: torch.Tensor) -> torch.Tensor:
+        """Logits [N, 1, V] for the output [N, 1, D] of the last block; a scalar stands in for embeddings."""
         stand_ins: list[StandIn] = [
             StandIn(block, num_outputs)
             for block, num_outputs in zip(self._blocks[:-1], self._num_outputs[:-1], strict=True)
         ]
         stand_ins.append(ReturningStandIn(self._blocks[-1], self._num_outputs[-1], hidden_N1D))
         model = self._with_blocks(stand_ins)
-        with torch.no_grad():
-            output = model(inputs_embeds=hidden_N1D, use_cache=False, return_dict=True)
-        return output.logits.float().unflatten(0, hidden_BTD.shape[:2]).squeeze(2)
+        self._fill_with_zeros_(model)
+        width = getattr(model.get_input_embeddings(), "embedding_dim", hidden_N1D.shape[-1])
+        # Contiguous: some models scale their embeddings in place.
+        embedded_N1D = embedded.expand(len(hidden_N1D), 1, width).contiguous()
+        return model(inputs_embeds=embedded_N1D, use_cache=False, return_dict=True).logits
+
+    def _fill_with_zeros_(self, model: nn.Module) -> None:
+        """For what runs on the way to the blocks (positions are embedded there): zeros without memory."""
+        zero = torch.zeros((), dtype=self.dtype, device=self.device)
+        for module in model.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and parameter.is_meta:
+                    module._parameters[name] = nn.Parameter(zero.expand(parameter.shape), requires_grad=False)
 
     def _with_blocks(self, stand_ins: Sequence[nn.Module]) -> PreTrainedModel:
         return copy_module(self._model, {id(self._no_blocks): nn.ModuleList(stand_ins)})

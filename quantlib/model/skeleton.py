@@ -5,7 +5,8 @@ seconds, whatever the size of the model, and pickles as just those two.
 """
 
 import json
-from collections.abc import Collection, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from types import MappingProxyType
@@ -13,17 +14,20 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from quantlib.errors import CheckpointError
 from quantlib.model.block_inputs import BlockInputs, run_block
 from quantlib.model.block_spec import BlockSpec, LinearSpec, describe_block, refuse_unhandled
-from quantlib.model.families import open_config
+from quantlib.model.families import model_class, open_config
 from quantlib.model.late_weights import LateWeight, put_late_, run_in_parts_
+from quantlib.model.linearize import linearize_
 from quantlib.model.materialize import Slot, copy_module, fill_
-from quantlib.model.meta_model import build_meta_model, find_blocks, restore_buffers_
+from quantlib.model.meta_model import build_meta_model, compute_buffers, find_blocks, put_buffers_
 from quantlib.model.outer import OuterModel
-from quantlib.model.trace import ModelTrace, own_tensors, trace_forward
+from quantlib.model.rehearsal import refuse_unlike_trace
+from quantlib.model.sources import Sources
+from quantlib.model.trace import ModelTrace, trace_forward
 
 __all__ = ["BlockInputs", "BlockSpec", "LinearSpec", "OuterModel", "Skeleton", "load_skeleton", "run_block"]
 
@@ -49,6 +53,8 @@ class Skeleton:
     _model: PreTrainedModel
     _blocks: nn.ModuleList
     _specs: tuple[BlockSpec, ...]
+    _sources: Sources
+    _block_slots: tuple[tuple[Slot, ...], ...]
     _num_outputs: tuple[int | None, ...]
     _outer_slots: tuple[Slot, ...]
 
@@ -83,16 +89,13 @@ class Skeleton:
         Raises:
             CheckpointError: A tensor is missing or has a wrong shape.
         """
-        block = self._blocks[i]
-        prefix = self._specs[i].prefix
-        slots = [
-            Slot(path=s.path, attribute=s.attribute, tensor=f"{prefix}.{s.tensor}") for s in _slots(block)
-        ]
-        live = copy_module(block)
-        early = [slot for slot in slots if slot.tensor not in late]
-        fill_(live, early, tensors, dtype=dtype, device=device)
+        slots = self._block_slots[i]
+        live = copy_module(self._blocks[i])
+        # What is stored in another orientation, or as a part of a tensor, is not made late.
+        found = {slot.path: late[slot.tensor] for slot in slots if slot.tensor in late and slot.view is None}
+        early = [slot for slot in slots if slot.path not in found or slot.attribute != "weight"]
+        fill_(live, early, self._sources.converted(early, tensors), dtype=dtype, device=device)
         run_in_parts_(live)
-        found = {slot.path: late[slot.tensor] for slot in slots if slot.tensor in late}
         put_late_(live, found, dtype=dtype, device=device)
         return live
 
@@ -112,8 +115,8 @@ class Skeleton:
         """
         no_blocks = nn.ModuleList()
         model = copy_module(self._model, {id(self._blocks): no_blocks})
-        given = [slot for slot in self._outer_slots if slot.tensor in tensors]
-        fill_(model, given, tensors, dtype=dtype, device=device)
+        given = [s for s in self._outer_slots if all(name in tensors for name in self._sources.stored([s]))]
+        fill_(model, given, self._sources.converted(given, tensors), dtype=dtype, device=device)
         return OuterModel(
             dtype=dtype,
             device=torch.device(device),
@@ -150,66 +153,72 @@ def load_skeleton(config: Mapping[str, Any], tensor_names: Collection[str]) -> S
 def _load(config_json: str, tensor_names: tuple[str, ...]) -> Skeleton:
     config = json.loads(config_json)
     opened = open_config(config)
-    model = build_meta_model(opened)
+    model = build_meta_model(opened, model_class(opened))
     path, blocks = find_blocks(model)
-    for index, block in enumerate(blocks):
-        refuse_unhandled(f"{path}.{index}", block)
+    sources = Sources(model, tensor_names)
+    buffers = compute_buffers(model)
+    for block in blocks:
+        linearize_(block)
+    refuse_unhandled(path, blocks)
     trace = trace_forward(model, path)
-    restore_buffers_(model)
+    num_outputs = tuple(block.num_outputs for block in trace.blocks)
+    refuse_unlike_trace(model, path, trace)
+    put_buffers_(model, buffers)
+    outside = sources.slots(model, skip=path)
+    outer_slots = _used_slots(outside, trace, opened)
+    places = [f"{path}.{index}" for index in range(len(blocks))]
+    block_slots = tuple(
+        tuple(sources.slots(block, place)) for place, block in zip(places, blocks, strict=True)
+    )
     specs = tuple(
-        describe_block(index, f"{path}.{index}", block, trace.blocks[index])
-        for index, block in enumerate(blocks)
+        describe_block(*parts, sources)
+        for parts in zip(places, blocks, trace.blocks, block_slots, strict=True)
     )
     stored = set(tensor_names)
-    outer_slots = _tied(_slots(model, skip=path), model.all_tied_weights_keys, stored)
-    block_tensors = [name for spec in specs for name in spec.tensors]
-    used = [slot.tensor for slot in outer_slots] + block_tensors
+    used = [*sources.stored(outer_slots), *(name for spec in specs for name in spec.tensors)]
     _refuse_missing(used, stored, opened.model_type)
-    prelude, tail = _ends(outer_slots, trace)
+    prelude, tail = _ends(_tensors_by_module(outer_slots, sources), trace)
     return Skeleton(
         model_type=opened.model_type,
         prelude_tensors=prelude,
         tail_tensors=tail,
         unused_tensors=tuple(sorted(stored.difference(used))),
-        outside_linears=tuple(
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and not name.startswith(f"{path}.")
-        ),
+        outside_linears=_outside_linears(model, outside),
         _source=(config, tensor_names),
         _model=model,
         _blocks=blocks,
         _specs=specs,
-        _num_outputs=tuple(block.num_outputs for block in trace.blocks),
+        _sources=sources,
+        _block_slots=block_slots,
+        _num_outputs=num_outputs,
         _outer_slots=outer_slots,
     )
 
 
-def _slots(module: nn.Module, skip: str | None = None) -> list[Slot]:
-    """One slot a stored tensor, named by its place in the module; ``skip`` leaves out a submodule."""
-    return [
-        Slot(path=path, attribute=name, tensor=f"{path}.{name}" if path else name)
-        for path, inner in module.named_modules()
-        if skip is None or not (path == skip or path.startswith(f"{skip}."))
-        for name in own_tensors(inner)
-    ]
+def _used_slots(slots: list[Slot], trace: ModelTrace, config: PretrainedConfig) -> tuple[Slot, ...]:
+    """Without those of other towers: of a multimodal model, only what a forward of text runs is used."""
+    if config.get_text_config(decoder=True) is config:
+        return tuple(slots)
+    run = {*trace.prelude, *trace.tail}
+    return tuple(slot for slot in slots if slot.path in run)
 
 
-def _tied(slots: list[Slot], tied: Mapping[str, str], stored: set[str]) -> tuple[Slot, ...]:
-    """Slots with checkpoint names: of a tied pair the stored one serves both.
-
-    Ties are known by configuration and name (``tied``: name -> the name it is tied to), never by address.
-    A checkpoint may store both although its configuration ties them; then each is used under its own name, as
-    transformers does when they differ (and when they are equal it makes no difference).
-    """
-    other = {**tied, **{source: target for target, source in tied.items()}}
-    renamed = []
+def _outside_linears(model: nn.Module, slots: list[Slot]) -> tuple[str, ...]:
+    """Checkpoint names of the linears outside the blocks; of a head tied to the embedding, its module's."""
+    times_used = Counter(slot.tensor for slot in slots)
+    names = []
     for slot in slots:
-        name = slot.tensor
-        if name not in stored and other.get(name) in stored:
-            name = other[name]
-        renamed.append(Slot(path=slot.path, attribute=slot.attribute, tensor=name))
-    return tuple(renamed)
+        if slot.attribute == "weight" and isinstance(model.get_submodule(slot.path), nn.Linear):
+            is_own = times_used[slot.tensor] == 1 and slot.tensor.endswith(".weight")
+            names.append(slot.tensor.removesuffix(".weight") if is_own else slot.path)
+    return tuple(names)
+
+
+def _tensors_by_module(slots: Iterable[Slot], sources: Sources) -> dict[str, list[str]]:
+    names: dict[str, list[str]] = {}
+    for slot in slots:
+        names.setdefault(slot.path, []).extend(sources.stored([slot]))
+    return names
 
 
 def _refuse_missing(used: list[str], stored: set[str], model_type: str) -> None:
@@ -223,12 +232,14 @@ def _refuse_missing(used: list[str], stored: set[str], model_type: str) -> None:
         )
 
 
-def _ends(slots: tuple[Slot, ...], trace: ModelTrace) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Checkpoint names used before and after the blocks, in the order their modules run."""
-    names: dict[str, list[str]] = {}
-    for slot in slots:
-        names.setdefault(slot.path, []).append(slot.tensor)
-    tail = [name for path in trace.tail for name in names[path]]
-    prelude = [name for path in trace.prelude for name in names[path]]
-    prelude += [slot.tensor for slot in slots if slot.tensor not in tail]
+def _ends(tensors: Mapping[str, Sequence[str]], trace: ModelTrace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Checkpoint names used before and after the blocks, in the order their modules run.
+
+    Args:
+        tensors: Module path -> names of its stored tensors.
+        trace: What ran when.
+    """
+    tail = [name for path in trace.tail for name in tensors[path]]
+    prelude = [name for path in trace.prelude for name in tensors[path]]
+    prelude += [name for names in tensors.values() for name in names if name not in tail]
     return tuple(dict.fromkeys(prelude)), tuple(dict.fromkeys(tail))

@@ -3,7 +3,7 @@
 Structure is read off the run, never off names. Nothing is computed: all tensors are on the meta device.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -14,10 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from quantlib.errors import UnsupportedModelError
+from quantlib.model.experts import Expert
 from quantlib.model.materialize import copy_module
 
 # Any small shape shows the same structure; more than one position keeps attention on its usual path.
-_TRACED_SHAPE = (1, 8)
+TRACED_SHAPE = (1, 8)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,10 +28,12 @@ class BlockTrace:
     Attributes:
         groups: One dict a tensor that linears read: module names inside the block, in call order.
         num_outputs: Length of the tuple the block returns; None when it returns the hidden state itself.
+        inputs: Form of what the block is called with besides the hidden state.
     """
 
     groups: dict[tuple[Any, ...], list[str]] = field(default_factory=dict)
     num_outputs: int | None = None
+    inputs: Any = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -54,17 +57,46 @@ def trace_forward(model: PreTrainedModel, blocks_path: str) -> ModelTrace:
     A copy, since modules may keep what they computed (long rotary frequencies), here without values.
 
     Raises:
-        UnsupportedModelError: Blocks do not run once each in order, a module outside runs between them, or a
-            linear runs twice.
+        UnsupportedModelError: Blocks do not run once each in order, something happens to the hidden state
+            between them, or a linear runs twice.
     """
-    model = copy_module(model)
+    # Experts and linears keep nothing, and there may be 40 thousand of them.
+    shared = {id(module): module for module in model.modules() if type(module) in (nn.Linear, Expert)}
+    model = copy_module(model, shared)
     blocks = cast(nn.ModuleList, model.get_submodule(blocks_path))
     tracer = _Tracer(model_type=model.config.model_type, num_blocks=len(blocks))
-    ids_BT = torch.zeros(_TRACED_SHAPE, dtype=torch.long, device="meta")
-    with tracer.hooked(model, blocks_path, blocks), torch.no_grad(), _NoValues():
-        model(input_ids=ids_BT, use_cache=False, return_dict=True)
+    ids_BT = torch.zeros(TRACED_SHAPE, dtype=torch.long, device="meta")
+    # Not for gradients: requires_grad marks what a block made, wherever it is handed on to.
+    marking = torch.enable_grad()
+    with refusing(model, "run on tensors without values"), tracer.hooked(model, blocks_path, blocks), marking:
+        output = model(input_ids=ids_BT, use_cache=False, return_dict=True)
     tracer.refuse_unless(tracer.finished == len(blocks), "not every decoder block runs")
+    tracer.refuse_unless(
+        not _is_marked(output), "what follows the last decoder block reads what earlier ones made"
+    )
     return tracer.trace
+
+
+@contextmanager
+def refusing(model: PreTrainedModel, wanted: str) -> Iterator[None]:
+    """Values are absent inside, and what transformers raises for whatever reason is a refusal."""
+    try:
+        with _NoValues():
+            yield
+    except (
+        ArithmeticError,
+        AssertionError,
+        AttributeError,
+        LookupError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as error:
+        raise UnsupportedModelError(
+            f"{model.config.model_type}: its forward does not {wanted} ({type(error).__name__}: {error});"
+            " the model cannot be run block by block",
+            model_type=model.config.model_type,
+        ) from error
 
 
 class _NoValues(TorchDispatchMode):
@@ -93,6 +125,7 @@ class _Tracer:
         # Inputs stay alive until the run ends: a freed storage's address could come back as another tensor.
         self._kept: list[torch.Tensor] = []
         self._seen: set[tuple[int, str]] = set()
+        self._output: torch.Tensor | None = None
 
     def refuse_unless(self, holds: bool, problem: str) -> None:
         if not holds:
@@ -109,7 +142,7 @@ class _Tracer:
             if not inside and has_own_tensors(module):
                 handles.append(module.register_forward_pre_hook(self._outside_hook(path)))
         for index, block in enumerate(blocks):
-            handles.append(block.register_forward_pre_hook(self._begin_hook(index)))
+            handles.append(block.register_forward_pre_hook(self._begin_hook(index), with_kwargs=True))
             handles.append(block.register_forward_hook(self._end_hook(index)))
             for path, module in block.named_modules():
                 if isinstance(module, nn.Linear):
@@ -131,18 +164,31 @@ class _Tracer:
         return record
 
     def _begin_hook(self, index: int) -> Any:
-        def record(*_: Any) -> None:
+        def record(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             in_order = self.running is None and self.finished == index
             self.refuse_unless(in_order, f"decoder block {index} runs out of order or twice")
+            hidden, args, kwargs = split_hidden(args, kwargs)
+            untouched = self._output is None or content_key(hidden) == content_key(self._output)
+            self.refuse_unless(untouched, f"the hidden state changes before decoder block {index}")
+            self.refuse_unless(
+                not _is_marked((args, kwargs)),
+                f"decoder block {index} is handed more than the hidden state of what earlier ones made",
+            )
+            self.trace.blocks[index].inputs = form_of((args, kwargs))
             self.running = index
 
         return record
 
     def _end_hook(self, index: int) -> Any:
-        def record(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        def record(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             is_tuple = isinstance(output, tuple | list)
             self.trace.blocks[index].num_outputs = len(output) if is_tuple else None
             self.running, self.finished = None, index + 1
+            # The last block's output may be read by all that follows.
+            is_last = self.finished == len(self.trace.blocks)
+            marked = [_marked(value, not is_last) for value in (output if is_tuple else [output])]
+            self._output = marked[0]
+            return type(output)(marked) if is_tuple else marked[0]
 
         return record
 
@@ -152,7 +198,7 @@ class _Tracer:
             self._seen.add((index, path))
             x = args[0] if args else kwargs["input"]
             self._kept.append(x)
-            self.trace.blocks[index].groups.setdefault(_content_key(x), []).append(path)
+            self.trace.blocks[index].groups.setdefault(content_key(x), []).append(path)
 
         return record
 
@@ -174,7 +220,45 @@ def own_tensors(module: nn.Module) -> dict[str, torch.Tensor]:
     return owned
 
 
-def _content_key(x: torch.Tensor) -> tuple[Any, ...]:
+def split_hidden(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, tuple[Any, ...], dict[str, Any]]:
+    """A block's hidden state, and its other arguments."""
+    if args:
+        return args[0], args[1:], kwargs
+    others = dict(kwargs)
+    return others.pop("hidden_states"), (), others
+
+
+def form_of(value: Any) -> Any:
+    """What two values must have in common for one to stand for the other: kinds and shapes, not numbers."""
+    if isinstance(value, torch.Tensor):
+        return (tuple(value.shape), value.dtype)
+    if isinstance(value, Mapping):
+        return {key: form_of(inner) for key, inner in value.items()}
+    if isinstance(value, tuple | list):
+        return [form_of(inner) for inner in value]
+    return value if isinstance(value, bool | int | float | str | None) else type(value)
+
+
+def _marked(value: Any, mark: bool) -> Any:
+    """A stand-alone copy of a tensor that a block returns; marked as such if ``mark``."""
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point():
+        return value
+    # Cloned, since the model may work in place, which a leaf does not allow.
+    return value.detach().requires_grad_().clone() if mark else value.detach()
+
+
+def _is_marked(value: Any) -> bool:
+    """Whether a block made any tensor in a value, or what it was computed from."""
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
+    if isinstance(value, Mapping):
+        return any(_is_marked(inner) for inner in value.values())
+    return isinstance(value, tuple | list) and any(_is_marked(inner) for inner in value)
+
+
+def content_key(x: torch.Tensor) -> tuple[Any, ...]:
     """Equal for tensors that are the same rows: one object, or views of it that only regroup the rows.
 
     Two slices of one tensor differ in offset or size, and a tensor changed in place differs in version.

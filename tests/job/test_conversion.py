@@ -22,7 +22,7 @@ from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize
 from quantlib.job.stages import Progress
 from quantlib.storage import normalize_uri, open_store
-from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source
+from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
 
 
 def _output(options) -> Path:
@@ -69,6 +69,19 @@ def test_conversion_finished_output_is_verified_and_evaluates_to_the_reported_pe
     assert figures["kl_divergence"] > 0
     assert [row["name"] for row in report["blocks"][0]["linears"]][:1] == ["model.layers.0.self_attn.q_proj"]
     assert len(report["blocks"][0]["linears"]) == 7
+
+
+def test_conversion_of_experts_without_calibration_quantizes_each_and_keeps_the_router(tmp_path):
+    tiny_source(tmp_path / "source", "qwen3_moe", moe_intermediate_size=32, mlp_only_layers=[])
+    tiny_text(tmp_path / "evaluation.jsonl", seed=2)
+    options = tiny_options(tmp_path, method="rtn", calibration=None)
+    report = quantize(options)
+    names = set(_tensors(options.output))
+    for expert in range(4):
+        assert f"model.layers.1.mlp.experts.{expert}.down_proj.weight_packed" in names
+    router = "model.layers.1.mlp.gate.weight"
+    assert torch.equal(_tensors(options.output)[router], _tensors(options.source)[router])
+    assert 0 < report["evaluation"]["kl_divergence"] < 1
 
 
 def test_conversion_gptq_has_smaller_layer_errors_than_rounding_to_nearest(tmp_path):

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from quantlib.checkpoint.header import read_header
-from quantlib.errors import PackingError, PlanMismatchError
+from quantlib.errors import PackingError, PlanMismatchError, UnsupportedModelError
 from quantlib.inprocess import quantize
 from quantlib.job.estimate import describe_plan, format_plan
 from quantlib.job.finished import check_unit
@@ -16,7 +16,7 @@ from quantlib.job.memory import Budgets, Surroundings, plan_memory
 from quantlib.job.plan import plan_from_json, plan_to_json
 from quantlib.job.planner import build_plan
 from quantlib.storage import join_uri, open_store
-from tests.support.tiny_jobs import tiny_options
+from tests.support.tiny_jobs import tiny_options, tiny_source, tiny_text
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +110,32 @@ def test_plan_a_mix_the_layout_cannot_say_is_refused_before_work(root):
     rules = [{"match": "*.down_proj", "scheme": "W4A16_ASYM"}]
     with pytest.raises(PackingError, match="symmetric"):
         build_plan(tiny_options(root, rules=rules, format="gptq"), 1)
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "reason"),
+    [
+        ("gpt2", {"vocab_size": 96}, "h.0.attn.c_attn: its weight is not stored under this name"),
+        (
+            "gpt_oss",
+            {"num_hidden_layers": 4},
+            "experts.0.gate_proj: its weight is not stored under this name",
+        ),
+        ("mixtral", {}, "block_sparse_moe.experts.0.w1: its weight is not stored under this name"),
+        ("qwen3_moe", {"moe_intermediate_size": 32}, "routed experts cannot be calibrated yet"),
+    ],
+)
+def test_plan_linears_that_the_steps_cannot_handle_are_refused_by_name(tmp_path, family, settings, reason):
+    options = _options_of_family(tmp_path, family, settings)
+    with pytest.raises(UnsupportedModelError, match=reason):
+        build_plan(options, 1)
+
+
+def _options_of_family(tmp_path, family, settings, **overrides):
+    tiny_source(tmp_path / "source", family, **settings)
+    tiny_text(tmp_path / "calibration.jsonl", seed=1)
+    tiny_text(tmp_path / "evaluation.jsonl", seed=2)
+    return tiny_options(tmp_path, **overrides)
 
 
 def test_manifest_first_plan_stays(tmp_path, plan):

@@ -1,18 +1,17 @@
-"""Block by block equals transformers' own forward, for every family in the table; all others are refused."""
+"""Block by block equals transformers' own forward for every family in the table; others are refused."""
 
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from quantlib.errors import CheckpointError, UnsupportedModelError
-from quantlib.model import families
-from quantlib.model.skeleton import load_skeleton
+from quantlib.model.skeleton import Skeleton, load_skeleton
 from tests.support.block_by_block import logits_block_by_block
+from tests.support.family_settings import FAMILY_SETTINGS, MULTIMODAL, REFUSED
 from tests.support.tiny_models import (
-    FAMILY_SETTINGS,
+    auto_class,
     read_all_tensors,
     read_config,
     save_tiny_checkpoint,
@@ -68,6 +67,12 @@ _CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_tied": ("qwen3", {"tie_word_embeddings": True}),
     "gemma2_untied": ("gemma2", {"tie_word_embeddings": False}),
     "gemma3_text_without_softcap": ("gemma3_text", {"final_logit_softcapping": None}),
+    "bloom_untied": ("bloom", {"tie_word_embeddings": False}),
+    "falcon_old_layout": ("falcon", {"new_decoder_architecture": False, "multi_query": True}),
+    "opt_post_norm_projected": ("opt", {"word_embed_proj_dim": 16, "do_layer_norm_before": False}),
+    "gpt2_untied": ("gpt2", {"tie_word_embeddings": False}),
+    # Experts 10 and 11 come after 9, not after 1.
+    "qwen3_moe_twelve_experts": ("qwen3_moe", {"num_experts": 12}),
     "phi3_longrope": (
         "phi3",
         {"rope_parameters": _LONGROPE, "original_max_position_embeddings": 12, "sliding_window": 6},
@@ -79,8 +84,22 @@ def _ids(batch: int, length: int) -> torch.Tensor:
     return torch.randint(3, 96, (batch, length), generator=torch.Generator().manual_seed(length))
 
 
-def test_table_of_families_matches_tested_families() -> None:
-    assert set(families.FAMILIES) == set(FAMILY_SETTINGS)
+def _assert_accounted_for(skeleton: Skeleton, stored: dict[str, torch.Tensor]) -> None:
+    parts = [*skeleton.prelude_tensors, *skeleton.tail_tensors, *skeleton.unused_tensors]
+    for index in range(skeleton.num_blocks):
+        spec = skeleton.block_spec(index)
+        parts += spec.tensors
+        assert spec.linears
+        assert {name for group in spec.input_groups for name in group} == {li.name for li in spec.linears}
+        for linear in spec.linears:
+            assert set(linear.weight_tensors) <= set(spec.tensors)
+            assert linear.name.startswith(f"{spec.prefix}.")
+            # No stored matrix that is a linear's weight goes by another name.
+            if len(linear.weight_tensors) == 1 and stored[linear.weight_tensors[0]].ndim == 2:
+                assert linear.expert is not None or linear.weight_tensors == (f"{linear.name}.weight",)
+    # A tied embedding is in both ends under its one name.
+    ends = set(skeleton.prelude_tensors) & set(skeleton.tail_tensors)
+    assert sorted([*parts]) == sorted([*stored, *ends])
 
 
 @pytest.mark.parametrize("case", _CASES)
@@ -89,16 +108,62 @@ def test_logits_block_by_block_equal_transformers(case: str, tmp_path: Path) -> 
     folder = save_tiny_checkpoint(tmp_path, family, **settings)
     assert len(list(folder.glob("*.safetensors"))) > 1
     tensors = read_all_tensors(folder)
-    skeleton = load_skeleton(read_config(folder), tensors)
+    config = read_config(folder)
+    skeleton = load_skeleton(config, tensors)
+    _assert_accounted_for(skeleton, tensors)
+    reference = auto_class(config).from_pretrained(folder, dtype=torch.float32).eval()
     # Two lengths, the longer first: neither may leave traces in the other.
     for length in (21, 9):
         ids_BT = _ids(2, length)
-        reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
         with torch.no_grad():
-            expected = reference(ids_BT).logits
+            expected = reference(input_ids=ids_BT, use_cache=False).logits
         logits_BTV = logits_block_by_block(skeleton, tensors, ids_BT)
         assert logits_BTV.dtype == torch.float32
         torch.testing.assert_close(logits_BTV, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bloom", "opt"])
+def test_names_without_the_prefix_of_the_model_are_found(family: str, tmp_path: Path) -> None:
+    # As openai-community/gpt2, bigscience/bloom-560m and facebook/opt-125m store them.
+    folder = save_tiny_checkpoint(tmp_path, family)
+    prefix = "model." if family == "opt" else "transformer."
+    stored = read_all_tensors(folder)
+    renamed = {name.removeprefix(prefix): tensor for name, tensor in stored.items()}
+    skeleton = load_skeleton(read_config(folder), renamed)
+    _assert_accounted_for(skeleton, renamed)
+    ids_BT = _ids(2, 9)
+    expected = logits_block_by_block(load_skeleton(read_config(folder), stored), stored, ids_BT)
+    assert torch.equal(logits_block_by_block(skeleton, renamed, ids_BT), expected)
+    assert not any(linear.name.startswith(prefix) for linear in skeleton.block_spec(1).linears)
+
+
+def test_tensor_stored_in_either_orientation_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    # Qwen3-VL-MoE is published with [E, in, out] and saved by transformers as [E, out, in].
+    folder = save_tiny_checkpoint(tmp_path, "qwen3_vl_moe")
+    stored = read_all_tensors(folder)
+    turned = {
+        name: t.transpose(1, 2) if t.ndim == 3 and "experts" in name else t for name, t in stored.items()
+    }
+    skeleton, ids_BT = load_skeleton(read_config(folder), stored), _ids(2, 9)
+    expected = logits_block_by_block(skeleton, stored, ids_BT)
+    assert torch.equal(logits_block_by_block(skeleton, turned, ids_BT), expected)
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+def test_other_towers_of_a_multimodal_model_are_unused(family: str, tmp_path: Path) -> None:
+    folder = save_tiny_checkpoint(tmp_path, family)
+    tensors = read_all_tensors(folder)
+    skeleton = load_skeleton(read_config(folder), tensors)
+    others = {name for name in tensors if "vision" in name or "visual" in name or "projector" in name}
+    assert others and set(skeleton.unused_tensors) == others
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_family_that_cannot_run_block_by_block_is_refused_with_the_reason(family: str) -> None:
+    settings, reason = REFUSED[family]
+    config = {**tiny_config("llama"), "model_type": family, **settings}
+    with pytest.raises(UnsupportedModelError, match=reason):
+        load_skeleton(config, tiny_model(config).state_dict())
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
@@ -107,7 +172,7 @@ def test_bfloat16_logits_equal_transformers(family: str, tmp_path: Path) -> None
     tensors = read_all_tensors(folder)
     skeleton = load_skeleton(read_config(folder), tensors)
     ids_BT = _ids(2, 11)
-    reference = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).eval()
+    reference = auto_class({}).from_pretrained(folder, dtype=torch.bfloat16).eval()
     with torch.no_grad():
         expected = reference(ids_BT).logits.float()
     # The same operations in the same dtype: no tolerance for a cast that transformers does not make.
@@ -116,40 +181,10 @@ def test_bfloat16_logits_equal_transformers(family: str, tmp_path: Path) -> None
     assert torch.equal(logits_BTV, expected)
 
 
-@pytest.mark.parametrize(
-    ("family", "groups"),
-    [
-        ("gptj", [{"q_proj", "k_proj", "v_proj", "fc_in"}, {"out_proj"}, {"fc_out"}]),
-        ("cohere", [{"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}, {"o_proj"}, {"down_proj"}]),
-    ],
-)
-def test_family_added_to_the_table_works_without_further_code(
-    family: str, groups: list[set[str]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Both have parallel residuals; gptj's blocks return tuples, own rotary buffers and take positional masks.
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, family))
-    config = {
-        **tiny_config("llama"),
-        "model_type": family,
-        **({"rotary_dim": 4, "num_key_value_heads": 4} if family == "gptj" else {}),
-    }
-    model = tiny_model(config)
-    skeleton = load_skeleton(config, model.state_dict())
-    names = [{name.rsplit(".", 1)[1] for name in group} for group in skeleton.block_spec(1).input_groups]
-    assert names == groups
-    ids_BT = _ids(2, 13)
-    with torch.no_grad():
-        expected = model(ids_BT).logits
-    logits_BTV = logits_block_by_block(skeleton, model.state_dict(), ids_BT)
-    torch.testing.assert_close(logits_BTV, expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("model_type", ["mamba", "gemma3", "t5", "no_such_model", None])
-def test_unknown_family_is_refused_by_name(model_type: str | None) -> None:
-    with pytest.raises(UnsupportedModelError) as caught:
-        load_skeleton({**tiny_config("llama"), "model_type": model_type}, [])
-    assert repr(model_type) in str(caught.value)
-    assert all(family in str(caught.value) for family in FAMILY_SETTINGS)
+@pytest.mark.parametrize("model_type", ["t5", "bert", "no_such_model", None])
+def test_model_that_is_no_causal_language_model_is_refused_by_name(model_type: str | None) -> None:
+    with pytest.raises(UnsupportedModelError, match="wanted a causal language model"):
+        load_skeleton({"model_type": model_type}, [])
 
 
 @pytest.mark.parametrize(

@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 import torch
 
-from quantlib.errors import CheckpointError, UnsupportedModelError
-from quantlib.model import families
-from quantlib.model.materialize import Slot
+from quantlib.errors import CheckpointError
 from quantlib.model.skeleton import LinearSpec, Skeleton, _ends, load_skeleton
 from quantlib.model.trace import ModelTrace
 from tests.support.block_by_block import logits_block_by_block
-from tests.support.tiny_models import FAMILY_SETTINGS, tiny_config, tiny_model
+from tests.support.tiny_models import tiny_config, tiny_model
+
+_FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3")
 
 _SEPARATE = [
     ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
@@ -36,7 +36,7 @@ def _load(family: str, **settings: Any) -> Skeleton:
     return load_skeleton(config, _stored(config))
 
 
-@pytest.mark.parametrize("family", FAMILY_SETTINGS)
+@pytest.mark.parametrize("family", _FAMILIES)
 def test_linears_that_read_one_tensor_are_one_input_group(family: str) -> None:
     skeleton = _load(family)
     expected = _FUSED if family == "phi3" else _SEPARATE
@@ -56,14 +56,21 @@ def test_linears_have_shapes_and_biases_of_the_stored_weights() -> None:
     stored = _stored(config)
     linears = load_skeleton(config, stored).block_spec(2).linears
     assert linears[1] == LinearSpec(
-        name="model.layers.2.self_attn.k_proj", rows=16, columns=32, has_bias=True
+        name="model.layers.2.self_attn.k_proj",
+        path="self_attn.k_proj",
+        rows=16,
+        columns=32,
+        has_bias=True,
+        expert=None,
+        weight_tensors=("model.layers.2.self_attn.k_proj.weight",),
+        weight_view=None,
     )
     for linear in linears:
         assert stored[f"{linear.name}.weight"].shape == (linear.rows, linear.columns)
         assert linear.has_bias == (f"{linear.name}.bias" in stored)
 
 
-@pytest.mark.parametrize("family", FAMILY_SETTINGS)
+@pytest.mark.parametrize("family", _FAMILIES)
 def test_every_stored_tensor_belongs_to_exactly_one_part(family: str) -> None:
     config = tiny_config(family, tie_word_embeddings=False)
     stored = _stored(config)
@@ -84,11 +91,9 @@ def test_tied_embedding_is_in_prelude_and_tail() -> None:
 
 
 def test_tensors_of_modules_that_never_run_belong_to_the_prelude() -> None:
-    slots = tuple(
-        Slot(path=path, attribute="weight", tensor=f"{path}.weight") for path in ("idle", "head", "in")
-    )
+    tensors = {path: [f"{path}.weight"] for path in ("idle", "head", "in")}
     trace = ModelTrace(blocks=[], prelude=["in"], tail=["head"])
-    assert _ends(slots, trace) == (("in.weight", "idle.weight"), ("head.weight",))
+    assert _ends(tensors, trace) == (("in.weight", "idle.weight"), ("head.weight",))
 
 
 def test_tied_head_stored_alone_serves_as_embedding() -> None:
@@ -153,20 +158,29 @@ def test_skeleton_survives_pickling_as_config_and_names() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "settings", "named"),
+    ("family", "groups"),
     [
-        # Fused experts are 3-D parameters, routers own their matrix, gpt2 has transposed Conv1D weights.
-        ("llama4_text", {}, r"layers\.0\.feed_forward\.experts\.gate_up_proj: a 3-D weight"),
-        ("mixtral", {}, r"layers\.0\.mlp\.gate\.weight: a 2-D weight of MixtralTopKRouter"),
-        ("gpt2", {"n_layer": 2, "n_embd": 32, "n_head": 4}, r"c_attn\.weight: a 2-D weight of Conv1D"),
+        ("gptj", [{"q_proj", "k_proj", "v_proj", "fc_in"}, {"out_proj"}, {"fc_out"}]),
+        ("cohere", [{"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}, {"o_proj"}, {"down_proj"}]),
+        ("gpt2", [{"c_attn"}, {"c_proj"}, {"c_fc"}, {"c_proj"}]),
+        ("falcon", [{"query_key_value"}, {"dense"}, {"dense_h_to_4h"}, {"dense_4h_to_h"}]),
     ],
 )
-def test_matrix_outside_a_linear_is_refused_by_name(
-    family: str, settings: dict[str, Any], named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(families, "FAMILIES", (*families.FAMILIES, family))
-    with pytest.raises(UnsupportedModelError, match=named):
-        load_skeleton({**tiny_config("llama"), "model_type": family, **settings}, [])
+def test_input_groups_follow_the_wiring_of_the_family(family: str, groups: list[set[str]]) -> None:
+    found = _load(family).block_spec(1).input_groups
+    names = [{name.rsplit(".", 1)[1] for name in group} for group in found]
+    assert sorted(map(sorted, names)) == sorted(map(sorted, groups))
+
+
+def test_transposed_weight_is_a_linear_read_transposed() -> None:
+    config = tiny_config("gpt2")
+    stored = _stored(config)
+    skeleton = load_skeleton(config, stored)
+    spec = skeleton.block_spec(2)
+    linear = next(li for li in spec.linears if li.name == "transformer.h.2.mlp.c_fc")
+    assert (linear.rows, linear.columns, linear.is_stored_as_is) == (128, 32, False)
+    block: Any = skeleton.build_block(2, stored, dtype=torch.float32, device="cpu")
+    assert torch.equal(block.mlp.c_fc.weight, stored["transformer.h.2.mlp.c_fc.weight"].T)
 
 
 def test_405b_shaped_model_needs_no_memory_for_weights() -> None:

@@ -1,4 +1,4 @@
-"""Tiny random checkpoints of every supported family, written by transformers, and plain readers for them."""
+"""Tiny random checkpoints of every tested family, written by transformers, and plain readers for them."""
 
 import json
 from pathlib import Path
@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from tests.support.family_settings import FAMILY_SETTINGS
 
 _COMMON = {
     "vocab_size": 96,
@@ -22,37 +24,6 @@ _COMMON = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-_ALTERNATING = ["sliding_attention", "full_attention"] * 2
-
-# What sets a family apart from _COMMON. Sliding windows are shorter than the sequences of the tests.
-FAMILY_SETTINGS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "mistral": {"sliding_window": 6, "head_dim": 8},
-    "qwen2": {"tie_word_embeddings": True},
-    "qwen3": {"head_dim": 16},
-    "gemma2": {
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 6,
-        "layer_types": _ALTERNATING,
-        "attn_logit_softcapping": 2.0,
-        "final_logit_softcapping": 1.5,
-        "tie_word_embeddings": True,
-    },
-    "gemma3_text": {
-        "head_dim": 16,
-        "query_pre_attn_scalar": 16,
-        "sliding_window": 6,
-        "layer_types": _ALTERNATING,
-        "rope_parameters": {
-            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000_000.0},
-            "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
-        },
-        "final_logit_softcapping": 1.5,
-        "tie_word_embeddings": True,
-    },
-    "phi3": {},
-}
 
 
 def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
@@ -60,11 +31,16 @@ def tiny_config(family: str, **overrides: Any) -> dict[str, Any]:
     return {"model_type": family, **_COMMON, **FAMILY_SETTINGS[family], **overrides}
 
 
+def auto_class(config: dict[str, Any]) -> Any:
+    """transformers' entrance to a kind of model."""
+    return AutoModelForMultimodalLM if "text_config" in config else AutoModelForCausalLM
+
+
 def tiny_model(config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
     """transformers' own model with random weights that are large enough for every part to matter."""
     values = {key: value for key, value in config.items() if key != "model_type"}
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(
+    model = auto_class(config).from_config(
         CONFIG_MAPPING[config["model_type"]](**values), dtype=torch.float32
     )
     generator = torch.Generator().manual_seed(seed)
@@ -76,6 +52,9 @@ def tiny_model(config: dict[str, Any], *, seed: int = 0) -> PreTrainedModel:
                 parameter.add_(0.2 * noise)
             else:
                 parameter.copy_(noise * parameter.shape[1] ** -0.5)
+        for name, buffer in model.named_buffers():
+            if name.endswith("correction_bias"):
+                buffer.add_(0.2 * torch.randn(buffer.shape, generator=generator))
     return model.eval()
 
 
