@@ -26,8 +26,7 @@ def solve_codes(
         weight_RC: [R, C], finite, in the dtype of the factor (fp32; fp64 for checks).
 
     Args:
-        weight_RC: Original weights of a row tile: linears that share input and scheme, stacked along the
-        rows.
+        weight_RC: Original weights of a row tile: linears of one input and scheme, stacked along the rows.
         grid: Scales of the stacked rows, already in their stored dtype.
         factor: Of their common, damped Hessian.
 

@@ -1,8 +1,8 @@
 """What every quantization method takes and gives back.
 
 R rows (out features), C columns (in features). The linears of one input group share the activations and
-therefore the
-Hessian: what follows from it is prepared once, and then any rows of theirs are solved, in *row tiles*.
+therefore the Hessian: what follows from it is prepared once, and then any rows of theirs are solved, in *row
+tiles*.
 """
 
 import dataclasses

@@ -39,16 +39,16 @@ _DELTA = {
     "layer_types": _LINEAR_AND_FULL,
     "head_dim": 8,
 }
-_TEXT = {
+SHAPE = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
-    "head_dim": 8,
     "max_position_embeddings": 128,
 }
+_TEXT = {**SHAPE, "head_dim": 8}
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0, "mrope_section": [1, 1, 2]}}
 _QWEN_IDS = {
     "image_token_id": 95,

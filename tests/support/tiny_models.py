@@ -9,16 +9,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMultimodalLM, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from tests.support.family_settings import FAMILY_SETTINGS
+from tests.support.family_settings import FAMILY_SETTINGS, SHAPE
 
 _COMMON = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
+    **SHAPE,
     "bos_token_id": 1,
     "eos_token_id": 2,
     "pad_token_id": 0,
