@@ -92,6 +92,8 @@ class BlockRunner:
         """Plan the job; see `quantlib.job.planner.prepare`."""
         with self._clock.computing("plan"):
             self._prepared = planner.prepare(options, threads)
+            # What tracing the model and tokenizing took would count as idle for the whole job.
+            give_back_free_memory()
             return {
                 "plan": self._prepared.plan,
                 "report": self._prepared.report,

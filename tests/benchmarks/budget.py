@@ -45,7 +45,7 @@ class Job:
 
 
 JOBS = {
-    "many-blocks": Job(blocks=400, hidden=512, intermediate=256, heads=8, sequences=128, sequence_length=512),
+    "many-blocks": Job(blocks=400, hidden=512, intermediate=256, heads=8, sequences=192, sequence_length=512),
     "wide-linear": Job(
         blocks=1,
         hidden=16384,
