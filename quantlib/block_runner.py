@@ -25,6 +25,7 @@ from quantlib.group_solver import GroupSolver, TileRows
 from quantlib.job import activations, planner
 from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.bands import Band
+from quantlib.job.expert_groups import GroupTokens
 from quantlib.job.finished import check_unit, read_unit
 from quantlib.job.group_tiles import GroupTile
 from quantlib.job.lease import refuse_taken_over
@@ -338,14 +339,19 @@ class BlockRunner:
             self._cells.move(following_stream(cell), cell, self._module(_ORIGINAL, block), block)
 
     def solve(
-        self, block: int, group: int, parts: Sequence[Tensors], statistics: Sequence[Any], tokens: int
+        self,
+        block: int,
+        group: int,
+        parts: Sequence[Tensors],
+        statistics: Sequence[Any],
+        tokens: GroupTokens,
     ) -> dict[str, Any]:
         """Quantize and pack an input group.
 
         Args:
             parts: The block's source tensors.
             statistics: What `GroupSolver.solve` takes, every total as the list of its bands.
-            tokens: Calibration tokens behind the sums.
+            tokens: Behind the sums.
         """
         with self._working("solve"):
             planned, totals = self._plan.blocks[block], _totals(statistics)
@@ -353,7 +359,12 @@ class BlockRunner:
             return {"packed": self._share(packed), "linears": rows}
 
     def solve_tile(
-        self, block: int, tile: GroupTile, parts: Sequence[Tensors], statistics: Sequence[Any], tokens: int
+        self,
+        block: int,
+        tile: GroupTile,
+        parts: Sequence[Tensors],
+        statistics: Sequence[Any],
+        tokens: GroupTokens,
     ) -> dict[str, Any]:
         """Quantize a row tile of an input group that has several; arguments as for `solve`.
 
@@ -368,10 +379,10 @@ class BlockRunner:
         """No tile follows."""
         self._solver.forget()
 
-    def pack(self, block: int, group: int, tiles: Sequence[TileRows]) -> dict[str, Any]:
+    def pack(self, block: int, group: int, tiles: Sequence[TileRows], tokens: GroupTokens) -> dict[str, Any]:
         """Pack an input group from all its tiles, in order; gives what `solve` gives."""
         with self._working("solve"):
-            packed, rows = self._solver.pack(self._plan.blocks[block], group, tiles)
+            packed, rows = self._solver.pack(self._plan.blocks[block], group, tiles, tokens)
             return {"packed": self._share(packed), "linears": rows}
 
     def write(

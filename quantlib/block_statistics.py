@@ -1,6 +1,6 @@
 """What one worker sees of the inputs of a block's linears: exact sums over its calibration cells."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,12 +9,14 @@ import torch
 from torch import nn
 
 from quantlib.calibration.partials import Partial
-from quantlib.calibration.totals import Total, exponent_for
+from quantlib.calibration.totals import EXPERT_HEADROOM_BITS, Total, exponent_for
 from quantlib.cells import Cell
 from quantlib.errors import NumericsError
 from quantlib.job.activations import CALIBRATION, cells_of
-from quantlib.job.bands import sum_shapes
+from quantlib.job.bands import SumShape, sum_shapes
+from quantlib.job.expert_groups import readers_of
 from quantlib.job.plan import BlockPlan, Groups, Plan
+from quantlib.readers import Reader
 from quantlib.steps import ObservedCell, observe_cell
 from quantlib.worker_cells import WorkerCells, following_stream
 
@@ -58,21 +60,32 @@ class BlockStatistics:
             moves: Whether the stream that follows the original blocks goes on to the next one.
 
         Returns:
-            ``excluded``, rows left out now; ``tokens``; from cell 0 ``exponents``.
+            ``excluded``, rows left out now; ``tokens``; of readers inside experts ``routed``, the tokens
+            they were given, and ``dropped``, those they were given besides and that were not finite; from
+            cell 0 ``exponents``.
 
         Raises:
             NumericsError: The cell's sums are not finite or cannot be added; names the cell, its rows and
                 the linear.
         """
-        sums = self._sums.setdefault((block, groups), _Sums(plan=self._plan.blocks[block], groups=groups))
+        if (block, groups) not in self._sums:
+            self._sums[block, groups] = self._begun(block, groups)
+        sums = self._sums[block, groups]
         if key not in sums.summaries:
             cell = self._cells[key]
             observed = self._observe(module, sums, cell, excluded_rows)
-            partials = self._partials(sums, observed)
+            partials = [
+                (observed.statistics.crosses if shape.is_whole else observed.statistics.grams).get(
+                    shape.reader
+                )
+                for shape in sums.shapes
+            ]
             summary: dict[str, Any] = {
                 "excluded": sorted(cell.first_row + row for row in observed.left_out),
                 "tokens": observed.num_tokens,
-                "exponents": self._exponents(sums, cell, partials) if cell.number == 0 else None,
+                "routed": dict(observed.statistics.rows),
+                "dropped": dict(observed.statistics.dropped),
+                "exponents": self._exponents(sums, cell, observed, partials) if cell.number == 0 else None,
             }
             sums.pending.append((cell, partials))
             self._add_pending(sums, exponents or summary["exponents"])
@@ -98,26 +111,42 @@ class BlockStatistics:
         self._add_pending(sums, exponents)
         return sums.totals, list(sums.summaries)
 
-    def _exponents(self, sums: "_Sums", cell: Cell, partials: Sequence[Partial | None]) -> list[int]:
+    def _begun(self, block: int, groups: Groups) -> "_Sums":
+        plan = self._plan.blocks[block]
+        shapes = sum_shapes(self._plan, block, groups)
+        return _Sums(plan=plan, readers=readers_of(self._plan, plan).readers, shapes=shapes)
+
+    def _exponents(
+        self, sums: "_Sums", cell: Cell, observed: ObservedCell, partials: Sequence[Partial | None]
+    ) -> list[int]:
+        """One for all experts: of those that cell 0 has few tokens for, or none, it says little."""
         num_cells = len(cells_of(self._plan)[CALIBRATION])
+        peaks: dict[Any, float] = {}
+        for number, squares_C in observed.statistics.squares.items():
+            family = sums.readers[number].family
+            peaks[family] = max(float(squares_C.max()), peaks.get(family, 0.0))
         exponents = []
-        for number, partial in enumerate(partials):
-            with _naming(cell, sums.plan, sums.leader(number)):
-                exponents.append(exponent_for(0.0 if partial is None else partial.peak, num_cells))
+        for shape, partial in zip(sums.shapes, partials, strict=True):
+            family = sums.readers[shape.reader].family
+            with _naming(cell, sums.plan, sums.readers[shape.reader].name):
+                if family is not None:
+                    found = exponent_for(peaks.get(family, 0.0), num_cells, EXPERT_HEADROOM_BITS)
+                else:
+                    found = exponent_for(0.0 if partial is None else partial.peak, num_cells)
+                exponents.append(found)
         return exponents
 
     def _add_pending(self, sums: "_Sums", exponents: Sequence[int] | None) -> None:
         if exponents is None:
             return
         if not sums.totals:
-            shapes = sum_shapes(self._plan, sums.plan.index, sums.groups)
             sums.totals = [
                 Total.zeros(shape.columns, exponent, is_whole=shape.is_whole, device=self._device)
-                for shape, exponent in zip(shapes, exponents, strict=True)
+                for shape, exponent in zip(sums.shapes, exponents, strict=True)
             ]
         for cell, partials in sums.pending:
-            for number, (total, partial) in enumerate(zip(sums.totals, partials, strict=True)):
-                with _naming(cell, sums.plan, sums.leader(number)):
+            for shape, total, partial in zip(sums.shapes, sums.totals, partials, strict=True):
+                with _naming(cell, sums.plan, sums.readers[shape.reader].name):
                     if partial is not None:
                         total.add_(partial.panels)
         sums.pending.clear()
@@ -135,15 +164,16 @@ class BlockStatistics:
         batches = self._cells.batches_of(cell, plan.index)
         with _naming(cell, plan):
             return observe_cell(
-                module, plan, cell.main.hidden_BTD, batches, excluded, sums.groups, reference_BTD
+                module,
+                sums.readers,
+                cell.main.hidden_BTD,
+                batches,
+                excluded,
+                {shape.reader for shape in sums.shapes},
+                centered=plan.centered_groups,
+                reference_BTD=reference_BTD,
+                wants_squares=cell.number == 0,
             )
-
-    def _partials(self, sums: "_Sums", observed: ObservedCell) -> list[Partial | None]:
-        """X^T X of every group that is summed, then X_ref^T X where targets are corrected; None of a group
-        that no token reached."""
-        statistics = observed.statistics
-        kinds = (statistics.grams, statistics.crosses)[: 1 + self._corrects]
-        return [found.get(group) for found in kinds for group in sums.groups]
 
 
 @dataclass(slots=True, kw_only=True)
@@ -151,20 +181,20 @@ class _Sums:
     """A worker's share of the statistics of some input groups of a block.
 
     Attributes:
+        readers: Of the block.
+        shapes: Of the sums.
         totals: Exact sums over the cells that were added.
-        pending: Cells observed before the exponents were known, and their partial sums.
+        pending: Cells observed before the exponents were known, and their partial sums; None of an expert
+            that no token reached.
         summaries: Key of every observed cell -> what was told of it.
     """
 
     plan: BlockPlan
-    groups: Groups
+    readers: Mapping[int, Reader]
+    shapes: Sequence[SumShape]
     totals: list[Total] = field(default_factory=list)
     pending: list[tuple[Cell, list[Partial | None]]] = field(default_factory=list)
     summaries: dict[str, dict[str, Any]] = field(default_factory=dict)
-
-    def leader(self, total: int) -> str:
-        """A linear that reads what a total is a sum of."""
-        return self.plan.input_groups[self.groups[total % len(self.groups)]][0]
 
 
 @contextmanager

@@ -12,11 +12,19 @@ from typing import Any
 import torch
 
 from quantlib.calibration.moments import Moments, about_zero, centered_moments, moments_from
-from quantlib.calibration.totals import Total
+from quantlib.calibration.totals import Total, add_totals_
+from quantlib.job.expert_groups import GroupTokens
 from quantlib.job.group_tiles import GroupTile, group_tiles
 from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.methods import METHODS
-from quantlib.methods.contracts import COARSE_BIAS, LinearResult, Prepared, SolvedRows
+from quantlib.methods.contracts import (
+    COARSE_BIAS,
+    NO_ROUTED_TOKENS,
+    LinearReport,
+    LinearResult,
+    Prepared,
+    SolvedRows,
+)
 from quantlib.methods.whole_solve import merged_rows
 from quantlib.packing.contracts import PackingFormat
 from quantlib.solver_settings import SolverSettings
@@ -25,8 +33,8 @@ from quantlib.steps import CorrectedResult, correct_bias
 Tensors = Mapping[str, torch.Tensor]
 # Linear -> its rows in a tile.
 TileRows = Mapping[str, SolvedRows]
-# Totals of X^T X (none without data), and where targets are corrected of the products with the reference
-# stream.
+# Totals of X^T X (none without data), of the products with the reference stream where targets are corrected,
+# and of X^T X of all experts' tokens where those stand in for an expert's own.
 Statistics = Sequence[Sequence[Total]]
 
 # Of the whole error: where rounding a bias to its stored dtype costs more than this, codes that need less of
@@ -71,7 +79,7 @@ class GroupSolver:
         return group_tiles(block, self._device.type, self._height)
 
     def solve(
-        self, block: BlockPlan, group: int, tensors: Tensors, statistics: Statistics, tokens: int
+        self, block: BlockPlan, group: int, tensors: Tensors, statistics: Statistics, tokens: GroupTokens
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         """Quantize and pack the linears of one group.
 
@@ -79,21 +87,26 @@ class GroupSolver:
             group: Its number within the block.
             tensors: The block's source tensors, by name.
             statistics: Totals of the workers.
-            tokens: Calibration tokens behind the sums.
+            tokens: Behind the sums.
 
         Returns:
             Packed tensors on the CPU, by name, and the rows of the report.
         """
         self.forget()
         if group in block.centered_groups:
-            return self._packed(self._with_biases(block, group, tensors, statistics, tokens))
+            return self._packed(self._with_biases(block, group, tensors, statistics, tokens.total), tokens)
         tiles = self.tiles(block)[group]
         solved = [self._solved_tile(block, tile, tensors, statistics, tokens) for tile in tiles]
         self.forget()
-        return self._packed(_merged(block, group, solved))
+        return self._packed(_merged(block, group, solved), tokens)
 
     def solve_tile(
-        self, block: BlockPlan, tile: GroupTile, tensors: Tensors, statistics: Statistics, tokens: int
+        self,
+        block: BlockPlan,
+        tile: GroupTile,
+        tensors: Tensors,
+        statistics: Statistics,
+        tokens: GroupTokens,
     ) -> dict[str, SolvedRows]:
         """Quantize a tile of a group that has several; arguments as for `solve`.
 
@@ -110,14 +123,19 @@ class GroupSolver:
         self._shared = None
 
     def pack(
-        self, block: BlockPlan, group: int, solved: Sequence[TileRows]
+        self, block: BlockPlan, group: int, solved: Sequence[TileRows], tokens: GroupTokens
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         """Pack the linears of a group from all its tiles, in order; gives what `solve` gives."""
         there = [{name: rows.to(self._device) for name, rows in tile.items()} for tile in solved]
-        return self._packed(_merged(block, group, there))
+        return self._packed(_merged(block, group, there), tokens)
 
     def _solved_tile(
-        self, block: BlockPlan, tile: GroupTile, tensors: Tensors, statistics: Statistics, tokens: int
+        self,
+        block: BlockPlan,
+        tile: GroupTile,
+        tensors: Tensors,
+        statistics: Statistics,
+        tokens: GroupTokens,
     ) -> dict[str, SolvedRows]:
         linear = next(linear for linear in block.linears if linear.name == tile.runs[0].name)
         assert linear.method is not None and linear.scheme is not None, "only such linears are in a group"
@@ -128,25 +146,27 @@ class GroupSolver:
         return prepared.solve(weights, linear.scheme, scale_dtype=self._scale_dtype(weights))
 
     def _prepared(
-        self, block: BlockPlan, group: int, method: str, statistics: Statistics, tokens: int
+        self, block: BlockPlan, group: int, method: str, statistics: Statistics, tokens: GroupTokens
     ) -> Prepared:
         shared = self._shared
         if shared is None or (shared.block, shared.group) != (block.index, group):
             self.forget()
             moments = self._moments(statistics, is_centered=False, is_extended=False)
+            if moments is not None and statistics[2]:
+                add_totals_(moments.hessian_CC, statistics[2], share=tokens.shared_share)
             shared = self._shared = _Shared(block.index, group, moments)
         if method not in shared.prepared:
             moments = shared.moments
             shared.prepared[method] = METHODS[method].prepare(
                 hessian_CC=None if moments is None else moments.hessian_CC,
                 cross_CC=None if moments is None else moments.cross_CC,
-                num_tokens=tokens,
+                num_tokens=tokens.total,
                 solver=self._settings,
             )
         return shared.prepared[method]
 
     def _moments(self, statistics: Statistics, *, is_centered: bool, is_extended: bool) -> Moments | None:
-        totals, crosses = statistics
+        totals, crosses, _ = statistics
         if not totals:
             return None
         if is_centered:
@@ -157,7 +177,7 @@ class GroupSolver:
         return self._packer.scale_dtype(next(iter(weights.values())).dtype)
 
     def _packed(
-        self, results: Iterable[LinearResult]
+        self, results: Iterable[LinearResult], tokens: GroupTokens
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         packed: dict[str, torch.Tensor] = {}
         rows: list[dict[str, Any]] = []
@@ -166,7 +186,7 @@ class GroupSolver:
             packed |= {key: value.cpu() for key, value in self._packer.pack(name, result.quantized).items()}
             if result.bias_R is not None:
                 packed[f"{name}.bias"] = result.bias_R.cpu()
-            rows.append(result.report.to_dict())
+            rows.append(_with_tokens(result.report, tokens).to_dict())
         return packed, rows
 
     def _with_biases(
@@ -234,6 +254,19 @@ def _merged(block: BlockPlan, group: int, solved: Sequence[TileRows]) -> Iterato
     """One linear after the other, so that the codes of only one are there twice."""
     for linear in _linears_of(block, group):
         yield merged_rows(linear.name, [tile[linear.name] for tile in solved if linear.name in tile])
+
+
+def _with_tokens(report: LinearReport, tokens: GroupTokens) -> LinearReport:
+    if tokens.shared is None or report.method == "rtn":
+        return report
+    lacks_all = tokens.own == 0 and report.fallback is None
+    return dataclasses.replace(
+        report,
+        tokens=tokens.own,
+        shared_tokens=tokens.shared,
+        dropped_tokens=tokens.dropped,
+        fallback=NO_ROUTED_TOKENS if lacks_all else report.fallback,
+    )
 
 
 def _is_coarse(corrected: CorrectedResult) -> bool:

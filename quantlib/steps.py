@@ -5,8 +5,10 @@ B sequences, T positions, D hidden, C columns, V vocabulary. Nothing here knows 
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import nn
@@ -20,9 +22,11 @@ from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.methods.bias_correction import exact_bias
 from quantlib.methods.contracts import LinearResult
 from quantlib.methods.measures import error_energy, share, weight_energy
+from quantlib.model.experts import Experts, extra_rows
 from quantlib.model.late_weights import LateWeight
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
+from quantlib.readers import Reader
 from quantlib.schemes import WeightScheme
 
 # Logits are gone over in pieces that stay in a CPU's cache from one pass to the next.
@@ -52,22 +56,28 @@ class ObservedCell:
 
 def observe_cell(
     block: nn.Module,
-    plan: BlockPlan,
+    readers: Mapping[int, Reader],
     hidden_BTD: torch.Tensor,
     batches: Sequence[Batch],
     excluded: Collection[int],
     summed: Collection[int],
+    *,
+    centered: Collection[int] = (),
     reference_BTD: torch.Tensor | None = None,
+    wants_squares: bool = False,
 ) -> ObservedCell:
-    """One forward of a cell, batch by batch, that gathers the statistics of input groups.
+    """One forward of a cell, batch by batch, that gathers the statistics of readers.
 
     When a row turns out to hold a NaN or an infinity the whole cell is run once more without it.
 
     Args:
+        readers: By number; all are looked through for such rows.
         batches: Of the cell.
         excluded: Rows of the cell left out so far.
-        summed: Numbers of the groups.
-        reference_BTD: The reference stream: gives the products of both streams' inputs too.
+        summed: Readers whose products are wanted.
+        centered: Readers whose sums are wanted beside their products.
+        reference_BTD: The reference stream: gives the products of both streams' inputs too, but of experts'.
+        wants_squares: Whether sums of squares are wanted of experts' readers.
 
     Raises:
         NumericsError: Finite inputs whose squares overflow fp32; no row can be blamed.
@@ -78,22 +88,25 @@ def observe_cell(
         output_BTD = torch.empty_like(hidden_BTD)
         followed_BTD = None if reference_BTD is None else torch.empty_like(reference_BTD)
         for rows, inputs in batches:
-            references: list[torch.Tensor] = []
+            references: dict[int, torch.Tensor] = {}
             if reference_BTD is not None and followed_BTD is not None:
-                followed_BTD[rows], references = _record_inputs(block, plan, reference_BTD[rows], inputs)
-            with InputObserver(
+                followed_BTD[rows], references = _record_inputs(block, readers, reference_BTD[rows], inputs)
+            observer = InputObserver(
                 block,
-                _leaders(plan),
+                readers,
                 statistics,
                 rows=range(rows.start, rows.stop),
+                positions=hidden_BTD.shape[1],
                 left_out=left_out,
                 summed=summed,
                 references=references,
-                centered=plan.centered_groups,
-            ):
+                centered=centered,
+                wants_squares=wants_squares,
+            )
+            with observer, _extra_rows(block, readers, hidden_BTD[rows].shape[:2].numel()):
                 output_BTD[rows] = run_block(block, hidden_BTD[rows], inputs)
         if not statistics.bad_rows:
-            _refuse_overflow(plan, statistics)
+            _refuse_overflow(readers, statistics)
             return ObservedCell(
                 output_BTD=output_BTD,
                 reference_BTD=followed_BTD,
@@ -104,10 +117,24 @@ def observe_cell(
         left_out |= statistics.bad_rows
 
 
-def _refuse_overflow(plan: BlockPlan, statistics: InputStatistics) -> None:
-    for group, gram in statistics.grams.items():
+@contextmanager
+def _extra_rows(block: nn.Module, readers: Mapping[int, Reader], num_tokens: int) -> Iterator[None]:
+    """Let experts run the rows of a batch that readers want besides their own."""
+    shares: dict[str, float] = {}
+    for reader in readers.values():
+        if reader.experts is not None:
+            shares[reader.experts] = max(reader.extra_share, shares.get(reader.experts, 0.0))
+    with ExitStack() as stack:
+        for path, share_of_tokens in shares.items():
+            experts = cast(Experts, block.get_submodule(path))
+            stack.enter_context(extra_rows(experts, math.ceil(share_of_tokens * num_tokens)))
+        yield
+
+
+def _refuse_overflow(readers: Mapping[int, Reader], statistics: InputStatistics) -> None:
+    for number, gram in statistics.grams.items():
         if not bool(torch.isfinite(gram.diagonal).all()):
-            leader = plan.input_groups[group][0]
+            leader = readers[number].name
             raise NumericsError(
                 f"the inputs of {leader} are finite but their squares overflow fp32;"
                 " the source model is not usable in this precision",
@@ -116,17 +143,13 @@ def _refuse_overflow(plan: BlockPlan, statistics: InputStatistics) -> None:
 
 
 def _record_inputs(
-    block: nn.Module, plan: BlockPlan, hidden_BTD: torch.Tensor, inputs: BlockInputs
-) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """One forward of a batch: the block's output [B, T, D], and what every input group read, [B, T, C]."""
-    with InputRecorder(block, _leaders(plan)) as recorder:
+    block: nn.Module, readers: Mapping[int, Reader], hidden_BTD: torch.Tensor, inputs: BlockInputs
+) -> tuple[torch.Tensor, dict[int, torch.Tensor]]:
+    """One forward of a batch: the block's output [B, T, D], and what is read outside experts, [B, T, C]."""
+    watched = {number: reader for number, reader in readers.items() if reader.experts is None}
+    with InputRecorder(block, watched) as recorder:
         output_BTD = run_block(block, hidden_BTD, inputs)
     return output_BTD, recorder.inputs
-
-
-def _leaders(plan: BlockPlan) -> list[str]:
-    """One linear of every input group, named relative to the block."""
-    return [group[0].removeprefix(plan.prefix + ".") for group in plan.input_groups]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -20,6 +20,7 @@ from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.writer import ShardReceipt, ShardWriter
 from quantlib.errors import PackingError
 from quantlib.group_solver import GroupSolver
+from quantlib.job.expert_groups import GroupTokens
 from quantlib.job.plan import BlockPlan, UnitPlan
 from quantlib.stage_clock import StageClock
 from quantlib.storage import Store
@@ -28,6 +29,7 @@ from quantlib.storage import Store
 _PARTS_AHEAD = 2
 # Copied tensors are read together until they are this many: as many as one request brings.
 _COPIED_BYTES = 32 << 20
+_NO_TOKENS = GroupTokens(own=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,7 +170,7 @@ class UnitConverter:
         if part.group is not None:
             assert block is not None, "a unit with input groups has a block"
             with self._working("solve"):
-                tensors, rows = self._solver.solve(block, part.group, tensors, ([], []), 0)
+                tensors, rows = self._solver.solve(block, part.group, tensors, ([], [], []), _NO_TOKENS)
         for name, tensor in tensors.items():
             made.pop(name).set_result(tensor)
         return rows

@@ -5,6 +5,7 @@ import torch
 
 from quantlib.calibration.totals import Total, exponent_for
 from quantlib.group_solver import GroupSolver
+from quantlib.job.expert_groups import GroupTokens
 from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.packing import FORMATS
 from quantlib.schemes import scheme_from_name
@@ -18,7 +19,13 @@ SCHEME = scheme_from_name("W4A16", 32)
 def _block(*, corrects: dict[str, bool]) -> BlockPlan:
     linears = tuple(
         LinearPlan(
-            name=name, rows=ROWS, columns=COLUMNS, method="gptq", scheme=SCHEME, corrects_bias=corrected
+            name=name,
+            path=name,
+            rows=ROWS,
+            columns=COLUMNS,
+            method="gptq",
+            scheme=SCHEME,
+            corrects_bias=corrected,
         )
         for name, corrected in corrects.items()
     )
@@ -37,14 +44,14 @@ def _statistics(x_NC: torch.Tensor, *, is_extended: bool) -> list[list[Total]]:
     partial = partial_of(x_NC, has_sums=is_extended)
     total = Total.zeros(COLUMNS + is_extended, exponent_for(partial.peak, 1))
     total.add_(partial.panels)
-    return [[total], []]
+    return [[total], [], []]
 
 
 def _solve(corrects: dict[str, bool], x_NC: torch.Tensor, tensors: dict[str, torch.Tensor]):
     solver = GroupSolver(FORMATS["compressed-tensors"], DEFAULT_SOLVER, torch.device("cpu"))
     block = _block(corrects=corrects)
     given = _statistics(x_NC, is_extended=any(corrects.values()))
-    packed, rows = solver.solve(block, 0, tensors, given, TOKENS)
+    packed, rows = solver.solve(block, 0, tensors, given, GroupTokens(own=TOKENS))
     return packed, {row["name"]: row for row in rows}
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from quantlib.calibration.totals import Total, exponent_for
 from quantlib.errors import NumericsError
 from quantlib.group_solver import GroupSolver
+from quantlib.job.expert_groups import GroupTokens
 from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.packing import FORMATS
 from quantlib.schemes import scheme_from_name
@@ -17,6 +18,7 @@ from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
 from tests.support.partials import cross_product, gram_lower, panels_from
 
 COLUMNS, TOKENS = 96, 400
+COUNTED = GroupTokens(own=TOKENS)
 CPU = torch.device("cpu")
 W4 = scheme_from_name("W4A16", 32)
 _OPTIONS = {
@@ -34,7 +36,7 @@ _OPTIONS = {
 
 def _linear(name: str, rows: int, scheme=W4, method: str = "gptq") -> LinearPlan:
     return LinearPlan(
-        name=name, rows=rows, columns=COLUMNS, method=method, scheme=scheme, corrects_bias=False
+        name=name, path=name, rows=rows, columns=COLUMNS, method=method, scheme=scheme, corrects_bias=False
     )
 
 
@@ -63,7 +65,7 @@ def _statistics(*, corrects: bool) -> list[list[Total]]:
     x_NC = x_NC @ torch.randn(COLUMNS, COLUMNS, generator=generator) / 8
     reference_NC = x_NC + 0.1 * torch.randn(TOKENS, COLUMNS, generator=generator)
     crosses = [_total(cross_product(reference_NC, x_NC), is_whole=True)] if corrects else []
-    return [[_total(gram_lower(x_NC), is_whole=False)], crosses]
+    return [[_total(gram_lower(x_NC), is_whole=False)], crosses, []]
 
 
 def _solver(height: int | None, options: SolverSettings = DEFAULT_SOLVER, layout="compressed-tensors"):
@@ -86,7 +88,7 @@ def _shared_out(data, block, given, height, settings_, layout) -> tuple:
         solver = data.draw(st.sampled_from(solvers))
         solved[tile.number] = solver.solve_tile(block, tile, *given)
     packer = data.draw(st.sampled_from(solvers))
-    return packer.pack(block, 0, [solved[tile.number] for tile in tiles])
+    return packer.pack(block, 0, [solved[tile.number] for tile in tiles], given[2])
 
 
 @pytest.mark.parametrize("name", _OPTIONS)
@@ -102,7 +104,7 @@ def test_tiles_of_any_solvers_give_the_bytes_and_figures_of_one(name, rows, heig
     options = SolverSettings(**_OPTIONS[name])
     counts = [height + 20, *rows]
     block = _block(*(_linear(str(n), rows, scheme_from_name(scheme, 32)) for n, rows in enumerate(counts)))
-    given_ = (_tensors(block), _statistics(corrects=corrects), TOKENS)
+    given_ = (_tensors(block), _statistics(corrects=corrects), COUNTED)
     alone = _solver(height, options).solve(block, 0, *given_)
     _assert_same(_shared_out(data, block, given_, height, options, "compressed-tensors"), alone)
     uncut, uncut_rows = _solver(1024, options).solve(block, 0, *given_)
@@ -118,7 +120,7 @@ def test_tiles_of_any_solvers_give_the_bytes_and_figures_of_one(name, rows, heig
 def test_tiles_of_mixed_methods_and_schemes_are_packed_in_either_layout(data, height):
     eight = scheme_from_name("W8A16", 32)
     block = _block(_linear("q", 64), _linear("k", 96, eight), _linear("v", 32), _linear("g", 64, W4, "rtn"))
-    given_ = (_tensors(block), _statistics(corrects=False), TOKENS)
+    given_ = (_tensors(block), _statistics(corrects=False), COUNTED)
     for layout in ("compressed-tensors", "gptq"):
         alone = _solver(height, layout=layout).solve(block, 0, *given_)
         _assert_same(_shared_out(data, block, given_, height, DEFAULT_SOLVER, layout), alone)
@@ -135,9 +137,9 @@ def test_tiles_that_are_rounded_say_why_in_one_row(kind, data):
     # Far from positive definite however much the diagonal is raised or the rest shrunk.
     wild_CC = torch.full((COLUMNS, COLUMNS), 100.0).fill_diagonal_(1.0).tril()
     statistics = {
-        "no tokens": ([[], []], 0),
-        "constant": ([[_total(zeros_CC, is_whole=False)], []], TOKENS),
-        "not factored": ([[_total(wild_CC, is_whole=False)], []], TOKENS),
+        "no tokens": ([[], [], []], GroupTokens(own=0)),
+        "constant": ([[_total(zeros_CC, is_whole=False)], [], []], COUNTED),
+        "not factored": ([[_total(wild_CC, is_whole=False)], [], []], COUNTED),
     }
     given_ = (_tensors(block), *statistics[kind])
     alone = _solver(16).solve(block, 0, *given_)
@@ -152,22 +154,22 @@ def test_tile_with_a_weight_that_is_not_finite_names_the_linear():
     tensors["q.weight"][39, 5] = float("inf")
     solver = _solver(16)
     first, *_, last = solver.tiles(block)[0]
-    solver.solve_tile(block, first, tensors, _statistics(corrects=False), TOKENS)
+    solver.solve_tile(block, first, tensors, _statistics(corrects=False), COUNTED)
     with pytest.raises(NumericsError, match="finite") as caught:
-        solver.solve_tile(block, last, tensors, _statistics(corrects=False), TOKENS)
+        solver.solve_tile(block, last, tensors, _statistics(corrects=False), COUNTED)
     assert caught.value.facts["linear"] == "q"
 
 
 def test_group_is_prepared_once_until_it_is_forgotten():
     """Totals that are not read do not matter: a tile after the first needs none."""
     block = _block(_linear("q", 48))
-    solver, given_ = _solver(16), (_tensors(block), _statistics(corrects=False), TOKENS)
+    solver, given_ = _solver(16), (_tensors(block), _statistics(corrects=False), COUNTED)
     tiles = solver.tiles(block)[0]
     solver.solve_tile(block, tiles[0], *given_)
-    later = solver.solve_tile(block, tiles[1], given_[0], None, TOKENS)
+    later = solver.solve_tile(block, tiles[1], given_[0], None, COUNTED)
     solver.forget()
     with pytest.raises(TypeError):
-        solver.solve_tile(block, tiles[1], given_[0], None, TOKENS)
+        solver.solve_tile(block, tiles[1], given_[0], None, COUNTED)
     anew = solver.solve_tile(block, tiles[1], *given_)
     assert torch.equal(later["q"].quantized.codes_RC, anew["q"].quantized.codes_RC)
 
@@ -175,11 +177,11 @@ def test_group_is_prepared_once_until_it_is_forgotten():
 def test_what_is_prepared_is_that_of_the_block_and_group_at_hand():
     block, statistics = _block(_linear("q", 32)), _statistics(corrects=False)
     following = dataclasses.replace(block, index=1)
-    other = [[_total(torch.eye(COLUMNS) * 3.0, is_whole=False)], []]
+    other = [[_total(torch.eye(COLUMNS) * 3.0, is_whole=False)], [], []]
     solver, tensors = _solver(16), _tensors(block)
     tile = solver.tiles(block)[0][0]
-    solver.solve_tile(block, tile, tensors, statistics, TOKENS)
-    found = solver.solve_tile(following, tile, tensors, other, TOKENS)
-    wanted = _solver(16).solve_tile(following, tile, tensors, other, TOKENS)
+    solver.solve_tile(block, tile, tensors, statistics, COUNTED)
+    found = solver.solve_tile(following, tile, tensors, other, COUNTED)
+    wanted = _solver(16).solve_tile(following, tile, tensors, other, COUNTED)
     assert torch.equal(found["q"].quantized.codes_RC, wanted["q"].quantized.codes_RC)
     assert found["q"].weight_energy == wanted["q"].weight_energy

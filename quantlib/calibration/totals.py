@@ -21,6 +21,8 @@ _TOTAL_BITS = 62
 LIMIT = 2**_TOTAL_BITS
 # By this many bits all cells together may exceed num_cells times the first one.
 _HEADROOM_BITS = 10
+# The same of an expert: it may be the first cell's least used one, and later the most used.
+EXPERT_HEADROOM_BITS = 20
 # A cell without any signal says nothing about the next; take 1 for its largest diagonal entry.
 _DEFAULT_DIAGONAL = 1.0
 
@@ -137,12 +139,13 @@ def added(bands: Sequence[BandSum]) -> BandSum:
     return first.with_panels([_added(panels, first.exponent) for panels in stacks])
 
 
-def exponent_for(max_diagonal: float, num_cells: int) -> int:
+def exponent_for(max_diagonal: float, num_cells: int, headroom_bits: int = _HEADROOM_BITS) -> int:
     """How many bits below 1 the fixed-point total keeps.
 
     Args:
         max_diagonal: Largest diagonal entry of the first cell's partial sum; 0 where it saw only zeros.
         num_cells: Cells that will be summed, the first included.
+        headroom_bits: By which all cells together may exceed ``num_cells`` times the first one.
 
     Raises:
         NumericsError: ``max_diagonal`` is negative or not finite.
@@ -156,7 +159,7 @@ def exponent_for(max_diagonal: float, num_cells: int) -> int:
             " look for the calibration row whose activations are not finite"
         )
     diagonal_bits = math.ceil(math.log2(max_diagonal or _DEFAULT_DIAGONAL))
-    return _TOTAL_BITS - math.ceil(math.log2(num_cells)) - _HEADROOM_BITS - diagonal_bits
+    return _TOTAL_BITS - math.ceil(math.log2(num_cells)) - headroom_bits - diagonal_bits
 
 
 def merged_panels(
@@ -208,6 +211,23 @@ def matrix_from(
     return matrix_CC
 
 
+def add_totals_(matrix_CC: torch.Tensor, totals: Sequence[Total], *, share: float) -> None:
+    """Add a share of what several symmetric totals mean together to a matrix, fp32 [C, C].
+
+    Raises:
+        NumericsError: The sum leaves its range.
+
+    Cost: memory of three panels in 64 bits.
+    """
+    assert len(matrix_CC) == totals[0].columns
+    for start, end, panel_PL in merged_panels(totals, matrix_CC.device):
+        added_PL = panel_PL.double().mul_(share * 2.0 ** -totals[0].exponent).float()
+        left_Pl, corner_PP = added_PL[:, :start], added_PL[:, start:].tril()
+        matrix_CC[start:end, :start] += left_Pl
+        matrix_CC[:start, start:end] += left_Pl.T
+        matrix_CC[start:end, start:end] += corner_PP + corner_PP.tril(-1).T
+
+
 def _added(panels: Sequence[torch.Tensor], exponent: int, device: torch.device | str = "cpu") -> torch.Tensor:
     """The sum of panels, which stay as they are: they may be mapped read-only."""
     sum_PL = panels[0].to(device)
@@ -228,6 +248,6 @@ def _check_range(largest: float, exponent: int) -> None:
         raise NumericsError(
             f"the sum of second moments may reach {math.ldexp(LIMIT, -exponent):.3g}, found"
             f" {math.ldexp(largest, -exponent):.3g}: later cells exceed the first more than"
-            f" {1 << _HEADROOM_BITS} times on average; sum again with a smaller exponent",
+            " a thousand times on average; look for calibration rows with outliers beyond measure",
             exponent=exponent,
         )

@@ -7,6 +7,7 @@ so that several workers can add it up.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from quantlib.job.expert_groups import readers_of
 from quantlib.job.plan import Groups, Plan
 from quantlib.panels import panels_of
 
@@ -19,15 +20,17 @@ _CUT_BEYOND_SHARE = 0.5
 
 @dataclass(frozen=True, slots=True)
 class SumShape:
-    """Of the sum of an input group.
+    """Of the sum of an input group, or of a pool of experts' tokens.
 
     Attributes:
         columns: Rows, and columns.
-        is_whole: Both triangles count; otherwise the lower one only.
+        is_whole: Both triangles count, of X_ref^T X; otherwise the lower one only, of X^T X.
+        reader: Where X is seen; see `quantlib.job.expert_groups.readers_of`.
     """
 
     columns: int
     is_whole: bool
+    reader: int = 0
 
     def panel_bytes(self) -> list[int]:
         """Of the panels, from top to bottom."""
@@ -55,15 +58,24 @@ class Band:
 
 
 def sum_shapes(plan: Plan, block: int, groups: Groups) -> list[SumShape]:
-    """Of X^T X of every input group, then of X_ref^T X where targets are corrected.
+    """Of X^T X of every input group, then of the pools they need, then X_ref^T X where targets are corrected.
 
-    With a row and a column more where a group's biases are (`quantlib.calibration.moments`).
+    With a row and a column more where a group's biases are (`quantlib.calibration.moments`). Experts' targets
+    are not corrected: the tokens they are routed are others in the reference stream.
     """
     planned = plan.blocks[block]
-    columns = {linear.name: linear.columns for linear in planned.linears}
-    sizes = [columns[planned.input_groups[n][0]] + (n in planned.centered_groups) for n in groups]
-    kinds = (False, True) if plan.options["correct_targets"] else (False,)
-    return [SumShape(size, is_whole) for is_whole in kinds for size in sizes]
+    linears = {linear.name: linear for linear in planned.linears}
+    leaders = {group: linears[planned.input_groups[group][0]] for group in groups}
+    sizes = {group: leader.columns + (group in planned.centered_groups) for group, leader in leaders.items()}
+    sums = [SumShape(size, False, group) for group, size in sizes.items()]
+    pools = readers_of(plan, planned).pools
+    needed = {pools[group]: size for group, size in sizes.items() if group in pools}
+    sums += [SumShape(size, False, pool) for pool, size in needed.items()]
+    if plan.options["correct_targets"]:
+        sums += [
+            SumShape(size, True, group) for group, size in sizes.items() if leaders[group].experts is None
+        ]
+    return sums
 
 
 def cut_into_bands(shapes: Sequence[SumShape], num_workers: int) -> list[Band]:

@@ -24,6 +24,7 @@ from quantlib.errors import (
 from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.cadence import Cadence
 from quantlib.job.crew import Crew
+from quantlib.job.expert_groups import TokenCounts
 from quantlib.job.failures import delay_s, policy_for
 from quantlib.job.history import History
 from quantlib.job.lease import Lease, LeaseRecord, new_record
@@ -291,7 +292,7 @@ def _convert_block(run: Run, block: BlockPlan, following: BlockPlan | None) -> N
         crew.release(index)
 
 
-def _end_moving(run: Run, block: BlockPlan, groups: Groups) -> int:
+def _end_moving(run: Run, block: BlockPlan, groups: Groups) -> TokenCounts:
     """Wait until the streams are through, and let go of the block before; gives the tokens counted."""
     moving, run.ahead = run.ahead or _move_streams(run, block, groups), None
     captured = run.end(moving)
@@ -299,13 +300,19 @@ def _end_moving(run: Run, block: BlockPlan, groups: Groups) -> int:
     if block.index > 0:
         run.crew.release(block.index - 1)
     if captured is None:
-        return 0
+        return TokenCounts()
     run.excluded_rows = captured["excluded_rows"]
     return captured["tokens"]
 
 
 def _solve(
-    run: Run, block: BlockPlan, groups: Groups, tokens: int, *, share: float, ahead: BlockPlan | None
+    run: Run,
+    block: BlockPlan,
+    groups: Groups,
+    tokens: TokenCounts,
+    *,
+    share: float,
+    ahead: BlockPlan | None,
 ) -> list[dict[str, Any]]:
     """Find the codes of some input groups; gives the report rows of all linears that have them by now.
 

@@ -15,6 +15,7 @@ from quantlib.job.bands import MAX_DIRECT_BATCHES, cut_into_bands, sum_shapes
 from quantlib.job.block_parts import BlockParts
 from quantlib.job.cell_streams import CellStreams, after_first_cell, key_of
 from quantlib.job.dispatch import Dispatcher
+from quantlib.job.expert_groups import TokenCounts, group_tokens, readers_of
 from quantlib.job.group_tiles import GroupTile, group_tiles
 from quantlib.job.holdings import Held, Holdings
 from quantlib.job.manifest import DoneRecord
@@ -29,6 +30,8 @@ from quantlib.job.transport import Handle, Transport, ask_all, ask_one, results
 from quantlib.row_tiles import device_type_of, tile_rows
 from quantlib.storage import normalize_uri
 
+# Place of the sums over all experts' tokens beside those of X^T X and X_ref^T X.
+_POOL = 2
 _ADDRESSES = ("source", "output", "work", "calibration", "evaluation")
 
 # Calibration rows whose activations overflow are left out; with more of them than this the model or the
@@ -320,8 +323,7 @@ class Crew:
         excluded = sorted({row for result in told for row in result["excluded"]}.union(excluded_rows))
         self._refuse_many(excluded)
         self._take_totals(block, groups)
-        tokens = sum(result["tokens"] for result in told)
-        held.captured[block] = {"excluded_rows": excluded, "tokens": tokens}
+        held.captured[block] = {"excluded_rows": excluded, "tokens": TokenCounts.over(told)}
         return held.captured[block]
 
     def forward(self, block: int, after_evaluation: bool = False) -> None:
@@ -339,8 +341,11 @@ class Crew:
         job.run(pieces + job.cells.forwards(block, after_evaluation=after_evaluation), begin, heard)
         job.parts.unload(block)
 
-    def solve(self, block: int, groups: Groups, tokens: int) -> list[dict[str, Any]]:
+    def solve(self, block: int, groups: Groups, counts: TokenCounts) -> list[dict[str, Any]]:
         """Quantize the linears of some input groups, a row tile at a time.
+
+        Args:
+            counts: ``tokens`` of `capture`.
 
         Returns:
             Report rows of all that are quantized by now, in the plan's order.
@@ -351,16 +356,19 @@ class Crew:
         tiles_of = group_tiles(plan, device_type_of(job.plan.device_kind))
         tiles = {tile.number: tile for group in groups for tile in tiles_of[group]}
         statistics = job.statistics.get(block, {})
+        tokens = group_tokens(job.plan, plan, counts)
 
         def begin(worker: int, piece: Piece) -> Handle:
             if piece.id.stage == "pack":
                 codes = [solved[tile.number].handle for tile in tiles_of[piece.id.part]]
-                return self._transport.submit(worker, "pack", block, piece.id.part, codes)
+                return self._transport.submit(
+                    worker, "pack", block, piece.id.part, codes, tokens[piece.id.part]
+                )
             tile = tiles[piece.id.part]
             is_whole = len(tiles_of[tile.group]) == 1
             method, part = ("solve", tile.group) if is_whole else ("solve_tile", tile)
-            given, sources = statistics.get(tile.group, [[], []]), job.parts.sources(block)
-            return self._transport.submit(worker, method, block, part, sources, given, tokens)
+            given, sources = statistics.get(tile.group, [[], [], []]), job.parts.sources(block)
+            return self._transport.submit(worker, method, block, part, sources, given, tokens[tile.group])
 
         def heard(worker: int, piece: Piece, result: Any) -> None:
             if "rows" in result:
@@ -520,12 +528,16 @@ class Crew:
                     worker=worker,
                 )
             batches += [Batch(worker, shared) for shared, _ in found]
-        given: dict[int, list[list[list[Handle]]]] = {group: [[], []] for group in groups}
+        given: dict[int, list[list[list[Handle]]]] = {group: [[], [], []] for group in groups}
+        pools = readers_of(job.plan, job.plan.blocks[block]).pools
         for sums in self._reduction.merged(bands, batches):
-            for number in range(len(exponents)):
-                kind, place = divmod(number, len(groups))
+            for number, shape in enumerate(sum_shapes(job.plan, block, groups)):
                 mine = [sum_ for band, sum_ in zip(bands, sums, strict=True) if band.total == number]
-                given[groups[place]][kind].append(mine)
+                if shape.reader in given:
+                    given[shape.reader][shape.is_whole].append(mine)
+                for group in groups:
+                    if pools.get(group) == shape.reader:
+                        given[group][_POOL].append(mine)
         job.statistics[block] = given
 
     def _forget_totals(self, block: int, groups: Groups | None = None) -> None:

@@ -4,13 +4,14 @@ Nothing here changes a byte of the output. A *slice* is the input groups of a bl
 together: less memory means more slices, and every slice is another pass of the cells through the block.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain, pairwise
 
 from quantlib.errors import RecipeError
 from quantlib.job.bands import MAX_DIRECT_BATCHES
 from quantlib.job.memory_needs import (
+    GroupNeeds,
     UnitNeeds,
     block_needs,
     cell_needs,
@@ -291,11 +292,10 @@ class _Needs:
             always["packed"] += block.packed
             always["reading"] = 0 if following is None else self._reading(following.source)
             if following is not None and self._begins_next:
-                statistics = sum(group.total + group.partial for group in following.groups)
+                statistics = sum(_sums(following.groups))
                 ahead = {"block": following.live, "statistics": statistics, "working": self._working}
         mine = [block.groups[group] for group in groups]
-        totals = sum(group.total for group in mine)
-        partials = sum(group.partial for group in mine)
+        totals, partials = _sums(mine)
         live = block.late if is_late else block.live
         yield {**always, "block": live, "working": self._working, "statistics": totals + partials}
         solve = max((group.solve for group in mine), default=0)
@@ -328,6 +328,13 @@ class _Needs:
             else:
                 worker[purpose] = size
         return _Peak(worker, device, store)
+
+
+def _sums(groups: Sequence[GroupNeeds]) -> tuple[int, int]:
+    """Bytes of the totals and of the partial sums of groups, and of the pools they share."""
+    # A pool is as large as the sums of a group that shares it.
+    shared = {group.pool: group for group in groups if group.pool is not None}.values()
+    return sum(g.total for g in (*groups, *shared)), sum(g.partial for g in (*groups, *shared))
 
 
 def _num_merged(around: Surroundings) -> int:

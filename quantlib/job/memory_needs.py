@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from quantlib.checkpoint.header import DTYPE_BYTES
 from quantlib.checkpoint.layout import spec_bytes
 from quantlib.job.activations import CALIBRATION, EVALUATION, cells_of
+from quantlib.job.expert_groups import readers_of
 from quantlib.job.group_tiles import group_tiles
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec
 from quantlib.panels import WEIGHT_ROWS, panel_shapes
@@ -36,6 +37,7 @@ class GroupNeeds:
     """Of one input group.
 
     Attributes:
+        pool: Number of the pool that is summed beside it, which groups of experts share; None without one.
         total: Exact sums over cells.
         partial: What one cell adds to them.
         source: Weights as they are stored.
@@ -43,6 +45,7 @@ class GroupNeeds:
         codes: On their way to whoever packs; 0 of a group that is one tile.
     """
 
+    pool: int | None
     total: int
     partial: int
     source: int
@@ -124,6 +127,7 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
     stored = max((DTYPE_BYTES[spec.dtype] for spec in copied), default=2)
     quantized = {linear.name: linear for linear in block.linears if linear.scheme is not None}
     tiles = group_tiles(block, device_type_of(plan.device_kind))
+    pools = readers_of(plan, block).pools
     elements = sum(linear.rows * linear.columns for linear in quantized.values())
     others = sum(math.prod(spec.shape) for spec in copied)
     in_linears = sum(linear.rows * linear.columns for linear in block.linears)
@@ -146,6 +150,7 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
                 [tile_rows(tile.runs) for tile in tiles[n]],
                 stored,
                 is_centered=n in block.centered_groups,
+                pool=pools.get(n),
             )
             for n, names in enumerate(block.input_groups)
         ),
@@ -254,7 +259,13 @@ def _late_bytes(linear: LinearPlan, wide: int) -> int:
 
 
 def _group_needs(
-    linears: Sequence[LinearPlan], plan: Plan, tiles: Sequence[int], stored: int, *, is_centered: bool
+    linears: Sequence[LinearPlan],
+    plan: Plan,
+    tiles: Sequence[int],
+    stored: int,
+    *,
+    is_centered: bool,
+    pool: int | None,
 ) -> GroupNeeds:
     """Of linears that are solved in tiles of so many rows."""
     columns, rows = linears[0].columns, sum(linear.rows for linear in linears)
@@ -265,11 +276,14 @@ def _group_needs(
         # The weights once more in fp32, from which a bias is found.
         solve += 4 * rows * columns
     if plan.calibration_digest is None:
-        return GroupNeeds(total=0, partial=0, source=rows * columns * stored, solve=solve, codes=codes)
+        return GroupNeeds(
+            pool=None, total=0, partial=0, source=rows * columns * stored, solve=solve, codes=codes
+        )
     square = (columns + is_centered) ** 2
     lower = sum(math.prod(shape) for shape in panel_shapes(columns + is_centered, is_whole=False))
-    crosses: bool = plan.options["correct_targets"]
+    crosses: bool = plan.options["correct_targets"] and linears[0].experts is None
     return GroupNeeds(
+        pool=pool,
         # int64, and fp32: of X^T X a little more than the lower triangle, of X_ref^T X all.
         total=8 * (lower + square * crosses),
         partial=4 * (lower + square * crosses),

@@ -18,6 +18,7 @@ from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES
 from quantlib.units import parse_bytes
 
+ROUTED, ALL_EXPERTS = "routed", "all-experts"
 PLACEMENTS = ("pack", "spread", "strict-pack", "strict-spread")
 
 _WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evaluation", "Execution"
@@ -108,6 +109,21 @@ class JobOptions:
         False,
         _HOW,
         "Let the biases that linears have make up for what gptq does to their mean output.",
+        in_identity=True,
+    )
+    calibration_routing: str = declare(
+        "routed",
+        _HOW,
+        "Which tokens an expert is calibrated with: those the router sends it, or all.",
+        choices=(ROUTED, ALL_EXPERTS),
+        in_identity=True,
+    )
+    expert_shrinkage: int = declare(
+        100,
+        _HOW,
+        "How much the tokens of all experts count beside those that an expert was routed: as many as this"
+        " percentage of its input features; 0 for not at all.",
+        minimum=0,
         in_identity=True,
     )
     rules: tuple[Mapping[str, Any], ...] = declare(

@@ -16,7 +16,7 @@ from quantlib.errors import PlanMismatchError
 from quantlib.job.options import option_fields
 from quantlib.schemes import WeightScheme
 
-SCHEMA = 3
+SCHEMA = 4
 
 # Numbers of input groups of a block.
 Groups = tuple[int, ...]
@@ -37,6 +37,8 @@ class LinearPlan:
 
     Attributes:
         name: Full module name, as in the checkpoint without ``.weight``.
+        path: Of the module, inside the block.
+        experts: Path of the module of routed experts it is in; None for one that every token goes through.
         rows: Out features.
         columns: In features.
         method: ``gptq`` or ``rtn``; None when the linear is kept as it is.
@@ -45,6 +47,8 @@ class LinearPlan:
     """
 
     name: str
+    path: str
+    experts: str | None = None
     rows: int
     columns: int
     method: str | None

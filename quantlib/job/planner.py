@@ -22,8 +22,9 @@ from quantlib.checkpoint.index import Checkpoint, open_checkpoint
 from quantlib.checkpoint.layout import shard_names
 from quantlib.errors import CheckpointError, PlanMismatchError, RecipeError, UnsupportedModelError
 from quantlib.job.activations import newest_checkpoint
+from quantlib.job.expert_groups import merged_groups
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
-from quantlib.job.options import JobOptions
+from quantlib.job.options import ALL_EXPERTS, JobOptions
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
 from quantlib.job.provenance import MACHINE_SETTINGS, check_replay, read_provenance, recorded_settings
 from quantlib.job.report import REPORT_NAME
@@ -208,10 +209,12 @@ def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> 
         method, scheme = rule_for(options, linear.name)
         if scheme is not None:
             packer.check(linear.name, linear.rows, linear.columns, scheme)
-            _refuse_other_storage(spec, linear, method)
+            _refuse_other_storage(linear)
         linears.append(
             LinearPlan(
                 name=linear.name,
+                path=linear.path,
+                experts=linear.experts,
                 rows=linear.rows,
                 columns=linear.columns,
                 method=method if scheme is not None else None,
@@ -219,31 +222,30 @@ def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> 
                 corrects_bias=options.correct_biases
                 and linear.has_bias
                 and scheme is not None
-                and method == "gptq",
+                and method == "gptq"
+                and linear.experts is None,
             )
         )
-    quantized = {linear.name for linear in linears if linear.scheme is not None}
-    groups = (tuple(n for n in group if n in quantized) for group in spec.input_groups)
+    quantized = {linear.name: linear for linear in linears if linear.scheme is not None}
+    groups = [tuple(n for n in group if n in quantized) for group in spec.input_groups]
+    groups = [group for group in groups if group]
+    if options.calibration_routing == ALL_EXPERTS:
+        groups = merged_groups(groups, quantized)
     return BlockPlan(
         index=spec.index,
         prefix=spec.prefix,
         tensors=tuple(spec.tensors),
         linears=tuple(linears),
-        input_groups=tuple(group for group in groups if group),
+        input_groups=tuple(groups),
     )
 
 
-def _refuse_other_storage(spec: BlockSpec, linear: LinearSpec, method: str | None) -> None:
-    """The steps of a job read a weight under its linear's name and find the module by it."""
-    if not linear.is_stored_as_is or linear.name != f"{spec.prefix}.{linear.path}":
+def _refuse_other_storage(linear: LinearSpec) -> None:
+    """The steps of a job read a weight under its linear's name."""
+    if not linear.is_stored_as_is:
         raise UnsupportedModelError(
             f"{linear.name}: its weight is not stored under this name as a matrix of its own, [out, in]"
             f" (it is read from {', '.join(linear.weight_tensors[:2])}); such linears are not quantized yet",
-            linear=linear.name,
-        )
-    if linear.expert is not None and method == "gptq":
-        raise UnsupportedModelError(
-            f"{linear.name}: routed experts cannot be calibrated yet; choose a method without calibration",
             linear=linear.name,
         )
 

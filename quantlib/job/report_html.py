@@ -9,9 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
+from quantlib.job import report_experts, report_timeline
 from quantlib.job import report_figures as figures
 from quantlib.job import report_svg as svg
-from quantlib.job import report_timeline
 from quantlib.job.report_figures import is_number, number
 
 _LISTED = 10
@@ -82,7 +82,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         (
             _head(report),
             _warnings(report),
-            f'<div class="pair">{_block_error(report)}{_kinds(report)}{_damping(report)}',
+            f'<div class="pair">{_block_error(report)}{_kinds(report)}{_damping(report)}{_experts(report)}',
             f"{_stages(report)}{_memory(report)}{_fallbacks(report)}</div>",
             _timeline(report),
             _worst(report),
@@ -174,6 +174,14 @@ def _damping(report: Mapping[str, Any]) -> str:
         f" {number(max(fractions))}; at most {attempts} attempts."
     )
     return _plot_section("Damping", sentence, svg.heat_map(rows, names, x_label="block"))
+
+
+def _experts(report: Mapping[str, Any]) -> str:
+    rows, sentence = report_experts.tokens_by_rank(report), report_experts.sentence(report)
+    if sentence is None:
+        return ""
+    names = _block_names(report.get("blocks") or ())
+    return _plot_section("Tokens of the experts", sentence, svg.heat_map(rows, names, x_label="block"))
 
 
 def _stages(report: Mapping[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from quantlib.job import report_experts
 from quantlib.job import report_figures as figures
 from quantlib.job.report_figures import is_number, number
 
@@ -97,6 +98,8 @@ def _exceptions(report: Mapping[str, Any]) -> str:
     fallbacks = report.get("fallbacks") or ()
     lines = [f"fallbacks: {len(fallbacks) or 'none'}"]
     lines += [f"  {x.get('linear')}: {x.get('kind')}, {x.get('detail')}" for x in fallbacks]
+    if experts := report_experts.sentence(report):
+        lines.append(experts)
     if excluded := figures.part(report.get("calibration"), "excluded_rows"):
         lines.append(f"calibration rows excluded: {', '.join(str(row) for row in excluded)}")
     for name, reason in (report.get("dropped") or {}).items():

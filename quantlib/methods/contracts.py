@@ -20,6 +20,7 @@ from quantlib.solver_settings import SolverSettings
 RTN_NO_TOKENS = "rtn_no_tokens"
 RTN_CONSTANT_INPUTS = "rtn_constant_inputs"
 RTN_NOT_FACTORED = "rtn_not_factored"
+NO_ROUTED_TOKENS = "no_routed_tokens"
 COARSE_BIAS = "coarse_bias"
 
 
@@ -38,16 +39,19 @@ class LinearReport:
             Hessian |E|**2 / |W|**2.
         damping_fraction: Damping of the factor used, as a fraction of the mean live diagonal; 0 without one.
         damping_attempts: Factorizations tried; 0 without one.
-        tokens: Calibration tokens behind the Hessian.
+        tokens: Calibration tokens behind the Hessian; of a routed expert those that it was given.
         dead_columns: Input features that were zero in every token.
         clipped_fraction: Share of the weights (after feedback) more than half a step outside the grid.
         bounded_scales: Groups whose scale did not fit the stored dtype and was moved to its bound.
         fallback: None, or what was done instead of the first choice: ``more_damping``, ``float64_factor``,
             ``shrinkage``, ``rtn_no_tokens``, ``rtn_constant_inputs`` (all zero, or about the mean),
-            ``rtn_not_factored``, ``coarse_bias`` (codes about zero, as the bias cannot take up the mean).
+            ``rtn_not_factored``, ``coarse_bias`` (codes about zero, as the bias cannot take up the mean),
+            ``no_routed_tokens`` (an expert with the Hessian of other experts' tokens alone).
         bias_change: The change of the bias squared and summed over the rows, over the mean square of the
             weight's outputs about their mean. None where it was not corrected. The two errors are then about
             the mean (but for ``coarse_bias``), and ``relative_error`` holds what rounding left of the bias.
+        shared_tokens: Of a routed expert, how many tokens those count for that were not its own; else None.
+        dropped_tokens: Such tokens that were not finite in this expert and are not counted.
     """
 
     name: str
@@ -63,6 +67,8 @@ class LinearReport:
     bounded_scales: int
     fallback: str | None
     bias_change: float | None = None
+    shared_tokens: float | None = None
+    dropped_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values under the attribute names."""

@@ -24,7 +24,8 @@ class LinearSpec:
         name: Under which its tensors are written: its checkpoint name without ``.weight`` where its weight is
             stored as a tensor of its own, else its place in the block under the block's prefix.
         path: Of the module, inside the block.
-        expert: Which expert it belongs to; None for a linear that every token goes through.
+        experts: Path of the module of routed experts it is in; None for one that every token goes through.
+        expert: Which of them it belongs to; None likewise.
         weight_tensors: Stored tensors that the weight is read from; several when transformers computes it.
         weight_view: The part of the one stored tensor, or its transpose; None when it is all of it as it is.
     """
@@ -34,6 +35,7 @@ class LinearSpec:
     rows: int
     columns: int
     has_bias: bool
+    experts: str | None
     expert: int | None
     weight_tensors: tuple[str, ...]
     weight_view: StridedView | None
@@ -136,6 +138,7 @@ def describe_block(
 
 def _describe_linear(prefix: str, path: str, block: nn.Module, weight: Slot, sources: Sources) -> LinearSpec:
     module = cast(nn.Linear, block.get_submodule(path))
+    experts, expert = _expert_of(block, path)
     whole = weight.view is None or math.prod(weight.view.whole) == math.prod(weight.view.size)
     has_name = whole and not sources.is_converted(weight) and weight.tensor.endswith(".weight")
     return LinearSpec(
@@ -144,18 +147,20 @@ def _describe_linear(prefix: str, path: str, block: nn.Module, weight: Slot, sou
         rows=module.out_features,
         columns=module.in_features,
         has_bias=module.bias is not None,
-        expert=_expert_of(block, path),
+        experts=experts,
+        expert=expert,
         weight_tensors=sources.stored([weight]),
         weight_view=weight.view,
     )
 
 
-def _expert_of(block: nn.Module, path: str) -> int | None:
+def _expert_of(block: nn.Module, path: str) -> tuple[str, int] | tuple[None, None]:
     parts = path.split(".")
     for length in range(len(parts) - 1):
-        if isinstance(block.get_submodule(".".join(parts[:length])), Experts):
-            return int(parts[length])
-    return None
+        experts = ".".join(parts[:length])
+        if isinstance(block.get_submodule(experts), Experts):
+            return experts, int(parts[length])
+    return None, None
 
 
 def _common_prefix(names: Sequence[str], index: int) -> str | None:

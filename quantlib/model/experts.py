@@ -30,16 +30,22 @@ class Experts(nn.Module):
     Attributes:
         fused: transformers' module without the weights that the experts took over; knows how to gate.
         num_experts: E.
-        sends_all_tokens: Every linear sees all tokens, for those who observe it; only the chosen rows count.
+        inputs: Is called with all that experts may be given, once a forward, [rows, D]: there observers look.
+        tokens: Of every row that a linear, or ``inputs``, is just called with, its token among all B * T.
+        num_extra: Rows that each expert runs besides its own, for those who observe it: evenly spaced among
+            all that it may be given, from another one for each expert. They change no output.
+        is_extra: Whether a linear is just called with such rows.
     """
 
     def __init__(self, experts: list[Expert], fused: nn.Module) -> None:
         super().__init__()
         self.num_experts = len(experts)
-        self.sends_all_tokens = False
         for index, expert in enumerate(experts):
             self.add_module(str(index), expert)
         self.fused = fused
+        self.inputs = nn.Identity()
+        self.tokens: torch.Tensor | None = None
+        self.num_extra, self.is_extra = 0, False
 
     def expert(self, index: int) -> Expert:
         """One of the experts."""
@@ -55,6 +61,33 @@ class Experts(nn.Module):
                 linear(tokens_ND)
             down(x_ND.new_empty(len(x_ND), cast(nn.Linear, down).in_features))
 
+    def _given(self, rows_ND: torch.Tensor, tokens_N: torch.Tensor) -> None:
+        """Tell observers what the experts may be given."""
+        self.tokens = tokens_N
+        self.inputs(rows_ND)
+
+    def _outputs(
+        self, index: int, rows_ND: torch.Tensor, tokens_N: torch.Tensor, own: torch.Tensor
+    ) -> torch.Tensor | None:
+        """Outputs of an expert for the rows that are its own, None if it has none."""
+        if self.num_extra:
+            extra = self._extra(index, rows_ND)
+            self.tokens, self.is_extra = tokens_N[extra], True
+            self._run(self.expert(index), rows_ND[extra])
+            self.is_extra = False
+        self.tokens = tokens_N[own]
+        return self._run(self.expert(index), rows_ND[own]) if own.numel() else None
+
+    def _extra(self, index: int, rows_ND: torch.Tensor) -> torch.Tensor:
+        available = len(rows_ND)
+        places = torch.arange(min(self.num_extra, available), device=rows_ND.device)
+        if len(places) == available:
+            return places
+        return (places * available // len(places) + index * available // self.num_experts) % available
+
+    def _run(self, expert: Any, x_ND: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
 
 class RoutedExperts(Experts):
     """Experts that choose their tokens by index, transformers' ``use_experts_implementation`` interface."""
@@ -65,7 +98,7 @@ class RoutedExperts(Experts):
         """The weighted sum of the chosen experts' outputs.
 
         Args:
-            hidden: floating [N, D], or [B, T, D] of as many tokens.
+            hidden: floating [N, D], or [B, T, D] of as many tokens; the same tokens as the block's, in order.
             top_k_index_NK: integer [N, K]; indices from E on stand for no expert.
             top_k_weights_NK: floating [N, K].
 
@@ -79,25 +112,23 @@ class RoutedExperts(Experts):
             self.show(hidden_ND)
             return hidden.clone()
         summed_ND = torch.zeros_like(hidden_ND)
+        everything = torch.arange(len(hidden_ND), device=hidden.device)
+        self._given(hidden_ND, everything)
         for index in range(self.num_experts):
             tokens, choices = _chosen(top_k_index_NK, index)
-            if self.sends_all_tokens:
-                output = self._run(self.expert(index), hidden_ND)[tokens]
-            elif tokens.numel():
-                output = self._run(self.expert(index), hidden_ND[tokens])
-            else:
-                continue
-            weighted = output * top_k_weights_NK[tokens, choices, None]
-            summed_ND.index_add_(0, tokens, weighted.to(summed_ND.dtype))
+            output = self._outputs(index, hidden_ND, everything, tokens)
+            if output is not None:
+                weighted = output * top_k_weights_NK[tokens, choices, None]
+                summed_ND.index_add_(0, tokens, weighted.to(summed_ND.dtype))
         return summed_ND.view_as(hidden)
 
-    def _run(self, expert: Any, x: torch.Tensor) -> torch.Tensor:
+    def _run(self, expert: Any, x_ND: torch.Tensor) -> torch.Tensor:
         fused: Any = self.fused
         if fused.has_gate:
-            gate, up = expert.gate_proj(x), expert.up_proj(x)
+            gate, up = expert.gate_proj(x_ND), expert.up_proj(x_ND)
             inner = fused._apply_gate(_joined(gate, up, is_concatenated=fused.is_concatenated))
         else:
-            inner = fused.act_fn(expert.up_proj(x))
+            inner = fused.act_fn(expert.up_proj(x_ND))
         output = expert.down_proj(inner)
         return fused.post_expert_norm(output) if fused.has_post_expert_norm else output
 
@@ -110,37 +141,32 @@ class SortedExperts(Experts):
         if hidden.is_meta:
             self.show(hidden.chunk(self.num_experts)[0])
             return hidden.clone()
-        outputs = [self._run(self.expert(index), x) for index, x in enumerate(hidden.chunk(self.num_experts))]
-        return torch.cat(outputs)
+        # Rows of zeros give zeros: these experts have no biases.
+        chosen = hidden.any(dim=-1).nonzero().squeeze(-1)
+        num_tokens = len(hidden) // self.num_experts
+        rows_ND, tokens_N, owners_N = hidden[chosen], chosen % num_tokens, chosen // num_tokens
+        self._given(rows_ND, tokens_N)
+        output = torch.zeros_like(hidden)
+        for index in range(self.num_experts):
+            own = (owners_N == index).nonzero().squeeze(-1)
+            rows = self._outputs(index, rows_ND, tokens_N, own)
+            if rows is not None:
+                output[chosen[own]] = rows
+        return output
 
     def _run(self, expert: Any, x_ND: torch.Tensor) -> torch.Tensor:
-        # Rows of zeros give zeros: these experts have no biases.
-        if self.sends_all_tokens:
-            tokens = torch.arange(len(x_ND), device=x_ND.device)
-        else:
-            tokens = x_ND.any(dim=-1).nonzero().squeeze(-1)
-        output_ND = torch.zeros_like(x_ND)
-        if tokens.numel():
-            x = x_ND[tokens]
-            fused: Any = self.fused
-            output_ND[tokens] = expert.down_proj(expert.up_proj(x) * fused.act_fn(expert.gate_proj(x)))
-        return output_ND
+        fused: Any = self.fused
+        return expert.down_proj(expert.up_proj(x_ND) * fused.act_fn(expert.gate_proj(x_ND)))
 
 
 @contextmanager
-def all_tokens_to_all_experts(block: nn.Module) -> Iterator[None]:
-    """While it lasts, every expert's linears see all tokens of a forward.
-
-    The block's output is still that of the chosen experts, to rounding: more rows are multiplied at once.
-    """
-    found = [module for module in block.modules() if isinstance(module, Experts)]
-    for module in found:
-        module.sends_all_tokens = True
+def extra_rows(experts: Experts, num_rows: int) -> Iterator[None]:
+    """While it lasts, every expert runs so many rows besides its own (see `Experts.num_extra`)."""
+    experts.num_extra = num_rows
     try:
         yield
     finally:
-        for module in found:
-            module.sends_all_tokens = False
+        experts.num_extra, experts.is_extra = 0, False
 
 
 def _chosen(top_k_index_NK: torch.Tensor, index: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -48,6 +48,7 @@ LAYERS = {
     "quantlib.units": 1,
     "quantlib.panels": 1,
     "quantlib.row_tiles": 1,
+    "quantlib.readers": 1,
     "quantlib.methods": 4,
     "quantlib.packing": 4,
     "quantlib.calibration": 4,

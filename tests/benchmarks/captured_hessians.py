@@ -15,8 +15,8 @@ from quantlib.cells import Cell, cut_into_cells
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
 from quantlib.errors import NumericsError
-from quantlib.job.plan import BlockPlan
 from quantlib.model.skeleton import BlockSpec, Skeleton
+from quantlib.readers import Reader
 from quantlib.steps import observe_cell
 from quantlib.storage import Store
 from quantlib.stream_shelf import Shelf
@@ -56,17 +56,19 @@ def _observed(
     block: torch.nn.Module, spec: BlockSpec, cells: Sequence[Cell], batches: Sequence[Sequence[Batch]]
 ) -> dict[str, torch.Tensor]:
     """The Hessians of a block; every cell's stream moves through it."""
-    kept = {field: getattr(spec, field) for field in ("index", "prefix", "tensors", "input_groups")}
-    plan, totals = BlockPlan(**kept, linears=()), []
+    paths = {linear.name: linear.path for linear in spec.linears}
+    leaders = [group[0] for group in spec.input_groups]
+    readers = {n: Reader(name=leader, path=paths[leader]) for n, leader in enumerate(leaders)}
+    totals = []
     for cell, own in zip(cells, batches, strict=True):
         assert cell.main is not None
-        observed = observe_cell(block, plan, cell.main.hidden_BTD, own, (), range(len(plan.input_groups)))
+        observed = observe_cell(block, readers, cell.main.hidden_BTD, own, (), readers)
         if observed.left_out:
             raise NumericsError(
                 f"{spec.prefix}: rows {sorted(observed.left_out)} of calibration cell {cell.number} have"
                 " activations that are not finite; compare variants on other text or another model"
             )
-        grams = [observed.statistics.grams[group] for group in range(len(plan.input_groups))]
+        grams = [observed.statistics.grams[group] for group in readers]
         if not totals:
             exponents = [exponent_for(gram.peak, len(cells)) for gram in grams]
             totals = [

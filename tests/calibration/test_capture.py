@@ -1,15 +1,13 @@
 """Statistics of a block's inputs: what is observed, and rows that are not finite."""
 
-import dataclasses
-
 import pytest
 import torch
 from torch import nn
 
 from quantlib.batches import batches_of, run_in_batches
 from quantlib.errors import NumericsError
-from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.model.skeleton import BlockInputs
+from quantlib.readers import Reader
 from quantlib.steps import ObservedCell, observe_cell
 from tests.support.partials import matrix_of
 
@@ -35,13 +33,10 @@ class _Dividing(_Block):
         return hidden + self.c(self.a(hidden) / hidden[..., :4])
 
 
-_PLAN = BlockPlan(
-    index=0,
-    prefix="layers.0",
-    tensors=(),
-    linears=(),
-    input_groups=(("layers.0.a", "layers.0.b"), ("layers.0.c",)),
-)
+_READERS = {
+    0: Reader(name="layers.0.a", path="a"),
+    1: Reader(name="layers.0.c", path="c"),
+}
 _INPUTS = BlockInputs(args=(), kwargs={})
 _BOTH = (0, 1)
 # Rows of a batch: the cell at once, and in batches of which the last is smaller.
@@ -55,11 +50,13 @@ def _observed(
     *,
     excluded: set[int] | tuple[()] = (),
     groups: tuple[int, ...] = _BOTH,
-    plan: BlockPlan = _PLAN,
+    centered: tuple[int, ...] = (),
     reference: torch.Tensor | None = None,
 ) -> ObservedCell:
     batches = [(rows, _INPUTS) for rows in batches_of(len(hidden), rows_per_batch)]
-    return observe_cell(block, plan, hidden, batches, excluded, groups, reference)
+    return observe_cell(
+        block, _READERS, hidden, batches, excluded, groups, centered=centered, reference_BTD=reference
+    )
 
 
 def _hidden(rows: int = 5) -> torch.Tensor:
@@ -135,10 +132,7 @@ def test_observe_cell_gives_the_sums_of_groups_that_are_to_be_centered(rows_per_
     """Of what the groups read and of what they read in the reference, without the row that is left out."""
     block, hidden = _Block(), _hidden()
     reference = hidden + torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
-    kept = LinearPlan(name="layers.0.a", rows=4, columns=6, method=None, scheme=None, corrects_bias=False)
-    corrected = LinearPlan(name="layers.0.b", rows=4, columns=6, method=None, scheme=None, corrects_bias=True)
-    plan = dataclasses.replace(_PLAN, linears=(kept, corrected))
-    found = _observed(block, hidden, rows_per_batch, excluded={4}, plan=plan, reference=reference)
+    found = _observed(block, hidden, rows_per_batch, excluded={4}, centered=(0,), reference=reference)
     torch.testing.assert_close(found.reference_BTD, block(reference))
     x, its = (rows[:4].double().reshape(-1, 6) for rows in (hidden, reference))
     ones = torch.ones(12, 1, dtype=torch.float64)

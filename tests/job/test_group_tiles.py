@@ -10,7 +10,7 @@ W4, W8 = scheme_from_name("W4A16", 32), scheme_from_name("W8A16", 32)
 
 def _linear(name, rows, method="gptq", scheme=W4, *, corrects_bias=False):
     return LinearPlan(
-        name=name, rows=rows, columns=64, method=method, scheme=scheme, corrects_bias=corrects_bias
+        name=name, path=name, rows=rows, columns=64, method=method, scheme=scheme, corrects_bias=corrects_bias
     )
 
 

@@ -43,7 +43,9 @@ def _with_blocks(plan: Plan, shapes: list[list[tuple[int, int]]], propagation: s
             prefix=f"model.layers.{index}",
             tensors=tuple(f"{name}.weight" for name in names),
             linears=tuple(
-                LinearPlan(name=n, rows=r, columns=c, method="gptq", scheme=_SCHEME, corrects_bias=False)
+                LinearPlan(
+                    name=n, path=n, rows=r, columns=c, method="gptq", scheme=_SCHEME, corrects_bias=False
+                )
                 for n, (r, c) in zip(names, linears, strict=True)
             ),
             input_groups=tuple((name,) for name in names),

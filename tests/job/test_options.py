@@ -28,6 +28,8 @@ def test_options_from_minimal_request_takes_every_default():
         "descent_passes": 0,
         "refit_scales": False,
         "correct_biases": False,
+        "calibration_routing": "routed",
+        "expert_shrinkage": 100,
         "rules": (),
         "calibration": None,
         "evaluation": None,
@@ -146,6 +148,8 @@ def test_identity_holds_what_is_asked_of_the_weights_and_nothing_of_where_and_by
         "descent_passes",
         "refit_scales",
         "correct_biases",
+        "calibration_routing",
+        "expert_shrinkage",
     }
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from quantlib.errors import CheckpointError
-from quantlib.model.experts import Experts, all_tokens_to_all_experts
+from quantlib.model.experts import Experts, extra_rows
 from quantlib.model.skeleton import Skeleton, load_skeleton, run_block
 from tests.support.family_settings import EXPERTS
 from tests.support.tiny_models import read_all_tensors, read_config, save_tiny_checkpoint
@@ -30,6 +30,7 @@ _NAMES = {
     "granitemoe": "model.layers.3.block_sparse_moe.experts.3.down_proj",
     "dbrx": "transformer.blocks.3.ffn.experts.3.down_proj",
 }
+_FIRST = ("gate_proj", "up_proj")
 _ROUTERS = ("gate", "router", "gate.wg", "router.layer", "router.proj", "shared_expert_gate")
 
 
@@ -50,9 +51,11 @@ def _inputs(skeleton: Skeleton, tensors: dict[str, torch.Tensor]) -> tuple[torch
 
 
 @contextmanager
-def _rows_seen(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
-    """Path of every linear of an expert -> the rows it was called with."""
-    seen: dict[str, torch.Tensor] = {}
+def _rows_seen(
+    block: nn.Module, *, is_extra: bool = False
+) -> Iterator[dict[str, tuple[torch.Tensor, torch.Tensor]]]:
+    """Path of every linear of an expert -> the rows it was called with, and their tokens."""
+    seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
     handles = []
     for path, experts in block.named_modules():
         if not isinstance(experts, Experts):
@@ -60,9 +63,10 @@ def _rows_seen(block: nn.Module) -> Iterator[dict[str, torch.Tensor]]:
         for name, linear in experts.named_modules():
             if isinstance(linear, nn.Linear):
 
-                def note(_: Any, args: Any, name: str = f"{path}.{name}") -> None:
-                    assert name not in seen
-                    seen[name] = args[0]
+                def note(_: Any, args: Any, name: str = f"{path}.{name}", owner: Experts = experts) -> None:
+                    if owner.is_extra == is_extra:
+                        assert name not in seen and owner.tokens is not None
+                        seen[name] = args[0], owner.tokens
 
                 handles.append(linear.register_forward_pre_hook(note))
     try:
@@ -114,24 +118,38 @@ def test_expert_sees_the_tokens_that_chose_it(family: str, tmp_path: Path) -> No
     block, (hidden_BTD, inputs) = _block(skeleton, tensors), _inputs(skeleton, tensors)
     with _rows_seen(block) as routed:
         expected = run_block(block, hidden_BTD, inputs)
-    with all_tokens_to_all_experts(block), _rows_seen(block) as everything:
-        output = run_block(block, hidden_BTD, inputs)
-    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+    experts = next(module for module in block.modules() if isinstance(module, Experts))
+    given: list[torch.Tensor] = []
+    hook = experts.inputs.register_forward_pre_hook(lambda _, args: given.append(args[0]))
+    with extra_rows(experts, 5), _rows_seen(block, is_extra=True) as besides:
+        assert torch.equal(run_block(block, hidden_BTD, inputs), expected)
+    hook.remove()
+    # Llama 4 hands each expert its tokens scaled: what all are given are as many rows.
+    assert [len(rows) for rows in given] == [44 if family == "llama4_text" else 22]
     chosen_by_each = 2
-    rows_of_downs = [len(rows) for name, rows in routed.items() if name.endswith("down_proj")]
+    rows_of_downs = [len(rows) for name, (rows, _) in routed.items() if name.endswith("down_proj")]
     assert sum(rows_of_downs) == chosen_by_each * 22
-    assert len(everything) == 12
-    assert {len(rows) for rows in everything.values()} == {22}
-    assert not any(module.sends_all_tokens for module in block.modules() if isinstance(module, Experts))
+    for name, (rows, tokens) in routed.items():
+        assert len(tokens) == len(rows)
+        if family != "llama4_text" and not name.endswith("down_proj"):
+            assert torch.equal(rows, given[0][tokens])
+    assert len(besides) == 12
+    assert {len(rows) for rows, _ in besides.values()} == {5}
+    for expert in range(4):
+        gate, up = (next(v for n, v in besides.items() if n.endswith(f".{expert}.{p}")) for p in _FIRST)
+        assert torch.equal(gate[0], up[0]) and len(gate[0].unique(dim=0)) == 5
+    offsets = {tuple(tokens.tolist()) for name, (_, tokens) in besides.items() if name.endswith("up_proj")}
+    assert len(offsets) == 4
+    assert (experts.num_extra, experts.is_extra) == (0, False)
 
 
-def test_all_experts_read_one_tensor_when_they_see_all_tokens(tmp_path: Path) -> None:
+def test_experts_run_all_rows_besides_where_that_many_are_wanted(tmp_path: Path) -> None:
     skeleton, tensors = _parts(tmp_path, "mixtral")
     block, (hidden_BTD, inputs) = _block(skeleton, tensors), _inputs(skeleton, tensors)
-    with all_tokens_to_all_experts(block), _rows_seen(block) as seen:
+    experts = next(module for module in block.modules() if isinstance(module, Experts))
+    with extra_rows(experts, 1000), _rows_seen(block, is_extra=True) as seen:
         run_block(block, hidden_BTD, inputs)
-    gates = {id(rows) for name, rows in seen.items() if name.endswith(("gate_proj", "up_proj"))}
-    assert len(gates) == 1
+    assert {tuple(tokens.tolist()) for _, tokens in seen.values()} == {tuple(range(22))}
 
 
 def test_expert_that_no_token_chose_is_not_called(tmp_path: Path) -> None:
