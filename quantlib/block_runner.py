@@ -58,6 +58,7 @@ from quantlib.steps import (
     dequantized_weights,
     late_levels,
     score_streams,
+    split_biases,
     stream_error,
 )
 from quantlib.storage import join_uri, open_store
@@ -262,8 +263,7 @@ class BlockRunner:
             if self._has_late_weights:
                 late = self._stored_weights(block, tensors)
                 late |= late_levels(plan, made, self._packer, self._device)
-            else:
-                tensors |= dequantized_weights(plan, made, self._packer)
+            tensors |= dequantized_weights(plan, made, self._packer, is_late=late)
             tensors |= corrected_biases(plan, made)
             self._modules[_QUANTIZED] = (block, self._built(block, tensors, late))
 
@@ -401,6 +401,7 @@ class BlockRunner:
         with self._clock.storage("write"):
             unit = self._units[unit_name]
             given, promised = _merged(parts), {spec.name for spec in unit.tensors}
+            given |= split_biases(None if unit.block is None else self._plan.blocks[unit.block], given)
             tensors = {name: tensor for name, tensor in given.items() if name in promised}
             uri = join_uri(self._plan.output, unit.shard)
             receipt = write_shard(self._output_store, uri, unit.tensors, tensors)
@@ -514,8 +515,9 @@ class BlockRunner:
                 give_back_free_memory()
 
     def _stored_weights(self, block: int, tensors: Tensors) -> dict[str, LateWeight]:
-        names = [f"{linear.name}.weight" for linear in self._plan.blocks[block].linears]
-        return {name: stored_weight(tensors[name]) for name in names if name in tensors}
+        parts = [linear.weight for linear in self._plan.blocks[block].linears]
+        names = [part.tensor for part in parts if part.view is None and part.tensor in tensors]
+        return {name: stored_weight(tensors[name]) for name in names}
 
     def _built(self, block: int, tensors: Tensors, late: Mapping[str, LateWeight]) -> nn.Module:
         kind = {"dtype": self._dtype, "device": self._device}

@@ -140,8 +140,9 @@ class GroupSolver:
         linear = next(linear for linear in block.linears if linear.name == tile.runs[0].name)
         assert linear.method is not None and linear.scheme is not None, "only such linears are in a group"
         prepared = self._prepared(block, tile.group, linear.method, statistics, tokens)
+        stored = {found.name: found.weight for found in block.linears}
         weights = {
-            run.name: tensors[f"{run.name}.weight"][run.start : run.end].to(self._device) for run in tile.runs
+            run.name: stored[run.name].of(tensors)[run.start : run.end].to(self._device) for run in tile.runs
         }
         return prepared.solve(weights, linear.scheme, scale_dtype=self._scale_dtype(weights))
 
@@ -205,7 +206,7 @@ class GroupSolver:
     def _solved(
         self, linears: Sequence[LinearPlan], tensors: Tensors, moments: Moments | None, tokens: int
     ) -> dict[str, LinearResult]:
-        weights = {linear.name: tensors[f"{linear.name}.weight"].to(self._device) for linear in linears}
+        weights = {linear.name: linear.weight.of(tensors).to(self._device) for linear in linears}
         results = self._quantized(linears, weights, moments, tokens)
         if moments is None or moments.mean_C is None:
             return results

@@ -5,7 +5,7 @@ B sequences, T positions, D hidden, C columns, V vocabulary. Nothing here knows 
 
 import dataclasses
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import cast
@@ -207,20 +207,35 @@ def correct_bias(
 
 
 def dequantized_weights(
-    plan: BlockPlan, packed: Mapping[str, torch.Tensor], packer: PackingFormat
+    plan: BlockPlan,
+    packed: Mapping[str, torch.Tensor],
+    packer: PackingFormat,
+    is_late: Container[str] = frozenset(),
 ) -> dict[str, torch.Tensor]:
-    """Weight name -> fp32 levels [R, C] of a block's quantized linears, read from the packed tensors."""
-    return {
-        f"{linear.name}.weight": packer.unpack(linear.name, packed, linear.scheme).dequantize()
-        for linear in plan.linears
-        if linear.scheme is not None
-    }
+    """Stored tensor -> what it is by the packed tensors, fp32: levels in the place of weights.
+
+    Args:
+        is_late: Names of stored tensors to leave out.
+    """
+    found: dict[str, torch.Tensor] = {}
+    for linear in plan.linears:
+        part = linear.weight
+        if linear.scheme is None or part.tensor in is_late:
+            continue
+        levels_RC = packer.unpack(linear.name, packed, linear.scheme).dequantize()
+        if part.view is None:
+            found[part.tensor] = levels_RC
+        else:
+            if part.tensor not in found:
+                found[part.tensor] = torch.empty(part.view.whole, dtype=levels_RC.dtype)
+            part.of(found).copy_(levels_RC)
+    return found
 
 
 def late_levels(
     plan: BlockPlan, packed: Mapping[str, torch.Tensor], packer: PackingFormat, device: torch.device
 ) -> dict[str, LateWeight]:
-    """The same weights, unpacked only while a linear runs."""
+    """Of weights that are tensors of their own: unpacked only while a linear runs."""
 
     def late(linear: LinearPlan, scheme: WeightScheme) -> LateWeight:
         def begin() -> Callable[[slice], torch.Tensor]:
@@ -230,7 +245,20 @@ def late_levels(
 
         return LateWeight(shape=(linear.rows, linear.columns), begin=begin)
 
-    return {f"{x.name}.weight": late(x, x.scheme) for x in plan.linears if x.scheme is not None}
+    return {
+        linear.weight.tensor: late(linear, linear.scheme)
+        for linear in plan.linears
+        if linear.scheme is not None and linear.weight.view is None
+    }
+
+
+def split_biases(plan: BlockPlan | None, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Biases that are written by themselves, read from the stored tensors that they are parts of."""
+    return {
+        f"{linear.name}.bias": linear.split_bias.of(tensors).contiguous()
+        for linear in (plan.linears if plan else ())
+        if linear.split_bias is not None and linear.split_bias.tensor in tensors
+    }
 
 
 def corrected_biases(plan: BlockPlan, packed: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

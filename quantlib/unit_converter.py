@@ -23,6 +23,7 @@ from quantlib.group_solver import GroupSolver
 from quantlib.job.expert_groups import GroupTokens
 from quantlib.job.plan import BlockPlan, UnitPlan
 from quantlib.stage_clock import StageClock
+from quantlib.steps import split_biases
 from quantlib.storage import Store
 
 # With two, one is asked for while the last bytes of the other arrive.
@@ -38,11 +39,11 @@ class UnitPart:
 
     Attributes:
         sources: Names of its source tensors.
-        group: Number of the input group; None where the sources are copied.
+        groups: Numbers of the input groups whose weights they are; none where they are copied or biases.
     """
 
     sources: tuple[str, ...]
-    group: int | None
+    groups: tuple[int, ...] = ()
 
 
 def parts_of(unit: UnitPlan, block: BlockPlan | None, num_bytes: Callable[[str], int]) -> list[UnitPart]:
@@ -57,12 +58,14 @@ def parts_of(unit: UnitPlan, block: BlockPlan | None, num_bytes: Callable[[str],
     for name in sorted(unit.copied):
         waiting.append(name)
         if sum(map(num_bytes, waiting)) >= _COPIED_BYTES:
-            parts.append(UnitPart(sources=tuple(waiting), group=None))
+            parts.append(UnitPart(sources=tuple(waiting)))
             waiting = []
     if waiting:
-        parts.append(UnitPart(sources=tuple(waiting), group=None))
-    for number, group in enumerate(block.input_groups if block else ()):
-        parts.append(UnitPart(sources=tuple(f"{linear}.weight" for linear in group), group=number))
+        parts.append(UnitPart(sources=tuple(waiting)))
+    if block is not None:
+        parts += _weight_parts(block)
+        if biases := dict.fromkeys(x.split_bias.tensor for x in block.linears if x.split_bias is not None):
+            parts.append(UnitPart(sources=tuple(biases)))
     return sorted(parts, key=lambda part: min(part.sources))
 
 
@@ -116,7 +119,7 @@ class UnitConverter:
             QuantError: From reading or rounding; no shard is stored then.
         """
         made: dict[str, Future[torch.Tensor]] = {spec.name: Future() for spec in unit.tensors}
-        rows: dict[int | None, list[dict[str, Any]]] = {}
+        rows: dict[int, list[dict[str, Any]]] = {}
         receipt = self._writer.submit(self._write, unit, uri, dict(made))
         error: BaseException | None = None
         try:
@@ -124,7 +127,7 @@ class UnitConverter:
                 for part, tensors in parts:
                     if receipt.done():
                         break  # it failed
-                    rows[part.group] = self._make(part, block, tensors, made)
+                    rows |= self._make(part, block, tensors, made)
                     del tensors  # else it stays while the next is waited for
         except BaseException as failed:
             error = failed
@@ -135,7 +138,7 @@ class UnitConverter:
                 future.set_exception(error or PackingError(f"tensor {name!r} was promised and not made"))
             if error is not None:
                 wait([receipt])
-        reports = [row for group in range(len(rows)) for row in rows.get(group, ())]
+        reports = [row for group in sorted(rows) for row in rows[group]]
         return BegunShard(receipt=receipt, rows=reports)
 
     def _num_bytes(self, name: str) -> int:
@@ -164,15 +167,16 @@ class UnitConverter:
         block: BlockPlan | None,
         tensors: Mapping[str, torch.Tensor],
         made: dict[str, Future[torch.Tensor]],
-    ) -> list[dict[str, Any]]:
-        """Hand the tensors that come of a part to the writer; gives the report rows of its linears."""
-        rows: list[dict[str, Any]] = []
-        if part.group is not None:
+    ) -> dict[int, list[dict[str, Any]]]:
+        """Hand the tensors that come of a part to the writer; gives the report rows of its input groups."""
+        rows: dict[int, list[dict[str, Any]]] = {}
+        for group in part.groups:
             assert block is not None, "a unit with input groups has a block"
             with self._working("solve"):
-                tensors, rows = self._solver.solve(block, part.group, tensors, ([], [], []), _NO_TOKENS)
-        for name, tensor in tensors.items():
-            made.pop(name).set_result(tensor)
+                packed, rows[group] = self._solver.solve(block, group, tensors, ([], [], []), _NO_TOKENS)
+            _hand_over(packed, made)
+        if not part.groups:
+            _hand_over({**tensors, **split_biases(block, tensors)}, made)
         return rows
 
     def _write(self, unit: UnitPlan, uri: str, made: dict[str, Future[torch.Tensor]]) -> ShardReceipt:
@@ -183,6 +187,26 @@ class UnitConverter:
                 with self._clock.storage("write"):
                     shard.add(tensor)
         return shard.receipt
+
+
+def _weight_parts(block: BlockPlan) -> list[UnitPart]:
+    """The weights of input groups; together those that read parts of one tensor."""
+    linears = {linear.name: linear for linear in block.linears}
+    parts: dict[str, UnitPart] = {}
+    for number, names in enumerate(block.input_groups):
+        sources = tuple(dict.fromkeys(linears[name].weight.tensor for name in names))
+        others = [parts.pop(name) for name in sources if name in parts]
+        others = list({id(part): part for part in others}.values())
+        every = tuple(dict.fromkeys((*(s for part in others for s in part.sources), *sources)))
+        groups = (*(group for part in others for group in part.groups), number)
+        merged = UnitPart(sources=every, groups=tuple(sorted(groups)))
+        parts.update(dict.fromkeys(every, merged))
+    return list({id(part): part for part in parts.values()}.values())
+
+
+def _hand_over(tensors: Mapping[str, torch.Tensor], made: dict[str, Future[torch.Tensor]]) -> None:
+    for name in [name for name in tensors if name in made]:
+        made.pop(name).set_result(tensors[name])
 
 
 def _ended(

@@ -6,10 +6,11 @@ import torch
 from quantlib.calibration.totals import Total, exponent_for
 from quantlib.group_solver import GroupSolver
 from quantlib.job.expert_groups import GroupTokens
-from quantlib.job.plan import BlockPlan, LinearPlan
+from quantlib.job.plan import BlockPlan
 from quantlib.packing import FORMATS
 from quantlib.schemes import scheme_from_name
 from quantlib.solver_settings import DEFAULT_SOLVER
+from tests.support.linear_plans import linear_plan
 from tests.support.partials import partial_of
 
 ROWS, COLUMNS, TOKENS = 32, 64, 600
@@ -18,15 +19,7 @@ SCHEME = scheme_from_name("W4A16", 32)
 
 def _block(*, corrects: dict[str, bool]) -> BlockPlan:
     linears = tuple(
-        LinearPlan(
-            name=name,
-            path=name,
-            rows=ROWS,
-            columns=COLUMNS,
-            method="gptq",
-            scheme=SCHEME,
-            corrects_bias=corrected,
-        )
+        linear_plan(name, ROWS, COLUMNS, SCHEME, corrects_bias=corrected)
         for name, corrected in corrects.items()
     )
     return BlockPlan(index=0, prefix="b", tensors=(), linears=linears, input_groups=(tuple(corrects),))

@@ -15,6 +15,7 @@ from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.packing import FORMATS
 from quantlib.schemes import scheme_from_name
 from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
+from tests.support.linear_plans import linear_plan
 from tests.support.partials import cross_product, gram_lower, panels_from
 
 COLUMNS, TOKENS = 96, 400
@@ -35,9 +36,7 @@ _OPTIONS = {
 
 
 def _linear(name: str, rows: int, scheme=W4, method: str = "gptq") -> LinearPlan:
-    return LinearPlan(
-        name=name, path=name, rows=rows, columns=COLUMNS, method=method, scheme=scheme, corrects_bias=False
-    )
+    return linear_plan(name, rows, COLUMNS, scheme, method=method)
 
 
 def _block(*linears: LinearPlan) -> BlockPlan:

@@ -83,8 +83,8 @@ def test_parts_cover_every_source_tensor_once(job):
 def test_parts_of_copied_tensors_are_as_large_as_a_request(job):
     plan, _ = job
     unit = plan.block_units[0]
-    assert [part.group for part in parts_of(unit, None, lambda name: 20 << 20)] == [None, None]
-    assert parts_of(unit, None, lambda name: 1) == [UnitPart(sources=tuple(sorted(unit.copied)), group=None)]
+    assert [part.groups for part in parts_of(unit, None, lambda name: 20 << 20)] == [(), ()]
+    assert parts_of(unit, None, lambda name: 1) == [UnitPart(sources=tuple(sorted(unit.copied)))]
 
 
 def test_unit_report_rows_are_in_the_order_of_the_input_groups(job, tmp_path):

@@ -130,13 +130,15 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
     pools = readers_of(plan, block).pools
     elements = sum(linear.rows * linear.columns for linear in quantized.values())
     others = sum(math.prod(spec.shape) for spec in copied)
-    in_linears = sum(linear.rows * linear.columns for linear in block.linears)
+    # Parts of other tensors are not made late.
+    own = [linear for linear in block.linears if linear.weight.view is None]
+    in_linears = sum(linear.rows * linear.columns for linear in own)
     wide = _WIDE_BYTES[plan.compute_dtype]
     return BlockNeeds(
         source=elements * stored + sum(spec_bytes(spec) for spec in copied),
         live=(elements + others) * wide,
         late=(elements + others - in_linears) * wide
-        + max((_late_bytes(linear, wide) for linear in block.linears), default=0),
+        + max((_late_bytes(linear, wide) for linear in own), default=0),
         # On a CPU they are the weights themselves where a block is run in fp32.
         levels=0 if wide == 4 and plan.device_kind.startswith("cpu") else elements * 4,
         unpacked=int(

@@ -15,6 +15,7 @@ from typing import Any
 from quantlib.errors import PlanMismatchError
 from quantlib.job.options import option_fields
 from quantlib.schemes import WeightScheme
+from quantlib.strided_view import StoredPart, StridedView
 
 SCHEMA = 4
 
@@ -44,6 +45,8 @@ class LinearPlan:
         method: ``gptq`` or ``rtn``; None when the linear is kept as it is.
         scheme: None when the linear is kept as it is.
         corrects_bias: Whether it has a bias that makes up for what rounding does to its mean output.
+        weight: Where its weight [rows, columns] is read from.
+        split_bias: Where its bias is read from, if that is a part of a tensor and is written by itself.
     """
 
     name: str
@@ -54,6 +57,8 @@ class LinearPlan:
     method: str | None
     scheme: WeightScheme | None
     corrects_bias: bool
+    weight: StoredPart
+    split_bias: StoredPart | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,7 +69,7 @@ class BlockPlan:
         index: 0-based position.
         prefix: Module name (``model.layers.17``).
         tensors: Checkpoint names of all its source tensors.
-        linears: All its linears, quantized or kept.
+        linears: Its linears that can be quantized, quantized or kept.
         input_groups: Names of quantized linears that read the same tensor, one tuple a group.
     """
 
@@ -116,7 +121,7 @@ class Plan:
         model_type: ``config.json``'s.
         blocks: Ordered decoder blocks.
         units: Everything to write, in shard order.
-        kept_linears: Linears outside the blocks (the head), which stay as they are.
+        kept_linears: Linears that cannot be quantized and stay as they are: the head, routers.
         tail_tensors: Checkpoint names of the tensors used after the last block (norm, head; a tied
             embedding too).
         prelude_tensors: Checkpoint names of the tensors used before the first block.
@@ -222,7 +227,14 @@ def plan_from_json(values: Mapping[str, Any]) -> Plan:
 
 def _block_from_json(values: Mapping[str, Any]) -> BlockPlan:
     linears = tuple(
-        LinearPlan(**{**v, "scheme": None if v["scheme"] is None else WeightScheme(**v["scheme"])})
+        LinearPlan(
+            **{
+                **v,
+                "scheme": None if v["scheme"] is None else WeightScheme(**v["scheme"]),
+                "weight": _part_from_json(v["weight"]),
+                "split_bias": None if v["split_bias"] is None else _part_from_json(v["split_bias"]),
+            }
+        )
         for v in values["linears"]
     )
     return BlockPlan(
@@ -232,6 +244,14 @@ def _block_from_json(values: Mapping[str, Any]) -> BlockPlan:
         linears=linears,
         input_groups=tuple(tuple(g) for g in values["input_groups"]),
     )
+
+
+def _part_from_json(values: Mapping[str, Any]) -> StoredPart:
+    view = values["view"]
+    if view is not None:
+        shapes = {name: tuple(view[name]) for name in ("whole", "size", "stride")}
+        view = StridedView(**shapes, offset=view["offset"])
+    return StoredPart(tensor=values["tensor"], view=view)
 
 
 def _unit_from_json(values: Mapping[str, Any]) -> UnitPlan:

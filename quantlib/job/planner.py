@@ -35,6 +35,7 @@ from quantlib.packing.contracts import PackingFormat
 from quantlib.quantized import QuantizedLinear
 from quantlib.recipe import rule_for
 from quantlib.storage import Store, join_uri, normalize_uri, open_store
+from quantlib.strided_view import StoredPart
 from quantlib.tokens import store_rows
 
 _VERSIONED = ("quantmill", "torch", "transformers")
@@ -137,7 +138,8 @@ def build_plan(
         _plan_block(skeleton.block_spec(index), options, packer) for index in range(skeleton.num_blocks)
     )
     # A layout may be unable to say what was asked for, such as a mix of schemes: better known now.
-    packer.quantization_config(schemes_of(blocks), skeleton.outside_linears)
+    kept = [*skeleton.outside_linears, *skeleton.kept_linears]
+    packer.quantization_config(schemes_of(blocks), kept)
     rows = _token_rows(options, checkpoint, blocks)
     fixed = _settings_of(stored) or (recorded_settings(replayed) if replayed else None)
     first = stored.device_kind if stored else replayed["machine"]["device_kind"] if replayed else None
@@ -156,7 +158,7 @@ def build_plan(
         model_type=skeleton.model_type,
         blocks=blocks,
         units=_plan_units(skeleton, checkpoint, blocks, packer),
-        kept_linears=tuple(skeleton.outside_linears),
+        kept_linears=tuple(kept),
         tail_tensors=tuple(skeleton.tail_tensors),
         prelude_tensors=tuple(skeleton.prelude_tensors),
         dropped={},
@@ -209,7 +211,7 @@ def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> 
         method, scheme = rule_for(options, linear.name)
         if scheme is not None:
             packer.check(linear.name, linear.rows, linear.columns, scheme)
-            _refuse_other_storage(linear)
+            _refuse_computed(linear)
         linears.append(
             LinearPlan(
                 name=linear.name,
@@ -220,10 +222,12 @@ def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> 
                 method=method if scheme is not None else None,
                 scheme=scheme,
                 corrects_bias=options.correct_biases
-                and linear.has_bias
+                and linear.has_own_bias
                 and scheme is not None
                 and method == "gptq"
                 and linear.experts is None,
+                weight=StoredPart(tensor=linear.weight_tensors[0], view=linear.weight_view),
+                split_bias=None if scheme is None or linear.has_own_bias else linear.bias,
             )
         )
     quantized = {linear.name: linear for linear in linears if linear.scheme is not None}
@@ -240,12 +244,11 @@ def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> 
     )
 
 
-def _refuse_other_storage(linear: LinearSpec) -> None:
-    """The steps of a job read a weight under its linear's name."""
-    if not linear.is_stored_as_is:
+def _refuse_computed(linear: LinearSpec) -> None:
+    if len(linear.weight_tensors) != 1 or (linear.weight_view is None and not linear.is_stored_as_is):
         raise UnsupportedModelError(
-            f"{linear.name}: its weight is not stored under this name as a matrix of its own, [out, in]"
-            f" (it is read from {', '.join(linear.weight_tensors[:2])}); such linears are not quantized yet",
+            f"{linear.name}: its weight is neither a stored tensor nor a part of one, but computed from"
+            f" {', '.join(linear.weight_tensors[:2])}; such linears can only be kept, by a rule",
             linear=linear.name,
         )
 
@@ -261,10 +264,13 @@ def _plan_units(
     if first:
         drafts.append(("prelude-00000", "prelude", None, [], first))
     for block in blocks:
-        quantized = {f"{linear.name}.weight" for linear in block.linears if linear.scheme is not None}
+        quantized = {linear.weight.tensor for linear in block.linears if linear.scheme is not None}
         corrected = [f"{linear.name}.bias" for linear in block.linears if linear.corrects_bias]
-        copied = [name for name in block.tensors if name not in quantized and name not in corrected]
+        split = [linear for linear in block.linears if linear.split_bias is not None]
+        replaced = quantized.union(corrected, (x.split_bias.tensor for x in split if x.split_bias))
+        copied = [name for name in block.tensors if name not in replaced]
         made = _packed_specs(block, checkpoint, packer) + [_source_spec(checkpoint, n) for n in corrected]
+        made += [_bias_spec(checkpoint, linear) for linear in split]
         drafts.append((f"block-{block.index:05d}", "block", block.index, made, copied))
     if tail:
         drafts.append(("tail-00000", "tail", None, [], tail))
@@ -289,6 +295,12 @@ def _source_spec(checkpoint: Checkpoint, name: str) -> TensorSpec:
     return TensorSpec(name=name, dtype=entry.dtype, shape=tuple(entry.shape))
 
 
+def _bias_spec(checkpoint: Checkpoint, linear: LinearPlan) -> TensorSpec:
+    assert linear.split_bias is not None
+    dtype = checkpoint.tensors[linear.split_bias.tensor].dtype
+    return TensorSpec(name=f"{linear.name}.bias", dtype=dtype, shape=(linear.rows,))
+
+
 def _packed_specs(block: BlockPlan, checkpoint: Checkpoint, packer: PackingFormat) -> list[TensorSpec]:
     """What the packer will write, learnt by running it on tensors without data."""
     specs = []
@@ -296,7 +308,7 @@ def _packed_specs(block: BlockPlan, checkpoint: Checkpoint, packer: PackingForma
         if linear.scheme is None:
             continue
         groups = linear.scheme.num_groups(linear.columns)
-        stored = torch_dtype(checkpoint.tensors[f"{linear.name}.weight"].dtype)
+        stored = torch_dtype(checkpoint.tensors[linear.weight.tensor].dtype)
         quantized = QuantizedLinear(
             codes_RC=torch.empty(linear.rows, linear.columns, dtype=torch.uint8, device="meta"),
             scale_RG=torch.empty(linear.rows, groups, dtype=packer.scale_dtype(stored), device="meta"),

@@ -1,4 +1,4 @@
-"""What a report says of routed experts: how many tokens they were calibrated with, and how many others count."""
+"""What a report says of routed experts: how many tokens they were calibrated with, and how others count."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

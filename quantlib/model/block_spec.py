@@ -1,7 +1,7 @@
 """What a decoder block consists of: stored tensors, linears, and which linears read the same tensor."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -12,8 +12,8 @@ from quantlib.model.experts import Experts
 from quantlib.model.late_weights import is_plain_linear
 from quantlib.model.materialize import Slot
 from quantlib.model.sources import Sources
-from quantlib.model.strided import StridedView
 from quantlib.model.trace import BlockTrace
+from quantlib.strided_view import StoredPart, StridedView
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,17 +28,23 @@ class LinearSpec:
         expert: Which of them it belongs to; None likewise.
         weight_tensors: Stored tensors that the weight is read from; several when transformers computes it.
         weight_view: The part of the one stored tensor, or its transpose; None when it is all of it as it is.
+        bias: Where its bias is read from; None without one.
     """
 
     name: str
     path: str
     rows: int
     columns: int
-    has_bias: bool
     experts: str | None
     expert: int | None
     weight_tensors: tuple[str, ...]
     weight_view: StridedView | None
+    bias: StoredPart | None
+
+    @property
+    def has_own_bias(self) -> bool:
+        """Whether the checkpoint holds a bias under its name."""
+        return self.bias == StoredPart(tensor=f"{self.name}.bias")
 
     @property
     def is_stored_as_is(self) -> bool:
@@ -56,6 +62,7 @@ class BlockSpec:
         tensors: Checkpoint names of all its tensors.
         linears: Those that can be quantized, in the order they run. Routers and gates are tensors only.
         input_groups: Names of all linears, those that read the same tensor together, in the order they run.
+        kept_linears: Names of linears that cannot be quantized: routers, gates, those with another forward.
     """
 
     index: int
@@ -63,6 +70,7 @@ class BlockSpec:
     tensors: tuple[str, ...]
     linears: tuple[LinearSpec, ...]
     input_groups: tuple[tuple[str, ...], ...]
+    kept_linears: tuple[str, ...]
 
 
 def refuse_unhandled(prefix: str, blocks: Iterable[nn.Module]) -> None:
@@ -115,11 +123,9 @@ def describe_block(
     prefix = _common_prefix(tensors, index) or place
     kept = kept_linears(block)
     called = [path for group in trace.groups.values() for path in group]
-    weights = {slot.path: slot for slot in slots if slot.attribute == "weight"}
+    places = {(slot.path, slot.attribute): slot for slot in slots}
     linears = {
-        path: _describe_linear(prefix, path, block, weights[path], sources)
-        for path in called
-        if path not in kept
+        path: _describe_linear(prefix, path, block, places, sources) for path in called if path not in kept
     }
     for path, module in block.named_modules():
         if isinstance(module, nn.Linear) and path not in called:
@@ -133,10 +139,18 @@ def describe_block(
         tensors=tensors,
         linears=tuple(linears.values()),
         input_groups=tuple(group for group in groups if group),
+        kept_linears=tuple(
+            _describe_linear(prefix, path, block, places, sources).name
+            for path in sorted(kept)
+            if (path, "weight") in places
+        ),
     )
 
 
-def _describe_linear(prefix: str, path: str, block: nn.Module, weight: Slot, sources: Sources) -> LinearSpec:
+def _describe_linear(
+    prefix: str, path: str, block: nn.Module, slots: Mapping[tuple[str, str], Slot], sources: Sources
+) -> LinearSpec:
+    weight, bias = slots[path, "weight"], slots.get((path, "bias"))
     module = cast(nn.Linear, block.get_submodule(path))
     experts, expert = _expert_of(block, path)
     whole = weight.view is None or math.prod(weight.view.whole) == math.prod(weight.view.size)
@@ -146,11 +160,11 @@ def _describe_linear(prefix: str, path: str, block: nn.Module, weight: Slot, sou
         path=path,
         rows=module.out_features,
         columns=module.in_features,
-        has_bias=module.bias is not None,
         experts=experts,
         expert=expert,
         weight_tensors=sources.stored([weight]),
         weight_view=weight.view,
+        bias=None if bias is None else StoredPart(tensor=bias.tensor, view=bias.view),
     )
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from quantlib.errors import CheckpointError
-from quantlib.model.strided import StridedView
+from quantlib.strided_view import StridedView
 
 Module = TypeVar("Module", bound=nn.Module)
 

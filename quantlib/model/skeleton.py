@@ -63,6 +63,11 @@ class Skeleton:
         """How many decoder blocks the model has."""
         return len(self._specs)
 
+    @property
+    def kept_linears(self) -> tuple[str, ...]:
+        """Names of the linears in blocks that cannot be quantized; see `BlockSpec`."""
+        return tuple(name for spec in self._specs for name in spec.kept_linears)
+
     def block_spec(self, i: int) -> BlockSpec:
         """The parts of block ``i``."""
         return self._specs[i]

@@ -4,33 +4,13 @@ Parameters on the meta device have addresses though no values, so that "this lin
 expert 3 of that tensor" need not be written down family by family: it is read off the two tensors.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 
+from quantlib.strided_view import StridedView
+
 Layout = tuple[tuple[int, ...], tuple[int, ...], int]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StridedView:
-    """A part of a contiguous tensor; all numbers in elements.
-
-    Attributes:
-        whole: The shape of that tensor.
-        size: The shape of the part.
-        stride: Its strides.
-        offset: Of its first element.
-    """
-
-    whole: tuple[int, ...]
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor of shape ``whole``; shares its memory."""
-        return tensor.contiguous().as_strided(self.size, self.stride, self.offset)
 
 
 class _Dim(NamedTuple):

@@ -49,6 +49,7 @@ LAYERS = {
     "quantlib.panels": 1,
     "quantlib.row_tiles": 1,
     "quantlib.readers": 1,
+    "quantlib.strided_view": 1,
     "quantlib.methods": 4,
     "quantlib.packing": 4,
     "quantlib.calibration": 4,

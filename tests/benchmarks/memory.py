@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -39,12 +40,14 @@ def make_source(
     heads: int = HEADS,
     kv_heads: int | None = None,
     positions: int = 128,
+    family: str = "llama",
+    **settings: Any,
 ) -> int:
-    """A random bf16 Llama of this many blocks, one shard a block; gives the bytes of a block."""
+    """A random bf16 model of this many blocks, one shard a block; gives the bytes of a block."""
     shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_attention_heads": heads}
     # One block by transformers, for config, tokenizer and names; the others are drawn here, shard by shard.
     shape |= {"num_key_value_heads": kv_heads or heads, "max_position_embeddings": positions}
-    tiny_source(folder, num_hidden_layers=1, max_shard_size="10GB", **shape)
+    tiny_source(folder, family, num_hidden_layers=1, max_shard_size="10GB", **shape, **settings)
     (single,) = folder.glob("*.safetensors")
     tensors = load_file(single)
     single.unlink()

@@ -2,16 +2,15 @@
 biases."""
 
 from quantlib.job.group_tiles import group_tiles
-from quantlib.job.plan import BlockPlan, LinearPlan
+from quantlib.job.plan import BlockPlan
 from quantlib.schemes import scheme_from_name
+from tests.support.linear_plans import linear_plan
 
 W4, W8 = scheme_from_name("W4A16", 32), scheme_from_name("W8A16", 32)
 
 
 def _linear(name, rows, method="gptq", scheme=W4, *, corrects_bias=False):
-    return LinearPlan(
-        name=name, path=name, rows=rows, columns=64, method=method, scheme=scheme, corrects_bias=corrects_bias
-    )
+    return linear_plan(name, rows, 64, scheme, method=method, corrects_bias=corrects_bias)
 
 
 def _tiles(*groups, height=16):

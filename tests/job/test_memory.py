@@ -19,9 +19,10 @@ from quantlib.job.memory_needs import (
     unit_needs,
     writing_needs,
 )
-from quantlib.job.plan import BlockPlan, LinearPlan, Plan
+from quantlib.job.plan import BlockPlan, Plan
 from quantlib.job.planner import build_plan
 from quantlib.schemes import scheme_from_name
+from tests.support.linear_plans import linear_plan
 from tests.support.tiny_jobs import tiny_options
 
 _SCHEME = scheme_from_name("W4A16", 32)
@@ -42,12 +43,7 @@ def _with_blocks(plan: Plan, shapes: list[list[tuple[int, int]]], propagation: s
             index=index,
             prefix=f"model.layers.{index}",
             tensors=tuple(f"{name}.weight" for name in names),
-            linears=tuple(
-                LinearPlan(
-                    name=n, path=n, rows=r, columns=c, method="gptq", scheme=_SCHEME, corrects_bias=False
-                )
-                for n, (r, c) in zip(names, linears, strict=True)
-            ),
+            linears=tuple(linear_plan(n, r, c, _SCHEME) for n, (r, c) in zip(names, linears, strict=True)),
             input_groups=tuple((name,) for name in names),
         )
         blocks.append(block)

@@ -9,6 +9,7 @@ import torch
 from quantlib.errors import CheckpointError
 from quantlib.model.skeleton import LinearSpec, Skeleton, _ends, load_skeleton
 from quantlib.model.trace import ModelTrace
+from quantlib.strided_view import StoredPart
 from tests.support.block_by_block import logits_block_by_block
 from tests.support.tiny_models import tiny_config, tiny_model
 
@@ -60,14 +61,15 @@ def test_linears_have_shapes_and_biases_of_the_stored_weights() -> None:
         path="self_attn.k_proj",
         rows=16,
         columns=32,
-        has_bias=True,
+        experts=None,
         expert=None,
         weight_tensors=("model.layers.2.self_attn.k_proj.weight",),
         weight_view=None,
+        bias=StoredPart(tensor="model.layers.2.self_attn.k_proj.bias"),
     )
     for linear in linears:
         assert stored[f"{linear.name}.weight"].shape == (linear.rows, linear.columns)
-        assert linear.has_bias == (f"{linear.name}.bias" in stored)
+        assert (linear.bias is not None) == (f"{linear.name}.bias" in stored)
 
 
 @pytest.mark.parametrize("family", _FAMILIES)

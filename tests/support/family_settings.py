@@ -157,7 +157,8 @@ DENSE: dict[str, dict[str, Any]] = {
     "starcoder2": {"sliding_window": 6},
     "vaultgemma": {"head_dim": 8, "sliding_window": 6, "layer_types": _ALTERNATING},
     "xglm": {"ffn_dim": 48, "tie_word_embeddings": True},
-    "youtu": _LATENT,
+    # transformers zeroes the embedding of the padding token while it loads; the tests' text has token 0.
+    "youtu": {**_LATENT, "pad_token_id": 1},
 }
 
 EXPERTS: dict[str, dict[str, Any]] = {
@@ -289,7 +290,11 @@ MULTIMODAL: dict[str, dict[str, Any]] = {
     },
 }
 
+# Slow to run on a CPU (27 s for a tiny model), and so not converted by the tests.
+_SLOW = ("bailing_hybrid",)
 FAMILY_SETTINGS = {**DENSE, **EXPERTS, **MULTIMODAL}
+# Families that tests convert as a whole.
+CONVERTED = tuple(family for family in FAMILY_SETTINGS if family not in _SLOW)
 
 # Family -> its settings, and what it is refused for.
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {

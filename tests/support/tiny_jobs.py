@@ -20,13 +20,29 @@ def tiny_source(folder: Path, family: str = "llama", **overrides: Any) -> Path:
     """A random bf16 checkpoint whose linears both formats can hold at groups of 32."""
     settings = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 3, **overrides}
     save_tiny_checkpoint(folder, family, dtype=torch.bfloat16, **settings)
+    save_tiny_tokenizer(folder)
+    return folder
+
+
+def save_tiny_tokenizer(folder: Path) -> None:
+    """A tokenizer of `WORDS`, whatever the family's own would be."""
     vocabulary = {word: number for number, word in enumerate(["<|endoftext|>", "<s>", "<unk>", *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<s>", unk_token="<unk>"
     ).save_pretrained(folder)
-    return folder
+
+
+def save_letter_tokenizer(folder: Path) -> None:
+    """Another one, of letters: some families' own class takes a byte-level BPE and nothing else."""
+    letters = ["<|endoftext|>", "<s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789", "\u0120"]
+    vocabulary = {letter: number for number, letter in enumerate(letters)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<s>", unk_token="<unk>"
+    ).save_pretrained(folder)
 
 
 def wide_source(folder: Path) -> Path:
