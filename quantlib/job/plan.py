@@ -14,9 +14,20 @@ from typing import Any
 
 from quantlib.errors import PlanMismatchError
 from quantlib.job.options import option_fields
+from quantlib.job.text_sources import TextRecord
 from quantlib.schemes import WeightScheme
 
-SCHEMA = 3
+SCHEMA = 4
+
+# Where things lie, what is only measured, and where token rows come from, of which there is a digest.
+_NOT_IN_IDENTITY = (
+    "source",
+    "output",
+    "work",
+    "evaluation_digest",
+    "calibration_texts",
+    "evaluation_texts",
+)
 
 # Numbers of input groups of a block.
 Groups = tuple[int, ...]
@@ -125,6 +136,8 @@ class Plan:
         sequences_per_batch: Sequences of a cell that go through a block at a time.
         calibration_digest: sha256 of the calibration token rows; None without calibration.
         evaluation_digest: sha256 of the evaluation token rows; None without evaluation.
+        calibration_texts: Where the calibration token rows come from; empty without calibration.
+        evaluation_texts: Likewise for evaluation.
         versions: Of this tool and of the libraries that compute.
         format_version: Layout version of the output format.
     """
@@ -151,6 +164,8 @@ class Plan:
     sequences_per_batch: int
     calibration_digest: str | None
     evaluation_digest: str | None
+    calibration_texts: tuple[TextRecord, ...]
+    evaluation_texts: tuple[TextRecord, ...]
     versions: Mapping[str, str]
     format_version: str
 
@@ -176,7 +191,7 @@ class Plan:
         kept["options"] = {
             name: self.options[name] for name, (_, option) in option_fields().items() if option.in_identity
         }
-        for name in ("source", "output", "work", "evaluation_digest"):
+        for name in _NOT_IN_IDENTITY:
             kept.pop(name)
         if self.calibration_digest is None:
             kept.pop("sequences_per_cell")
@@ -213,6 +228,8 @@ def plan_from_json(values: Mapping[str, Any]) -> Plan:
     fields["source_objects"] = {k: (v[0], v[1]) for k, v in values["source_objects"].items()}
     for name in ("kept_linears", "tail_tensors", "prelude_tensors", "side_files"):
         fields[name] = tuple(values[name])
+    for name in ("calibration_texts", "evaluation_texts"):
+        fields[name] = tuple(TextRecord(**record) for record in values[name])
     return Plan(**fields)
 
 

@@ -15,18 +15,18 @@ from typing import Any
 
 import torch
 
-from quantlib.calibration.corpus import load_tokenizer, rows_digest, token_rows
-from quantlib.calibration.documents import read_documents
+from quantlib.calibration.corpus import rows_digest
 from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
 from quantlib.checkpoint.index import Checkpoint, open_checkpoint
 from quantlib.checkpoint.layout import shard_names
-from quantlib.errors import CheckpointError, PlanMismatchError, RecipeError, UnsupportedModelError
+from quantlib.errors import CheckpointError, PlanMismatchError, UnsupportedModelError
 from quantlib.job.activations import newest_checkpoint
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
 from quantlib.job.provenance import MACHINE_SETTINGS, check_replay, read_provenance, recorded_settings
 from quantlib.job.report import REPORT_NAME
+from quantlib.job.texts import planned_rows
 from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_kind, may_share
 from quantlib.model.skeleton import BlockSpec, LinearSpec, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
@@ -137,7 +137,8 @@ def build_plan(
     )
     # A layout may be unable to say what was asked for, such as a mix of schemes: better known now.
     packer.quantization_config(schemes_of(blocks), skeleton.outside_linears)
-    rows = _token_rows(options, checkpoint, blocks)
+    calibrates = any(linear.method == "gptq" for block in blocks for linear in block.linears)
+    rows, texts = planned_rows(options, checkpoint, calibrates=calibrates)
     fixed = _settings_of(stored) or (recorded_settings(replayed) if replayed else None)
     first = stored.device_kind if stored else replayed["machine"]["device_kind"] if replayed else None
     kind = _planned_kind(options, first)
@@ -162,6 +163,8 @@ def build_plan(
         side_files=tuple(sorted(checkpoint.side_files)),
         calibration_digest=rows_digest(rows["calibration"]) if "calibration" in rows else None,
         evaluation_digest=rows_digest(rows["evaluation"]) if "evaluation" in rows else None,
+        calibration_texts=texts.get("calibration", ()),
+        evaluation_texts=texts.get("evaluation", ()),
         versions={name: importlib.metadata.version(name) for name in _VERSIONED},
         format_version=packer.FORMAT_VERSION,
         device_kind=kind,
@@ -308,36 +311,6 @@ def _packed_specs(block: BlockPlan, checkpoint: Checkpoint, packer: PackingForma
             for name, tensor in packer.pack(linear.name, quantized).items()
         ]
     return specs
-
-
-def _token_rows(
-    options: JobOptions, checkpoint: Checkpoint, blocks: tuple[BlockPlan, ...]
-) -> dict[str, torch.Tensor]:
-    calibrates = any(linear.method == "gptq" for block in blocks for linear in block.linears)
-    limit = checkpoint.config.get("max_position_embeddings")
-    if (calibrates or options.evaluation) and limit and options.sequence_length > limit:
-        raise RecipeError(
-            f"sequence_length must be at most the model's {limit} positions, found {options.sequence_length}",
-            option="sequence_length",
-        )
-    wanted: dict[str, tuple[str, int, int]] = {}
-    if calibrates and options.calibration is not None:
-        wanted["calibration"] = (options.calibration, options.sequences, options.seed)
-    if options.evaluation is not None:
-        wanted["evaluation"] = (options.evaluation, options.evaluation_sequences, 0)
-    if not wanted:
-        return {}
-    tokenizer = load_tokenizer(open_store(checkpoint.uri, options.storage_engine), checkpoint)
-    return {
-        name: token_rows(
-            read_documents(uri, options.text_column),
-            tokenizer,
-            num_sequences=count,
-            sequence_length=options.sequence_length,
-            seed=seed,
-        )
-        for name, (uri, count, seed) in wanted.items()
-    }
 
 
 def _planned_kind(options: JobOptions, first: str | None) -> str:

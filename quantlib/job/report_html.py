@@ -13,6 +13,7 @@ from quantlib.job import report_figures as figures
 from quantlib.job import report_svg as svg
 from quantlib.job import report_timeline
 from quantlib.job.report_figures import is_number, number
+from quantlib.job.text_sources import described
 
 _LISTED = 10
 _RUN_FACTS = (
@@ -306,7 +307,10 @@ def _settings(report: Mapping[str, Any]) -> str:
     )
     facts = {name: report[name] for name in ran if name in report}
     calibration = report.get("calibration") or {}
-    facts |= {f"calibration {name}": value for name, value in calibration.items() if name != "excluded_rows"}
+    plain = {name: value for name, value in calibration.items() if name not in ("excluded_rows", "texts")}
+    facts |= {f"calibration {name}": value for name, value in plain.items()}
+    texts = [described(text) for text in calibration.get("texts") or ()]
+    facts |= {"calibration text": "; ".join(texts)} if texts else {}
     parts = [_folded("Options", _facts(report.get("options") or {})), _folded("Run", _facts(facts))]
     parts.append(_folded("Versions", _facts(report.get("versions") or {})))
     if dropped := report.get("dropped"):

@@ -5,6 +5,7 @@ from typing import Any
 
 from quantlib.job import report_figures as figures
 from quantlib.job.report_figures import is_number, number
+from quantlib.job.text_sources import described
 
 _LISTED = 5
 # Eight heights of a block character, lowest first.
@@ -16,6 +17,7 @@ def format_report(report: Mapping[str, Any]) -> str:
     parts = (
         format_summary(report),
         _stages(report),
+        _texts(report),
         _kinds(report),
         _worst(report),
         _exceptions(report),
@@ -73,6 +75,14 @@ def _stages(report: Mapping[str, Any]) -> str:
     if sentence := figures.lanes_sentence(report):
         facts.append(sentence[0].lower() + sentence[1:].rstrip("."))
     return "\n".join([*([text] if text else []), *facts])
+
+
+def _texts(report: Mapping[str, Any]) -> str:
+    lines = []
+    for name in ("calibration", "evaluation"):
+        for text in figures.part(report.get(name), "texts") or ():
+            lines.append(f"{name}: {described(text)}")
+    return "\n".join(lines)
 
 
 def _kinds(report: Mapping[str, Any]) -> str:
