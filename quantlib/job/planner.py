@@ -21,6 +21,7 @@ from quantlib.checkpoint.index import Checkpoint, open_checkpoint
 from quantlib.checkpoint.layout import shard_names
 from quantlib.errors import CheckpointError, PlanMismatchError, UnsupportedModelError
 from quantlib.job.activations import newest_checkpoint
+from quantlib.job.fused_sets import refuse_split_sets
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
@@ -32,7 +33,7 @@ from quantlib.model.skeleton import BlockSpec, LinearSpec, Skeleton, load_skelet
 from quantlib.packing import FORMATS
 from quantlib.packing.contracts import PackingFormat
 from quantlib.quantized import QuantizedLinear
-from quantlib.recipe import rule_for
+from quantlib.recipe import refuse_idle_rules, rule_for
 from quantlib.storage import Store, join_uri, normalize_uri, open_store
 from quantlib.tokens import store_rows
 
@@ -135,6 +136,7 @@ def build_plan(
     blocks = tuple(
         _plan_block(skeleton.block_spec(index), options, packer) for index in range(skeleton.num_blocks)
     )
+    _check_rules(options, skeleton, blocks, checkpoint)
     # A layout may be unable to say what was asked for, such as a mix of schemes: better known now.
     packer.quantization_config(schemes_of(blocks), skeleton.outside_linears)
     calibrates = any(linear.method == "gptq" for block in blocks for linear in block.linears)
@@ -203,6 +205,19 @@ def open_planned_source(store: Store, plan: Plan) -> Checkpoint:
 def _config_digest(checkpoint: Checkpoint) -> str:
     canonical = json.dumps(checkpoint.config, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _check_rules(
+    options: JobOptions, skeleton: Skeleton, blocks: tuple[BlockPlan, ...], checkpoint: Checkpoint
+) -> None:
+    refuse_idle_rules(
+        options,
+        [linear.name for block in blocks for linear in block.linears],
+        outside=skeleton.outside_linears,
+        others=sorted({name.rpartition(".")[0] for name in checkpoint.tensors}),
+    )
+    for block in blocks:
+        refuse_split_sets(skeleton.block_spec(block.index), block)
 
 
 def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> BlockPlan:
