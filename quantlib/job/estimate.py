@@ -9,6 +9,7 @@ import dataclasses
 from typing import Any
 
 from quantlib.checkpoint.layout import layout_shard
+from quantlib.job.accounts import account_lines
 from quantlib.job.memory import MemoryPlan
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
 from quantlib.job.scheme_defaults import FOLLOWING
@@ -45,6 +46,7 @@ def describe_plan(
         "linears_quantized": sum(1 for b in plan.blocks for linear in b.linears if linear.scheme),
         "linears_kept": [linear.name for b in plan.blocks for linear in b.linears if not linear.scheme]
         + list(plan.kept_linears),
+        "tensors": [dataclasses.asdict(account) for account in plan.accounts],
         "calibration_tokens": tokens["calibration"],
         "evaluation_tokens": tokens["evaluation"],
         "calibration_texts": [dataclasses.asdict(text) for text in plan.calibration_texts],
@@ -78,7 +80,7 @@ def format_plan(described: dict[str, Any]) -> str:
         f" {described['linears_quantized']} linears to {described['scheme']} g{described['group_size']}"
         f" by {described['method']}, {described['format']}",
         *_solver_lines(described),
-        f"kept as they are: {', '.join(described['linears_kept']) or 'nothing'}",
+        *account_lines(described["tensors"]),
         f"{described['units']} units in {len(described['shards'])} shards,"
         f" {_mb(described['bytes_in'])} in, {_mb(described['bytes_out'])} out",
         f"{described['calibration_tokens']} calibration tokens,"

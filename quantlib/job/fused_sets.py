@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from quantlib.errors import RecipeError
 from quantlib.job.plan import BlockPlan
 from quantlib.model.block_spec import BlockSpec
-from quantlib.schemes import WHOLE_ROW, WeightScheme
+from quantlib.schemes import WeightScheme
 
 
 def refuse_split_sets(spec: BlockSpec, block: BlockPlan) -> None:
@@ -55,8 +55,4 @@ def _by_module(names: list[str]) -> Mapping[str, tuple[str, ...]]:
 
 
 def _said(scheme: WeightScheme | None) -> str:
-    if scheme is None:
-        return "kept as it is"
-    symmetry = "symmetric" if scheme.is_symmetric else "asymmetric"
-    groups = "one scale a row" if scheme.group_size == WHOLE_ROW else f"groups of {scheme.group_size}"
-    return f"{scheme.bits} bits, {symmetry}, {groups}"
+    return "kept as it is" if scheme is None else str(scheme)

@@ -13,18 +13,20 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlib.errors import PlanMismatchError
+from quantlib.job.accounts import Account
 from quantlib.job.options import option_fields
 from quantlib.job.text_sources import TextRecord
 from quantlib.schemes import WeightScheme
 
 SCHEMA = 4
 
-# Where things lie, what is only measured, and where token rows come from, of which there is a digest.
+# Where things lie, what is only measured, and what tells in other words what the rest says.
 _NOT_IN_IDENTITY = (
     "source",
     "output",
     "work",
     "evaluation_digest",
+    "accounts",
     "calibration_texts",
     "evaluation_texts",
 )
@@ -128,6 +130,7 @@ class Plan:
             embedding too).
         prelude_tensors: Checkpoint names of the tensors used before the first block.
         dropped: Source tensor -> reason it is not in the output.
+        accounts: What becomes of all source tensors, and why.
         side_files: Names of source objects copied beside the shards.
         compute_dtype: ``bfloat16``, ``float16`` or ``float32`` of both streams.
         device_kind: ``cpu-avx2``, ``cuda-sm90-nvidia-h200``, ...; of the first start with ``mixed_gpus``.
@@ -156,6 +159,7 @@ class Plan:
     tail_tensors: tuple[str, ...]
     prelude_tensors: tuple[str, ...]
     dropped: Mapping[str, str]
+    accounts: tuple[Account, ...]
     side_files: tuple[str, ...]
     compute_dtype: str
     device_kind: str
@@ -230,6 +234,7 @@ def plan_from_json(values: Mapping[str, Any]) -> Plan:
         fields[name] = tuple(values[name])
     for name in ("calibration_texts", "evaluation_texts"):
         fields[name] = tuple(TextRecord(**record) for record in values[name])
+    fields["accounts"] = tuple(Account(**{**a, "names": tuple(a["names"])}) for a in values["accounts"])
     return Plan(**fields)
 
 

@@ -20,6 +20,7 @@ from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
 from quantlib.checkpoint.index import Checkpoint, open_checkpoint
 from quantlib.checkpoint.layout import shard_names
 from quantlib.errors import CheckpointError, PlanMismatchError, UnsupportedModelError
+from quantlib.job.accounting import account
 from quantlib.job.activations import newest_checkpoint
 from quantlib.job.fused_sets import refuse_split_sets
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
@@ -32,7 +33,7 @@ from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_ki
 from quantlib.model.skeleton import BlockSpec, LinearSpec, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.packing.contracts import PackingFormat
-from quantlib.quantized import QuantizedLinear
+from quantlib.packing.specs import packed_on_meta
 from quantlib.recipe import refuse_idle_rules, rule_for
 from quantlib.storage import Store, join_uri, normalize_uri, open_store
 from quantlib.tokens import store_rows
@@ -138,13 +139,16 @@ def build_plan(
     )
     _check_rules(options, skeleton, blocks, checkpoint)
     # A layout may be unable to say what was asked for, such as a mix of schemes: better known now.
-    packer.quantization_config(schemes_of(blocks), skeleton.outside_linears)
+    kept_linears = (*skeleton.outside_linears, *_unused_matrices(skeleton, checkpoint))
+    packer.quantization_config(schemes_of(blocks), kept_linears)
     calibrates = any(linear.method == "gptq" for block in blocks for linear in block.linears)
     rows, texts = planned_rows(options, checkpoint, calibrates=calibrates)
     fixed = _settings_of(stored) or (recorded_settings(replayed) if replayed else None)
     first = stored.device_kind if stored else replayed["machine"]["device_kind"] if replayed else None
     kind = _planned_kind(options, first)
     machine = _machine_settings(options, threads, checkpoint, kind, fixed)
+    units = _plan_units(skeleton, checkpoint, blocks, packer)
+    dropped: dict[str, str] = {}
     plan = Plan(
         source=source,
         source_objects={
@@ -157,11 +161,12 @@ def build_plan(
         config_digest=_config_digest(checkpoint),
         model_type=skeleton.model_type,
         blocks=blocks,
-        units=_plan_units(skeleton, checkpoint, blocks, packer),
-        kept_linears=tuple(skeleton.outside_linears),
+        units=units,
+        kept_linears=kept_linears,
         tail_tensors=tuple(skeleton.tail_tensors),
         prelude_tensors=tuple(skeleton.prelude_tensors),
-        dropped={},
+        dropped=dropped,
+        accounts=account(skeleton, checkpoint, blocks, units, dropped),
         side_files=tuple(sorted(checkpoint.side_files)),
         calibration_digest=rows_digest(rows["calibration"]) if "calibration" in rows else None,
         evaluation_digest=rows_digest(rows["evaluation"]) if "evaluation" in rows else None,
@@ -300,30 +305,40 @@ def _plan_units(
     return tuple(units)
 
 
+def _unused_matrices(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
+    """Modules that the model lacks and engines may build; their weights stay as they are."""
+    linears = set(skeleton.outside_linears)
+    return [
+        name.removesuffix(".weight")
+        for name in skeleton.unused_tensors
+        if name.endswith(".weight")
+        and len(checkpoint.tensors[name].shape) == 2
+        and name.removesuffix(".weight") not in linears
+    ]
+
+
 def _source_spec(checkpoint: Checkpoint, name: str) -> TensorSpec:
     entry = checkpoint.tensors[name]
     return TensorSpec(name=name, dtype=entry.dtype, shape=tuple(entry.shape))
 
 
 def _packed_specs(block: BlockPlan, checkpoint: Checkpoint, packer: PackingFormat) -> list[TensorSpec]:
-    """What the packer will write, learnt by running it on tensors without data."""
+    """What the packer will write."""
     specs = []
     for linear in block.linears:
         if linear.scheme is None:
             continue
-        groups = linear.scheme.num_groups(linear.columns)
-        stored = torch_dtype(checkpoint.tensors[f"{linear.name}.weight"].dtype)
-        quantized = QuantizedLinear(
-            codes_RC=torch.empty(linear.rows, linear.columns, dtype=torch.uint8, device="meta"),
-            scale_RG=torch.empty(linear.rows, groups, dtype=packer.scale_dtype(stored), device="meta"),
-            zero_RG=None
-            if linear.scheme.is_symmetric
-            else torch.empty(linear.rows, groups, dtype=torch.uint8, device="meta"),
+        packed = packed_on_meta(
+            packer,
+            linear.name,
+            rows=linear.rows,
+            columns=linear.columns,
             scheme=linear.scheme,
+            model_dtype=torch_dtype(checkpoint.tensors[f"{linear.name}.weight"].dtype),
         )
         specs += [
             TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
-            for name, tensor in packer.pack(linear.name, quantized).items()
+            for name, tensor in packed.items()
         ]
     return specs
 

@@ -91,6 +91,7 @@ def build_report(
             for row in rows
             if row["fallback"]
         ],
+        "tensors": [dataclasses.asdict(account) for account in plan.accounts],
         "dropped": dict(plan.dropped),
         "versions": dict(plan.versions),
     }

@@ -88,6 +88,7 @@ def render_html(report: Mapping[str, Any]) -> str:
             _timeline(report),
             _worst(report),
             _blocks(report),
+            _tensors(report),
             _shards(report),
             _settings(report),
         )
@@ -284,6 +285,23 @@ def _blocks(report: Mapping[str, Any]) -> str:
     ]
     heads = ("block", "#relative error", "#cosine", "#worst linear", "#seconds")
     return _folded(f"All {len(rows)} blocks", _table(heads, rows)) if rows else ""
+
+
+def _tensors(report: Mapping[str, Any]) -> str:
+    rows = [
+        (x.get("state"), x.get("count"), figures.size(x.get("size_bytes")), x.get("reason"), _listed(x))
+        for x in report.get("tensors") or ()
+    ]
+    heads = ("state", "#tensors", "#size", "reason", "=names")
+    total = sum(x.get("count") or 0 for x in report.get("tensors") or ())
+    title = f"What became of the {total} tensors of the source"
+    return _folded(title, _table(heads, rows)) if rows else ""
+
+
+def _listed(account: Mapping[str, Any]) -> str:
+    names = list(account.get("names") or ())
+    more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
+    return ", ".join(names[:_LISTED] + more)
 
 
 def _shards(report: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quantlib.job import report_figures as figures
+from quantlib.job.accounts import account_lines
 from quantlib.job.report_figures import is_number, number
 from quantlib.job.text_sources import described
 
@@ -18,6 +19,7 @@ def format_report(report: Mapping[str, Any]) -> str:
         format_summary(report),
         _stages(report),
         _texts(report),
+        "\n".join(account_lines(report.get("tensors") or ())),
         _kinds(report),
         _worst(report),
         _exceptions(report),

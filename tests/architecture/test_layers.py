@@ -65,6 +65,7 @@ LAYERS = {
     "quantlib.rail_group": 6,
     "quantlib.sum_exchange": 6,
     "quantlib.job.planner": 6,
+    "quantlib.job.accounting": 6,
     "quantlib.job.fused_sets": 6,
     "quantlib.job.texts": 6,
     "quantlib.job.finished": 6,
