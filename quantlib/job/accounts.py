@@ -8,6 +8,7 @@ from typing import Any
 # Quantized weights, biases moved to make up for them, tensors as they are, and those that are left out.
 QUANTIZED, CORRECTED, COPIED, DROPPED = STATES = ("quantized", "corrected", "copied", "dropped")
 
+_FEW = 3
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
 
@@ -64,11 +65,16 @@ def summed_up(tensors: Iterable[tuple[str, str, str, int]]) -> tuple[Account, ..
 
 
 def account_lines(accounts: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The table of accounts for a terminal, one line each."""
+    """The table of accounts for a terminal, one line each; names stand there where they are few."""
     counts = [f"{account['count']:,}" for account in accounts]
     sizes = [f"{account['size_bytes'] / 1e6:,.1f} MB" for account in accounts]
     widths = [max(map(len, cells), default=0) for cells in (counts, sizes)]
     return [
-        f"{account['state']:<9}  {count:>{widths[0]}}  {size:>{widths[1]}}  {account['reason']}"
+        f"{account['state']:<9}  {count:>{widths[0]}}  {size:>{widths[1]}}  {_reason(account)}"
         for account, count, size in zip(accounts, counts, sizes, strict=True)
     ]
+
+
+def _reason(account: Mapping[str, Any]) -> str:
+    names = account["names"]
+    return account["reason"] + (f" ({', '.join(names)})" if len(names) <= _FEW else "")
