@@ -2,7 +2,8 @@
 
 vLLM and SGLang make one matrix of the query, key and value projections of an attention, of gate and up of an
 MLP, and one kernel call of all experts of a layer; each has one scheme. Which linears these are follows from
-the structure: those that read the same tensor in the same module, and all routed experts of a block.
+the structure: those that read the same tensor in the same module, and all routed experts of a block. That
+takes in more than some engines fuse: the gates beside the projections of a linear attention, for example.
 """
 
 from collections.abc import Iterator, Mapping

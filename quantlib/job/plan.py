@@ -125,7 +125,8 @@ class Plan:
         model_type: ``config.json``'s.
         blocks: Ordered decoder blocks.
         units: Everything to write, in shard order.
-        kept_linears: Linears outside the blocks (the head), which stay as they are.
+        kept_linears: Linears outside the blocks (the head), and modules of matrices that the model does not
+            use; all stay as they are.
         tail_tensors: Checkpoint names of the tensors used after the last block (norm, head; a tied
             embedding too).
         prelude_tensors: Checkpoint names of the tensors used before the first block.
