@@ -27,6 +27,7 @@ from quantlib.errors import (
 )
 from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize
+from quantlib.job.accounts import account_lines
 from quantlib.job.clean import clean_work, format_cleaned
 from quantlib.job.command_line import COMMANDS, build_parser, options_of, values_of
 from quantlib.job.estimate import describe_plan, format_plan
@@ -149,6 +150,8 @@ def _verify(parsed: argparse.Namespace) -> int:
         "shards": result.num_shards,
         "tensors": result.num_tensors,
         "bytes": result.num_bytes,
+        "source": source,
+        "source_tensors": [dataclasses.asdict(account) for account in result.accounts],
         "findings": list(result.findings),
         "against": against,
     }
@@ -170,6 +173,8 @@ def _verification(values: dict[str, Any]) -> str:
     lines = [
         f"{values['output']}: {values['shards']} shards, {values['tensors']} tensors,"
         f" {values['bytes']:,} bytes read",
+        *([f"tensors of {values['source']}:"] if values["source"] else []),
+        *(f"  {line}" for line in account_lines(values["source_tensors"])),
         *(f"  wrong: {finding}" for finding in values["findings"]),
         f"{len(values['findings'])} finding(s)" if values["findings"] else "verified",
     ]

@@ -23,7 +23,7 @@ def evaluate_checkpoint(
     uri: str,
     text: str,
     *,
-    text_column: str,
+    text_column: str | None,
     sequences: int,
     sequence_length: int,
     threads: int | None = None,

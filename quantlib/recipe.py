@@ -6,6 +6,7 @@ one recipe serves many models.
 """
 
 import tomllib
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -67,3 +68,41 @@ def rule_for(options: JobOptions, linear_name: str) -> tuple[str, WeightScheme] 
         return None, None
     group_size = options.group_size if rule.group_size is None else rule.group_size
     return rule.method or options.method, scheme_from_name(rule.scheme or options.scheme, group_size)
+
+
+def refuse_idle_rules(
+    options: JobOptions, linears: Collection[str], *, outside: Collection[str], others: Collection[str]
+) -> None:
+    """Refuse rules that would change nothing although somebody wrote them down.
+
+    A rule that another one stands before is no such: the first match decides.
+
+    Args:
+        options: The validated request.
+        linears: Names of the linears of all blocks.
+        outside: Names of the linears outside the blocks, all of which are kept.
+        others: Names of what else the model has (norms, routers), which is kept too.
+
+    Raises:
+        RecipeError: A rule matches nothing of the model, or asks to quantize what can only be kept.
+    """
+    for position, rule in enumerate(rules_from(options.rules), start=1):
+        if any(does_match(rule, name) for name in linears):
+            continue
+        kept = next((name for name in (*outside, *others) if does_match(rule, name)), None)
+        if kept is None:
+            example = next(iter(linears), "none")
+            raise RecipeError(
+                f"rule {position} matches nothing in this model: {rule.match!r}; linears are named as in"
+                f" {example}: correct the rule, or remove it",
+                option="rules",
+                rule=position,
+            )
+        if not rule.keep:
+            what = "a linear outside the blocks" if kept in outside else "no linear of a block"
+            raise RecipeError(
+                f"rule {position} asks to quantize {kept}, which is {what}; only linears of blocks are"
+                " quantized: remove the rule, or let it keep what it matches",
+                option="rules",
+                rule=position,
+            )

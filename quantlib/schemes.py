@@ -43,6 +43,16 @@ class WeightScheme:
         """
         return columns if self.group_size == WHOLE_ROW else self.group_size
 
+    def __str__(self) -> str:
+        """In words.
+
+        >>> str(WeightScheme(bits=4, is_symmetric=True, group_size=128))
+        '4 bits, symmetric, groups of 128'
+        """
+        symmetry = "symmetric" if self.is_symmetric else "asymmetric"
+        groups = "one scale a row" if self.group_size == WHOLE_ROW else f"groups of {self.group_size}"
+        return f"{self.bits} bits, {symmetry}, {groups}"
+
     def num_groups(self, columns: int) -> int:
         """How many groups a row of ``columns`` columns has; a ragged last group counts.
 

@@ -1,7 +1,9 @@
 """Rows of token ids for calibration and evaluation.
 
 Documents are tokenized one by one without special tokens, joined with a separator token and cut into rows of
-equal length. The same documents, tokenizer and seed give the same rows everywhere; `rows_digest` names them.
+equal length. Conversations are written out by the tokenizer's chat template first; the special tokens that it
+writes are tokens, and no separator doubles them. The same documents, tokenizer and seed give the same rows
+everywhere; `rows_digest` names them.
 
 B sequences, T positions.
 """
@@ -17,7 +19,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from quantlib.calibration.documents import read_documents
+from quantlib.calibration.chat import Chat, ChatTemplate
+from quantlib.calibration.documents import Document, read_documents
 from quantlib.errors import CheckpointError, CorpusError
 from quantlib.storage.contracts import Store
 
@@ -47,11 +50,12 @@ _TOKENIZER_FILES = (
     "added_tokens.json",
     "special_tokens_map.json",
     "tokenizer_config.json",
+    "chat_template.jinja",
 )
 
 
 def token_rows(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     tokenizer: "PreTrainedTokenizerBase",
     *,
     num_sequences: int,
@@ -61,8 +65,10 @@ def token_rows(
     """Rows of token ids cut from documents.
 
     Args:
-        documents: Texts. Only as many are read and tokenized as needed, unless they are shuffled.
-        tokenizer: `separator_id` of it stands between documents, not before the first.
+        documents: Texts or conversations. Only as many are read and tokenized as needed, unless they are
+            shuffled.
+        tokenizer: `separator_id` of it stands between documents, not before the first; not before a
+            conversation either that begins with the begin token, or comes after a separator as it is.
         num_sequences: B, how many rows.
         sequence_length: T, tokens in a row.
         seed: 0 takes the documents as they come; another number shuffles them with ``random.Random(seed)``.
@@ -71,7 +77,8 @@ def token_rows(
         int32 [B, T].
 
     Raises:
-        CorpusError: Too little text; says how many tokens and rows there are.
+        CorpusError: Too little text; says how many tokens and rows there are. Or a conversation that cannot
+            be written out.
     """
     if seed:
         documents = list(documents)
@@ -134,23 +141,40 @@ def rows_digest(rows_BT: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
-def _tokenized(documents: Iterable[str], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
+def _tokenized(documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase") -> Iterator[list[int]]:
     """Token ids of each document; from the second on, the separator comes first."""
-    separator = [separator_id(tokenizer)]
-    before: list[int] = []
-    for batch in _batches(documents):
-        encoded = tokenizer(batch, add_special_tokens=False, padding=False, truncation=False, verbose=False)
-        for token_ids in encoded["input_ids"]:
-            yield [*before, *token_ids]
-            before = separator
+    separator = separator_id(tokenizer)
+    last: int | None = None
+    is_first = True
+    for batch in _batches(_written_out(documents, tokenizer)):
+        texts = [text for text, _ in batch]
+        encoded = tokenizer(texts, add_special_tokens=False, padding=False, truncation=False, verbose=False)
+        for token_ids, (_, is_chat) in zip(encoded["input_ids"], batch, strict=True):
+            is_parted = is_chat and (last == separator or token_ids[:1] == [tokenizer.bos_token_id])
+            yield list(token_ids) if is_first or is_parted else [separator, *token_ids]
+            is_first = False
+            last = token_ids[-1] if token_ids else separator
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    batch: list[str] = []
-    num_characters = 0
+def _written_out(
+    documents: Iterable[Document], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[str, bool]]:
+    """The text of each document, and whether it is a conversation."""
+    template: ChatTemplate | None = None
     for document in documents:
-        batch.append(document)
-        num_characters += len(document)
+        if isinstance(document, Chat):
+            template = template or ChatTemplate(tokenizer)
+            yield template.render(document), True
+        else:
+            yield document, False
+
+
+def _batches(documents: Iterable[tuple[str, bool]]) -> Iterator[list[tuple[str, bool]]]:
+    batch: list[tuple[str, bool]] = []
+    num_characters = 0
+    for text, is_chat in documents:
+        batch.append((text, is_chat))
+        num_characters += len(text)
         if len(batch) == _DOCUMENTS_AT_ONCE or num_characters >= _CHARACTERS_AT_ONCE:
             yield batch
             batch, num_characters = [], 0

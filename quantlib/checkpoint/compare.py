@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from quantlib.checkpoint.findings import limited
 from quantlib.checkpoint.header import TensorEntry
 from quantlib.checkpoint.index import Checkpoint, open_checkpoint
-from quantlib.checkpoint.verify import limited
 from quantlib.errors import CheckpointError
 from quantlib.storage import Store
 
@@ -85,7 +85,7 @@ def compare_checkpoints(store: Store, uri: str, other_store: Store, other_uri: s
     findings += limited(_kind_findings(left, right))
     pairs = [(entry, right.tensors[name]) for name, entry in left.tensors.items() if name in right.tensors]
     same = [(entry, other) for entry, other in pairs if _kind(entry) == _kind(other)]
-    differing = _differing_bytes(store, left, other_store, right, same)
+    differing = differing_bytes(store, left, other_store, right, same)
     findings += limited(
         f"Tensor {entry.name} differs in {differing[entry.name]:,} of its {entry.size_bytes:,} bytes."
         for entry, _ in same
@@ -128,14 +128,25 @@ def _kind(entry: TensorEntry) -> tuple[str, tuple[int, ...]]:
     return entry.dtype, entry.shape
 
 
-def _differing_bytes(
+def differing_bytes(
     store: Store,
     left: Checkpoint,
     other_store: Store,
     right: Checkpoint,
     pairs: Iterable[tuple[TensorEntry, TensorEntry]],
 ) -> dict[str, int]:
-    """Tensor name -> how many of its bytes differ, of those where any does."""
+    """Tensor name -> how many of its bytes differ, of those where any does.
+
+    Args:
+        store: Where the first checkpoint lies.
+        left: The first.
+        other_store: Where the other lies.
+        right: The other.
+        pairs: Tensors of the first and the other, of equal size.
+
+    Raises:
+        CheckpointError: An object was replaced meanwhile.
+    """
     differing: dict[str, int] = {}
     with ThreadPoolExecutor(2, thread_name_prefix="compare") as ahead:
 

@@ -6,14 +6,15 @@ which is what evaluation is for.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from quantlib.checkpoint.header import Header, TensorEntry, read_header
+from quantlib.checkpoint.findings import limited
+from quantlib.checkpoint.header import Header, read_header
 from quantlib.checkpoint.index import (
     INDEX_NAME,
     Checkpoint,
@@ -24,15 +25,15 @@ from quantlib.checkpoint.index import (
     read_weight_map,
 )
 from quantlib.checkpoint.reader import tensor_of
+from quantlib.checkpoint.source_check import check_source
 from quantlib.errors import CheckpointError
+from quantlib.job.accounts import Account
 from quantlib.storage import ObjectInfo, Store
 
 REPORT_NAME = "quantmill_report.json"
 # Held twice: one piece is hashed while the next is fetched.
 PIECE_BYTES = 128 << 20
 _SCALE_ENDINGS = (".weight_scale", ".scales")
-_PACKED_ENDINGS = (".weight_packed", ".qweight")
-_MAX_NAMED = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,12 +45,14 @@ class VerifyResult:
         num_tensors: Tensors in them.
         num_bytes: Bytes of the shards, all of them read.
         findings: One sentence for each fault; empty when all is well.
+        accounts: What became of the tensors of the source; empty without one.
     """
 
     num_shards: int
     num_tensors: int
     num_bytes: int
     findings: tuple[str, ...]
+    accounts: tuple[Account, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -78,12 +81,13 @@ def verify_checkpoint(
         ObjectNotFoundError: There is nothing at ``uri``.
         CheckpointError: The source cannot be opened, or an object was replaced meanwhile.
 
-    Cost: reads every byte of the shards, and the scales twice; about 256 MiB of memory.
+    Cost: reads every byte of the shards, and the scales twice; about 256 MiB of memory. With a source what
+        was copied is read once more on both sides, with 320 MiB.
     """
     listing = list_folder(store, uri)
     findings: list[str] = []
     report = report if report is not None else _stored_report(store, listing, findings)
-    weight_map = _weight_map(store, uri, listing, findings)
+    config, weight_map = _config_and_weight_map(store, uri, listing, findings)
     shards = {name: info for name, info in listing.items() if name.endswith(".safetensors")}
     headers = dict(_intact_headers(store, shards, findings))
     findings += _digest_findings(store, shards, report)
@@ -91,14 +95,20 @@ def verify_checkpoint(
         findings += _index_findings(store, listing, weight_map, headers)
     for shard, header in headers.items():
         findings += _scale_findings(store, shards[shard], header)
+    accounts: tuple[Account, ...] = ()
     if source_uri is not None:
         source = open_checkpoint(source_store or store, source_uri)
-        findings += _source_findings(source, headers, report)
+        tensors = {name: entry for header in headers.values() for name, entry in header.tensors.items()}
+        output = Checkpoint(uri=uri, config=config, shards=shards, tensors=tensors, side_files={})
+        checked = check_source(store, output, source_store or store, source, report)
+        findings += checked.findings
+        accounts = checked.accounts
     return VerifyResult(
         num_shards=len(shards),
         num_tensors=sum(len(header.tensors) for header in headers.values()),
         num_bytes=sum(info.size_bytes for info in shards.values()),
         findings=tuple(findings),
+        accounts=accounts,
     )
 
 
@@ -113,13 +123,14 @@ def _stored_report(store: Store, listing: Mapping[str, ObjectInfo], findings: li
         return {}
 
 
-def _weight_map(
+def _config_and_weight_map(
     store: Store, uri: str, listing: Mapping[str, ObjectInfo], findings: list[str]
-) -> dict[str, str] | None:
-    """The index, after noting what is wrong with it and with config.json."""
+) -> tuple[dict[str, Any], dict[str, str] | None]:
+    """config.json, empty if it cannot be read, and the index, after noting what is wrong with them."""
+    config: dict[str, Any] = {}
     weight_map = None
     try:
-        read_config(store, uri, listing)
+        config = read_config(store, uri, listing)
     except CheckpointError as error:
         findings.append(_sentence(error))
     try:
@@ -128,7 +139,7 @@ def _weight_map(
             findings.append(f"There is neither {INDEX_NAME} nor model.safetensors.")
     except CheckpointError as error:
         findings.append(_sentence(error))
-    return weight_map
+    return config, weight_map
 
 
 def _intact_headers(
@@ -231,45 +242,6 @@ def _unusable_scales(scales: torch.Tensor) -> int:
     # float8 types lack these comparisons; fp32 holds all their values.
     values = scales.float()
     return int((~torch.isfinite(values) | (values == 0)).sum())
-
-
-def _source_findings(
-    source: Checkpoint, headers: Mapping[str, Header], report: Mapping[str, Any]
-) -> Iterator[str]:
-    """What became of each tensor of the source: kept as it was, quantized, or dropped with a reason."""
-    kept: dict[str, TensorEntry] = {}
-    for header in headers.values():
-        kept.update(header.tensors)
-    reasons = report.get("dropped")
-    dropped = reasons if isinstance(reasons, dict) else {}
-    yield from limited(
-        f"Tensor {name} of the source is neither kept, nor quantized, nor dropped with a reason."
-        for name in sorted(source.tensors)
-        if name not in kept and name not in dropped and not _is_quantized(name, kept)
-    )
-    yield from limited(
-        f"Tensor {name} was {before.dtype} {list(before.shape)} in the source and is"
-        f" {kept[name].dtype} {list(kept[name].shape)}."
-        for name, before in sorted(source.tensors.items())
-        if name in kept and (before.dtype, before.shape) != (kept[name].dtype, kept[name].shape)
-    )
-
-
-def _is_quantized(name: str, kept: Mapping[str, TensorEntry]) -> bool:
-    module = name.removesuffix(".weight")
-    return module != name and any(module + packed in kept for packed in _PACKED_ENDINGS)
-
-
-def limited(sentences: Iterable[str]) -> Iterator[str]:
-    """At most `_MAX_NAMED` of a kind, then how many more there are."""
-    more = 0
-    for count, sentence in enumerate(sentences):
-        if count < _MAX_NAMED:
-            yield sentence
-        else:
-            more += 1
-    if more:
-        yield f"{more} more findings of this kind are left out."
 
 
 def _sentence(error: CheckpointError) -> str:

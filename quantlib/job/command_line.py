@@ -14,6 +14,7 @@ from quantlib.errors import RecipeError
 from quantlib.job.option_table import check_value, kind_of
 from quantlib.job.options import JobOptions, option_fields, options_from
 from quantlib.job.provenance import with_replayed_values
+from quantlib.job.text_sources import JOIN, is_mix
 from quantlib.recipe import NOT_IN_RECIPES, read_recipe
 from quantlib.simulation.hardware import DEFAULT_NETWORK, DEFAULT_STORAGE
 
@@ -22,6 +23,8 @@ _JOB_OPTIONS = tuple(
 )  # rules are tables: a recipe file has room for them, a command line has not
 # Text that names no object; shown by the last word of the option's name.
 _NO_ADDRESSES = ("text_column", "ray_address", "gpu_model", "worker_resources", "worker_labels")
+# Each time with a weight.
+_SEVERAL = ("calibration",)
 _RECIPE = ("--recipe", {"metavar": "FILE.toml", "help": "Recipe file; options given here win over it."})
 # What `quantlib.simulation` takes; it reads these values itself.
 _CLUSTER = (
@@ -58,6 +61,17 @@ class Command:
     addresses: Mapping[str, str]
     options: tuple[str, ...] = ()
     others: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+class _Joined(argparse.Action):
+    """An option that may be given several times; its value is all of them, as a recipe would name them."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, _option: Any = None) -> None:
+        before = getattr(namespace, self.dest, None)
+        joined = values if before is None else f"{before}{JOIN}{values}"
+        if before is not None and not is_mix(joined):
+            parser.error(f"--{self.dest} given several times needs a weight each time, as in {values}=0.5")
+        setattr(namespace, self.dest, joined)
 
 
 def _job_addresses() -> dict[str, str]:
@@ -225,6 +239,7 @@ def _settings(name: str) -> dict[str, Any]:
     elif name in _NO_ADDRESSES:
         metavar = name.rpartition("_")[2].upper()
     return {
+        **({"action": _Joined} if name in _SEVERAL else {}),
         "type": kind_of(found),
         "default": argparse.SUPPRESS,
         "metavar": metavar,

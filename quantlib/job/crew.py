@@ -26,13 +26,14 @@ from quantlib.job.reduction import Batch, Reduction
 from quantlib.job.schedule import Piece, PieceId
 from quantlib.job.shares import share_by_cost
 from quantlib.job.solve_pieces import GroupWork, solve_pieces
+from quantlib.job.text_sources import with_addresses
 from quantlib.job.transport import Handle, Transport, ask_all, ask_one, results
 from quantlib.row_tiles import device_type_of, tile_rows
 from quantlib.storage import normalize_uri
 
 # Place of the sums over all experts' tokens beside those of X^T X and X_ref^T X.
 _POOL = 2
-_ADDRESSES = ("source", "output", "work", "calibration", "evaluation")
+_ADDRESSES = ("source", "output", "work", "evaluation")
 
 # Calibration rows whose activations overflow are left out; with more of them than this the model or the
 # text is at fault and codes fitted to the rest would be worth little.
@@ -97,6 +98,8 @@ class Crew:
         """
         given = {name: getattr(options, name) for name in _ADDRESSES}
         absolute = {name: normalize_uri(uri) for name, uri in given.items() if uri is not None}
+        if options.calibration is not None:
+            absolute["calibration"] = with_addresses(options.calibration, normalize_uri)
         self._options = dataclasses.replace(options, **absolute)
         prepared = self._one("prepare", self._options, self._threads)
         if prepared["report"] is not None:

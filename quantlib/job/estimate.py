@@ -5,12 +5,15 @@ token for the lower half of a gram matrix, columns^3 / 3 for a factor and rows *
 pass of descent. Corrected targets add a stream, a whole product of two inputs and a factor with its solve.
 """
 
+import dataclasses
 from typing import Any
 
 from quantlib.checkpoint.layout import layout_shard
+from quantlib.job.accounts import account_lines
 from quantlib.job.memory import MemoryPlan
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
 from quantlib.job.scheme_defaults import FOLLOWING
+from quantlib.job.text_sources import described as described_text
 
 
 def describe_plan(
@@ -43,8 +46,11 @@ def describe_plan(
         "linears_quantized": sum(1 for b in plan.blocks for linear in b.linears if linear.scheme),
         "linears_kept": [linear.name for b in plan.blocks for linear in b.linears if not linear.scheme]
         + list(plan.kept_linears),
+        "tensors": [dataclasses.asdict(account) for account in plan.accounts],
         "calibration_tokens": tokens["calibration"],
         "evaluation_tokens": tokens["evaluation"],
+        "calibration_texts": [dataclasses.asdict(text) for text in plan.calibration_texts],
+        "evaluation_texts": [dataclasses.asdict(text) for text in plan.evaluation_texts],
         "bytes_in": sum(shards.values()),
         "bytes_out": sum(_unit_bytes(unit) for unit in plan.units),
         "workers": num_workers,
@@ -74,11 +80,13 @@ def format_plan(described: dict[str, Any]) -> str:
         f" {described['linears_quantized']} linears to {described['scheme']} g{described['group_size']}"
         f" by {described['method']}, {described['format']}",
         *_solver_lines(described),
-        f"kept as they are: {', '.join(described['linears_kept']) or 'nothing'}",
+        *account_lines(described["tensors"]),
         f"{described['units']} units in {len(described['shards'])} shards,"
         f" {_mb(described['bytes_in'])} in, {_mb(described['bytes_out'])} out",
         f"{described['calibration_tokens']} calibration tokens,"
         f" {described['evaluation_tokens']} evaluation tokens",
+        *(f"calibration text: {described_text(text)}" for text in described["calibration_texts"]),
+        *(f"evaluation text: {described_text(text)}" for text in described["evaluation_texts"]),
         f"{described['workers']} worker(s) of {described['threads_per_worker']} threads on"
         f" {described['device_kind']} in {described['compute_dtype']}",
         *_memory_lines(described),

@@ -14,6 +14,7 @@ from quantlib.job.node_terms import labels_from, resources_from
 from quantlib.job.option_table import REQUIRED, Option, check_value, declare, fields_of
 from quantlib.job.rules import Rule, rule_values, rules_from
 from quantlib.job.scheme_defaults import FOLLOWING, with_scheme_defaults
+from quantlib.job.text_sources import text_sources
 from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES
 from quantlib.units import parse_bytes
@@ -133,11 +134,21 @@ class JobOptions:
         " or keep.",
         in_identity=True,
     )
-    calibration: str | None = declare(None, _DATA, "Calibration text: a parquet, jsonl or txt object.")
+    calibration: str | None = declare(
+        None,
+        _DATA,
+        "Calibration text or chat: a parquet, jsonl or txt object, or a folder of them; of several, each with"
+        " its weight: a.jsonl=0.7, b.parquet=0.3.",
+    )
     evaluation: str | None = declare(
         None, _DATA, "Held-out text; with it the run reports perplexity and KL divergence."
     )
-    text_column: str = declare("text", _DATA, "Column of the text in parquet and jsonl.")
+    text_column: str | None = declare(
+        None,
+        _DATA,
+        "Column of the text, or of chat messages, in parquet and jsonl; by default text, or messages where"
+        " there is no text.",
+    )
     sequences: int = declare(256, _DATA, "Calibration sequences.", minimum=1)
     sequence_length: int = declare(2048, _DATA, "Tokens in a sequence.", minimum=8)
     evaluation_sequences: int = declare(32, _DATA, "Evaluation sequences.", minimum=1)
@@ -226,7 +237,8 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
 
     Raises:
         RecipeError: An unknown key, a missing one, a value out of its range, a wrong rule, gptq without
-            calibration text, or nodes that cannot be; names the option, the value and what is allowed.
+            calibration text, a mix without weights, or nodes that cannot be; names the option, the value and
+            what is allowed.
 
     >>> options_from({"source": "m", "output": "q", "method": "rtn", "group_size": 64}).group_size
     64
@@ -244,6 +256,8 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
         options, **_following(options, {name: getattr(options, name) for name in FOLLOWING})
     )
     _refuse_missing_calibration(options, rules)
+    if options.calibration is not None:
+        text_sources(options.calibration)
     for name in ("worker_memory", "device_memory", "object_store_memory"):
         if getattr(options, name) is not None:
             parse_bytes(getattr(options, name), name)

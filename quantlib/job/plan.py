@@ -13,11 +13,24 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlib.errors import PlanMismatchError
+from quantlib.job.accounts import Account
 from quantlib.job.options import option_fields
+from quantlib.job.text_sources import TextRecord
 from quantlib.schemes import WeightScheme
 from quantlib.strided_view import StoredPart, StridedView
 
 SCHEMA = 4
+
+# Where things lie, what is only measured, and what tells in other words what the rest says.
+_NOT_IN_IDENTITY = (
+    "source",
+    "output",
+    "work",
+    "evaluation_digest",
+    "accounts",
+    "calibration_texts",
+    "evaluation_texts",
+)
 
 # Numbers of input groups of a block.
 Groups = tuple[int, ...]
@@ -121,11 +134,13 @@ class Plan:
         model_type: ``config.json``'s.
         blocks: Ordered decoder blocks.
         units: Everything to write, in shard order.
-        kept_linears: Linears that cannot be quantized and stay as they are: the head, routers.
+        kept_linears: Linears that stay as they are and that no rule can name: the head, routers, and modules
+            of matrices that the model does not use.
         tail_tensors: Checkpoint names of the tensors used after the last block (norm, head; a tied
             embedding too).
         prelude_tensors: Checkpoint names of the tensors used before the first block.
         dropped: Source tensor -> reason it is not in the output.
+        accounts: What becomes of all source tensors, and why.
         side_files: Names of source objects copied beside the shards.
         compute_dtype: ``bfloat16``, ``float16`` or ``float32`` of both streams.
         device_kind: ``cpu-avx2``, ``cuda-sm90-nvidia-h200``, ...; of the first start with ``mixed_gpus``.
@@ -134,6 +149,8 @@ class Plan:
         sequences_per_batch: Sequences of a cell that go through a block at a time.
         calibration_digest: sha256 of the calibration token rows; None without calibration.
         evaluation_digest: sha256 of the evaluation token rows; None without evaluation.
+        calibration_texts: Where the calibration token rows come from; empty without calibration.
+        evaluation_texts: Likewise for evaluation.
         versions: Of this tool and of the libraries that compute.
         format_version: Layout version of the output format.
     """
@@ -152,6 +169,7 @@ class Plan:
     tail_tensors: tuple[str, ...]
     prelude_tensors: tuple[str, ...]
     dropped: Mapping[str, str]
+    accounts: tuple[Account, ...]
     side_files: tuple[str, ...]
     compute_dtype: str
     device_kind: str
@@ -160,6 +178,8 @@ class Plan:
     sequences_per_batch: int
     calibration_digest: str | None
     evaluation_digest: str | None
+    calibration_texts: tuple[TextRecord, ...]
+    evaluation_texts: tuple[TextRecord, ...]
     versions: Mapping[str, str]
     format_version: str
 
@@ -185,7 +205,7 @@ class Plan:
         kept["options"] = {
             name: self.options[name] for name, (_, option) in option_fields().items() if option.in_identity
         }
-        for name in ("source", "output", "work", "evaluation_digest"):
+        for name in _NOT_IN_IDENTITY:
             kept.pop(name)
         if self.calibration_digest is None:
             kept.pop("sequences_per_cell")
@@ -222,6 +242,9 @@ def plan_from_json(values: Mapping[str, Any]) -> Plan:
     fields["source_objects"] = {k: (v[0], v[1]) for k, v in values["source_objects"].items()}
     for name in ("kept_linears", "tail_tensors", "prelude_tensors", "side_files"):
         fields[name] = tuple(values[name])
+    for name in ("calibration_texts", "evaluation_texts"):
+        fields[name] = tuple(TextRecord(**record) for record in values[name])
+    fields["accounts"] = tuple(Account(**{**a, "names": tuple(a["names"])}) for a in values["accounts"])
     return Plan(**fields)
 
 

@@ -15,25 +15,27 @@ from typing import Any
 
 import torch
 
-from quantlib.calibration.corpus import load_tokenizer, rows_digest, token_rows
-from quantlib.calibration.documents import read_documents
+from quantlib.calibration.corpus import rows_digest
 from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
 from quantlib.checkpoint.index import Checkpoint, open_checkpoint
 from quantlib.checkpoint.layout import shard_names
-from quantlib.errors import CheckpointError, PlanMismatchError, RecipeError, UnsupportedModelError
+from quantlib.errors import CheckpointError, PlanMismatchError, UnsupportedModelError
+from quantlib.job.accounting import account
 from quantlib.job.activations import newest_checkpoint
 from quantlib.job.expert_groups import merged_groups
+from quantlib.job.fused_sets import refuse_split_sets
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
 from quantlib.job.options import ALL_EXPERTS, JobOptions
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
 from quantlib.job.provenance import MACHINE_SETTINGS, check_replay, read_provenance, recorded_settings
 from quantlib.job.report import REPORT_NAME
+from quantlib.job.texts import planned_rows
 from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_kind, may_share
 from quantlib.model.skeleton import BlockSpec, LinearSpec, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.packing.contracts import PackingFormat
-from quantlib.quantized import QuantizedLinear
-from quantlib.recipe import rule_for
+from quantlib.packing.specs import packed_on_meta
+from quantlib.recipe import refuse_idle_rules, rule_for
 from quantlib.storage import Store, join_uri, normalize_uri, open_store
 from quantlib.strided_view import StoredPart
 from quantlib.tokens import store_rows
@@ -137,14 +139,22 @@ def build_plan(
     blocks = tuple(
         _plan_block(skeleton.block_spec(index), options, packer) for index in range(skeleton.num_blocks)
     )
+    _check_rules(options, skeleton, blocks, checkpoint)
     # A layout may be unable to say what was asked for, such as a mix of schemes: better known now.
-    kept = [*skeleton.outside_linears, *skeleton.kept_linears]
-    packer.quantization_config(schemes_of(blocks), kept)
-    rows = _token_rows(options, checkpoint, blocks)
+    kept_linears = (
+        *skeleton.outside_linears,
+        *skeleton.kept_linears,
+        *_unused_matrices(skeleton, checkpoint),
+    )
+    packer.quantization_config(schemes_of(blocks), kept_linears)
+    calibrates = any(linear.method == "gptq" for block in blocks for linear in block.linears)
+    rows, texts = planned_rows(options, checkpoint, calibrates=calibrates)
     fixed = _settings_of(stored) or (recorded_settings(replayed) if replayed else None)
     first = stored.device_kind if stored else replayed["machine"]["device_kind"] if replayed else None
     kind = _planned_kind(options, first)
     machine = _machine_settings(options, threads, checkpoint, kind, fixed)
+    units = _plan_units(skeleton, checkpoint, blocks, packer)
+    dropped: dict[str, str] = {}
     plan = Plan(
         source=source,
         source_objects={
@@ -157,14 +167,17 @@ def build_plan(
         config_digest=_config_digest(checkpoint),
         model_type=skeleton.model_type,
         blocks=blocks,
-        units=_plan_units(skeleton, checkpoint, blocks, packer),
-        kept_linears=tuple(kept),
+        units=units,
+        kept_linears=kept_linears,
         tail_tensors=tuple(skeleton.tail_tensors),
         prelude_tensors=tuple(skeleton.prelude_tensors),
-        dropped={},
+        dropped=dropped,
+        accounts=account(skeleton, checkpoint, blocks, units, dropped),
         side_files=tuple(sorted(checkpoint.side_files)),
         calibration_digest=rows_digest(rows["calibration"]) if "calibration" in rows else None,
         evaluation_digest=rows_digest(rows["evaluation"]) if "evaluation" in rows else None,
+        calibration_texts=texts.get("calibration", ()),
+        evaluation_texts=texts.get("evaluation", ()),
         versions={name: importlib.metadata.version(name) for name in _VERSIONED},
         format_version=packer.FORMAT_VERSION,
         device_kind=kind,
@@ -203,6 +216,19 @@ def open_planned_source(store: Store, plan: Plan) -> Checkpoint:
 def _config_digest(checkpoint: Checkpoint) -> str:
     canonical = json.dumps(checkpoint.config, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def _check_rules(
+    options: JobOptions, skeleton: Skeleton, blocks: tuple[BlockPlan, ...], checkpoint: Checkpoint
+) -> None:
+    refuse_idle_rules(
+        options,
+        [linear.name for block in blocks for linear in block.linears],
+        outside=skeleton.outside_linears,
+        others=sorted({name.rpartition(".")[0] for name in checkpoint.tensors}),
+    )
+    for block in blocks:
+        refuse_split_sets(skeleton.block_spec(block.index), block)
 
 
 def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> BlockPlan:
@@ -290,6 +316,18 @@ def _plan_units(
     return tuple(units)
 
 
+def _unused_matrices(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
+    """Modules that the model lacks and engines may build; their weights stay as they are."""
+    linears = set(skeleton.outside_linears)
+    return [
+        name.removesuffix(".weight")
+        for name in skeleton.unused_tensors
+        if name.endswith(".weight")
+        and len(checkpoint.tensors[name].shape) == 2
+        and name.removesuffix(".weight") not in linears
+    ]
+
+
 def _source_spec(checkpoint: Checkpoint, name: str) -> TensorSpec:
     entry = checkpoint.tensors[name]
     return TensorSpec(name=name, dtype=entry.dtype, shape=tuple(entry.shape))
@@ -302,56 +340,24 @@ def _bias_spec(checkpoint: Checkpoint, linear: LinearPlan) -> TensorSpec:
 
 
 def _packed_specs(block: BlockPlan, checkpoint: Checkpoint, packer: PackingFormat) -> list[TensorSpec]:
-    """What the packer will write, learnt by running it on tensors without data."""
+    """What the packer will write."""
     specs = []
     for linear in block.linears:
         if linear.scheme is None:
             continue
-        groups = linear.scheme.num_groups(linear.columns)
-        stored = torch_dtype(checkpoint.tensors[linear.weight.tensor].dtype)
-        quantized = QuantizedLinear(
-            codes_RC=torch.empty(linear.rows, linear.columns, dtype=torch.uint8, device="meta"),
-            scale_RG=torch.empty(linear.rows, groups, dtype=packer.scale_dtype(stored), device="meta"),
-            zero_RG=None
-            if linear.scheme.is_symmetric
-            else torch.empty(linear.rows, groups, dtype=torch.uint8, device="meta"),
+        packed = packed_on_meta(
+            packer,
+            linear.name,
+            rows=linear.rows,
+            columns=linear.columns,
             scheme=linear.scheme,
+            model_dtype=torch_dtype(checkpoint.tensors[linear.weight.tensor].dtype),
         )
         specs += [
             TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))
-            for name, tensor in packer.pack(linear.name, quantized).items()
+            for name, tensor in packed.items()
         ]
     return specs
-
-
-def _token_rows(
-    options: JobOptions, checkpoint: Checkpoint, blocks: tuple[BlockPlan, ...]
-) -> dict[str, torch.Tensor]:
-    calibrates = any(linear.method == "gptq" for block in blocks for linear in block.linears)
-    limit = checkpoint.config.get("max_position_embeddings")
-    if (calibrates or options.evaluation) and limit and options.sequence_length > limit:
-        raise RecipeError(
-            f"sequence_length must be at most the model's {limit} positions, found {options.sequence_length}",
-            option="sequence_length",
-        )
-    wanted: dict[str, tuple[str, int, int]] = {}
-    if calibrates and options.calibration is not None:
-        wanted["calibration"] = (options.calibration, options.sequences, options.seed)
-    if options.evaluation is not None:
-        wanted["evaluation"] = (options.evaluation, options.evaluation_sequences, 0)
-    if not wanted:
-        return {}
-    tokenizer = load_tokenizer(open_store(checkpoint.uri, options.storage_engine), checkpoint)
-    return {
-        name: token_rows(
-            read_documents(uri, options.text_column),
-            tokenizer,
-            num_sequences=count,
-            sequence_length=options.sequence_length,
-            seed=seed,
-        )
-        for name, (uri, count, seed) in wanted.items()
-    }
 
 
 def _planned_kind(options: JobOptions, first: str | None) -> str:

@@ -24,9 +24,10 @@ from quantlib.errors import (
 from quantlib.job.option_table import check_value
 from quantlib.job.options import option_fields
 from quantlib.job.plan import Plan
+from quantlib.job.text_sources import TextRecord, with_addresses
 from quantlib.storage import normalize_uri, open_store
 
-SCHEMA = 4
+SCHEMA = 5
 PROVENANCE_NAME = "quantmill_provenance.json"
 # What the machine decides at the first start, and what is then kept.
 MACHINE_SETTINGS = ("threads", "sequences_per_cell", "sequences_per_batch", "compute_dtype")
@@ -58,6 +59,7 @@ _WANTED: dict[tuple[str, ...], tuple[type, ...]] = {
     ("options", "given"): (dict,),
     ("options", "effective"): (dict,),
     ("calibration", "digest"): (str, _OR_NONE),
+    ("calibration", "texts"): (list,),
     ("evaluation", "digest"): (str, _OR_NONE),
     ("machine", "threads"): (int,),
     ("machine", "sequences_per_cell"): (int,),
@@ -106,8 +108,8 @@ def build_provenance(
         },
         "output": plan.output,
         "options": {"given": _options_given(plan), "effective": _options_effective(plan)},
-        "calibration": _text(plan, "calibration", plan.calibration_digest),
-        "evaluation": _text(plan, "evaluation", plan.evaluation_digest),
+        "calibration": _text(plan.calibration_digest, plan.calibration_texts),
+        "evaluation": _text(plan.evaluation_digest, plan.evaluation_texts),
         "machine": {
             "device_kind": plan.device_kind,
             "device_kinds": list(device_kinds) or [plan.device_kind],
@@ -136,15 +138,16 @@ def _options_effective(plan: Plan) -> dict[str, Any]:
         "threads_per_worker": plan.threads,
         "device": plan.device_kind.partition("-")[0],
     }
-    for name, digest in (("calibration", plan.calibration_digest), ("evaluation", plan.evaluation_digest)):
-        if digest is not None:
-            settled[name] = _full_address(plan.options[name])
+    if plan.calibration_digest is not None:
+        settled["calibration"] = with_addresses(plan.options["calibration"], _full_address)
+    if plan.evaluation_digest is not None:
+        settled["evaluation"] = _full_address(plan.options["evaluation"])
     return {**_options_given(plan), **settled}
 
 
-def _text(plan: Plan, name: str, digest: str | None) -> dict[str, Any]:
-    uri = None if digest is None else _full_address(plan.options[name])
-    return {"uri": uri, "digest": digest}
+def _text(digest: str | None, texts: Sequence[TextRecord]) -> dict[str, Any]:
+    rows = [{**dataclasses.asdict(text), "uri": _full_address(text.uri)} for text in texts]
+    return {"digest": digest, "texts": rows}
 
 
 def _full_address(uri: str) -> str:
@@ -208,6 +211,9 @@ def _faults(values: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(found, kinds) or isinstance(found, bool):
             yield f"{'.'.join(path)} is {'missing' if found is ... else repr(found)}"
             return
+    for entry in values["calibration"]["texts"]:
+        if not isinstance(entry, dict):
+            yield f"{entry!r} in calibration.texts is no record of a text"
     for entry in values["source"]["objects"]:
         kinds = {"name": str, "size_bytes": int, "etag": str}
         if not isinstance(entry, dict) or not all(isinstance(entry.get(n), k) for n, k in kinds.items()):
@@ -306,6 +312,7 @@ def _differences(provenance: Mapping[str, Any], plan: Plan) -> Iterator[str]:
         ("compute_dtype", machine["compute_dtype"], plan.compute_dtype),
         ("threads of a worker", machine["threads"], plan.threads),
         *_option_pairs(provenance, plan),
+        *_text_pairs(provenance, plan),
         ("digest of the calibration tokens", provenance["calibration"]["digest"], plan.calibration_digest),
         *_cell_pairs(provenance, plan),
         *_evaluation_pairs(provenance, plan),
@@ -366,6 +373,15 @@ def _option_pairs(provenance: Mapping[str, Any], plan: Plan) -> Iterator[_Pair]:
     for name, (_, option) in option_fields().items():
         if option.in_identity:
             yield name, given.get(name), planned.get(name)
+
+
+def _text_pairs(provenance: Mapping[str, Any], plan: Plan) -> Iterator[_Pair]:
+    """Of calibration text all but the addresses, which may be others by now."""
+    recorded, planned = provenance["calibration"]["texts"], plan.calibration_texts
+    yield "number of calibration texts", len(recorded), len(planned)
+    for before, now in zip(recorded, planned, strict=False):
+        for name in ("weight", "sequences", "column", "template_digest", "digest"):
+            yield f"{name} of calibration text {now.uri}", before.get(name), getattr(now, name)
 
 
 def _cell_pairs(provenance: Mapping[str, Any], plan: Plan) -> Iterator[_Pair]:

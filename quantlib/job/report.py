@@ -3,6 +3,7 @@
 ``quantmill_report.json`` beside the output; the HTML and the terminal view are drawn from the same values.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -90,6 +91,7 @@ def build_report(
             for row in rows
             if row["fallback"]
         ],
+        "tensors": [dataclasses.asdict(account) for account in plan.accounts],
         "dropped": dict(plan.dropped),
         "versions": dict(plan.versions),
     }
@@ -123,6 +125,7 @@ def _evaluation(plan: Plan, figures: Sequence[Mapping[str, float]] | None) -> di
         "excluded_sequences": int(sums["excluded_sequences"]),
         "tokens": int(sums["tokens"]),
         "digest": plan.evaluation_digest,
+        "texts": [dataclasses.asdict(text) for text in plan.evaluation_texts],
     }
     losses = {name: sums[name] / max(1.0, sums["tokens"]) for name in _LOSSES}
     reason = _no_figures_because(counts, losses)
@@ -156,6 +159,7 @@ def _calibration(plan: Plan, excluded_rows: Sequence[int]) -> dict[str, Any] | N
         "sequences": sequences,
         "tokens": (sequences - len(excluded_rows)) * plan.options["sequence_length"],
         "digest": plan.calibration_digest,
+        "texts": [dataclasses.asdict(text) for text in plan.calibration_texts],
         "excluded_rows": list(excluded_rows),
     }
 

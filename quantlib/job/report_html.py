@@ -13,6 +13,7 @@ from quantlib.job import report_experts, report_timeline
 from quantlib.job import report_figures as figures
 from quantlib.job import report_svg as svg
 from quantlib.job.report_figures import is_number, number
+from quantlib.job.text_sources import described
 
 _LISTED = 10
 _RUN_FACTS = (
@@ -87,6 +88,7 @@ def render_html(report: Mapping[str, Any]) -> str:
             _timeline(report),
             _worst(report),
             _blocks(report),
+            _tensors(report),
             _shards(report),
             _settings(report),
         )
@@ -293,6 +295,23 @@ def _blocks(report: Mapping[str, Any]) -> str:
     return _folded(f"All {len(rows)} blocks", _table(heads, rows)) if rows else ""
 
 
+def _tensors(report: Mapping[str, Any]) -> str:
+    rows = [
+        (x.get("state"), x.get("count"), figures.size(x.get("size_bytes")), x.get("reason"), _listed(x))
+        for x in report.get("tensors") or ()
+    ]
+    heads = ("state", "#tensors", "#size", "reason", "=names")
+    total = sum(x.get("count") or 0 for x in report.get("tensors") or ())
+    title = f"What became of the {total} tensors of the source"
+    return _folded(title, _table(heads, rows)) if rows else ""
+
+
+def _listed(account: Mapping[str, Any]) -> str:
+    names = list(account.get("names") or ())
+    more = [f"and {len(names) - _LISTED} more"] if len(names) > _LISTED else []
+    return ", ".join(names[:_LISTED] + more)
+
+
 def _shards(report: Mapping[str, Any]) -> str:
     rows = [
         (x.get("name"), figures.size(x.get("size_bytes")), x.get("sha256"))
@@ -314,7 +333,10 @@ def _settings(report: Mapping[str, Any]) -> str:
     )
     facts = {name: report[name] for name in ran if name in report}
     calibration = report.get("calibration") or {}
-    facts |= {f"calibration {name}": value for name, value in calibration.items() if name != "excluded_rows"}
+    plain = {name: value for name, value in calibration.items() if name not in ("excluded_rows", "texts")}
+    facts |= {f"calibration {name}": value for name, value in plain.items()}
+    texts = [described(text) for text in calibration.get("texts") or ()]
+    facts |= {"calibration text": "; ".join(texts)} if texts else {}
     parts = [_folded("Options", _facts(report.get("options") or {})), _folded("Run", _facts(facts))]
     parts.append(_folded("Versions", _facts(report.get("versions") or {})))
     if dropped := report.get("dropped"):

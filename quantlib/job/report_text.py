@@ -5,7 +5,9 @@ from typing import Any
 
 from quantlib.job import report_experts
 from quantlib.job import report_figures as figures
+from quantlib.job.accounts import account_lines
 from quantlib.job.report_figures import is_number, number
+from quantlib.job.text_sources import described
 
 _LISTED = 5
 # Eight heights of a block character, lowest first.
@@ -17,6 +19,8 @@ def format_report(report: Mapping[str, Any]) -> str:
     parts = (
         format_summary(report),
         _stages(report),
+        _texts(report),
+        "\n".join(account_lines(report.get("tensors") or ())),
         _kinds(report),
         _worst(report),
         _exceptions(report),
@@ -74,6 +78,14 @@ def _stages(report: Mapping[str, Any]) -> str:
     if sentence := figures.lanes_sentence(report):
         facts.append(sentence[0].lower() + sentence[1:].rstrip("."))
     return "\n".join([*([text] if text else []), *facts])
+
+
+def _texts(report: Mapping[str, Any]) -> str:
+    lines = []
+    for name in ("calibration", "evaluation"):
+        for text in figures.part(report.get(name), "texts") or ():
+            lines.append(f"{name}: {described(text)}")
+    return "\n".join(lines)
 
 
 def _kinds(report: Mapping[str, Any]) -> str:

@@ -28,6 +28,7 @@ from quantlib.model.outer import OuterModel
 from quantlib.model.rehearsal import refuse_unlike_trace
 from quantlib.model.sources import Sources
 from quantlib.model.trace import ModelTrace, trace_forward
+from quantlib.model.unused import why_unused
 
 __all__ = ["BlockInputs", "BlockSpec", "LinearSpec", "OuterModel", "Skeleton", "load_skeleton", "run_block"]
 
@@ -40,14 +41,17 @@ class Skeleton:
         model_type: ``config.json``'s.
         prelude_tensors: Checkpoint names of the tensors used before block 0, and of those used nowhere.
         tail_tensors: Those used after the last block; a tied embedding is in both.
-        unused_tensors: Stored names that no part of the model uses.
+        untied_tensors: Stored names that ``config.json`` ties to other tensors, which are stored too; they
+            are used as they are stored, as transformers does.
+        unused_reasons: Stored names that no part of the model uses, sorted -> why.
         outside_linears: Names of the linears outside the blocks (the head, tied or not).
     """
 
     model_type: str
     prelude_tensors: tuple[str, ...]
     tail_tensors: tuple[str, ...]
-    unused_tensors: tuple[str, ...]
+    untied_tensors: tuple[str, ...]
+    unused_reasons: Mapping[str, str]
     outside_linears: tuple[str, ...]
     _source: tuple[dict[str, Any], tuple[str, ...]]
     _model: PreTrainedModel
@@ -57,6 +61,11 @@ class Skeleton:
     _block_slots: tuple[tuple[Slot, ...], ...]
     _num_outputs: tuple[int | None, ...]
     _outer_slots: tuple[Slot, ...]
+
+    @property
+    def unused_tensors(self) -> tuple[str, ...]:
+        """Stored names that no part of the model uses, sorted."""
+        return tuple(self.unused_reasons)
 
     @property
     def num_blocks(self) -> int:
@@ -187,7 +196,14 @@ def _load(config_json: str, tensor_names: tuple[str, ...]) -> Skeleton:
         model_type=opened.model_type,
         prelude_tensors=prelude,
         tail_tensors=tail,
-        unused_tensors=tuple(sorted(stored.difference(used))),
+        untied_tensors=_stored_although_tied(model, outer_slots),
+        unused_reasons=why_unused(
+            model,
+            stored.difference(used),
+            blocks=_before_number(specs[0].prefix),
+            num_blocks=len(specs),
+            other_towers=frozenset(sources.stored(outside)),
+        ),
         outside_linears=_outside_linears(model, outside),
         _source=(config, tensor_names),
         _model=model,
@@ -217,6 +233,19 @@ def _outside_linears(model: nn.Module, slots: list[Slot]) -> tuple[str, ...]:
             is_own = times_used[slot.tensor] == 1 and slot.tensor.endswith(".weight")
             names.append(slot.tensor.removesuffix(".weight") if is_own else slot.path)
     return tuple(names)
+
+
+def _stored_although_tied(model: PreTrainedModel, slots: Iterable[Slot]) -> tuple[str, ...]:
+    stored = {".".join(filter(None, (slot.path, slot.attribute))): slot.tensor for slot in slots}
+    ties: Mapping[str, str] = getattr(model, "all_tied_weights_keys", {})
+    pairs = ((stored.get(tied), stored.get(to)) for tied, to in ties.items())
+    return tuple(tied for tied, to in pairs if tied is not None and to is not None and tied != to)
+
+
+def _before_number(prefix: str) -> str | None:
+    """What the names of all blocks begin with, from the prefix of the first: the part before its 0."""
+    parts = prefix.split(".")
+    return ".".join(parts[: parts.index("0")]) if "0" in parts[1:] else None
 
 
 def _tensors_by_module(slots: Iterable[Slot], sources: Sources) -> dict[str, list[str]]:

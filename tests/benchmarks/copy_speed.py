@@ -38,7 +38,7 @@ from quantlib.job.options import options_from
 from quantlib.storage import join_uri, open_store
 from tests.support.s3_server import S3Server, running_s3_server
 
-_ONE_LINEAR = "model.layers.0.self_attn.k_proj"
+_ONE_LINEAR = "model.layers.0.self_attn.o_proj"
 JOBS: dict[str, dict[str, Any]] = {
     "rtn4": {"scheme": "W4A16", "scale_search": "minmax"},
     "rtn8": {"scheme": "W8A16", "scale_search": "minmax"},

@@ -32,6 +32,15 @@ def test_options_of_command_line_equals_plain_values():
     )
 
 
+def test_calibration_given_several_times_is_a_mix():
+    given = "plan a b --calibration a.jsonl=0.7 --calibration s3://texts/chat.parquet=0.3"
+    assert options_of(parsed(given)).calibration == "a.jsonl=0.7, s3://texts/chat.parquet=0.3"
+    assert options_of(parsed("plan a b --calibration year=2024")).calibration == "year=2024"
+    with pytest.raises(RecipeError, match="'b.jsonl' has no weight above zero") as raised:
+        options_of(parsed("plan a b --calibration a.jsonl=0.7 --calibration b.jsonl"))
+    assert raised.value.before_work
+
+
 def test_addresses_and_options_may_alternate():
     options = options_of(parsed("plan a --json --method rtn b"))
     assert (options.source, options.output) == ("a", "b")
@@ -110,6 +119,7 @@ def test_options_of_wrong_request_is_refused_before_work(line):
         ("quantize a b --sequences many", "argument --sequences: invalid int value: 'many'"),
         ("quantize a b --rules x", "unrecognized arguments: --rules x"),
         ("evaluate m", "required: --text"),
+        ("plan a b --calibration c --calibration d", "needs a weight each time, as in d=0.5"),
     ],
 )
 def test_wrong_line_is_one_line_and_exits_with_2(line, said, capsys):
@@ -125,7 +135,7 @@ def test_wrong_line_is_one_line_and_exits_with_2(line, said, capsys):
 def test_values_of_other_commands_have_defaults_and_are_checked():
     values = values_of(parsed("evaluate m --text t.txt --sequence-length 64"))
     assert values == {
-        "text_column": "text",
+        "text_column": None,
         "sequence_length": 64,
         "evaluation_sequences": 32,
         "threads_per_worker": None,

@@ -33,7 +33,7 @@ def test_options_from_minimal_request_takes_every_default():
         "rules": (),
         "calibration": None,
         "evaluation": None,
-        "text_column": "text",
+        "text_column": None,
         "sequences": 256,
         "sequence_length": 2048,
         "evaluation_sequences": 32,

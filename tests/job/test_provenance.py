@@ -85,12 +85,13 @@ def test_a_run_stores_it_beside_its_shards_and_it_can_be_repeated_from_there(roo
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"schema": 1}, "has schema 1, this version replays 4"),
+        ({"schema": 1}, "has schema 1, this version replays 5"),
         ({"schema": ...}, "has schema None"),
         ({"versions": ...}, "versions is missing"),
         ({"machine": {"threads": True}}, "machine.threads is True"),
         ({"source": "s3://b/m"}, "source.uri is missing"),
         ({"calibration": {}}, "calibration.digest is missing"),
+        ({"calibration": {"digest": None, "texts": [1]}}, "1 in calibration.texts is no record"),
         ({"source": {**PROVENANCE["source"], "objects": [{"name": "a"}]}}, "lacks a name, size_bytes or"),
         ({"source": {**PROVENANCE["source"], "objects": ["a"]}}, "'a' in source.objects lacks"),
     ],
@@ -190,8 +191,8 @@ def test_the_same_plan_is_a_replay_whoever_runs_it(root, plan, provenance):
         ({"format": "gptq"}, "format_version was .*, now"),
         ({"propagation": "quantized"}, "propagation was original, now quantized"),
         ({"rules": [{"match": "*.down_proj", "keep": True}]}, "rules was .*, now .*down_proj"),
-        ({"seed": 1}, "digest of the calibration tokens was"),
-        ({"sequences": 9}, "digest of the calibration tokens was"),
+        ({"seed": 1}, "digest of calibration text .*calibration.jsonl was"),
+        ({"sequences": 9}, "sequences of calibration text .*calibration.jsonl was 10, now 9"),
         ({"threads_per_worker": 2}, "threads of a worker was 1, now 2"),
     ],
 )
@@ -288,3 +289,35 @@ def test_evaluation_text_may_be_another_one_but_not_a_changed_one(copy):
     tiny_text(copy / "evaluation.jsonl", seed=9)
     with pytest.raises(PlanMismatchError, match="digest of the evaluation tokens was"):
         check_replay(before, build_plan(tiny_options(copy), 1)[0])
+
+
+def test_a_mix_with_chat_is_recorded_replayed_and_refused_where_it_changed(root, tmp_path, monkeypatch):
+    tiny_options(root)
+    shutil.copytree(root / "source", tmp_path / "source")
+    template = "{{ bos_token }}{% for m in messages %} {{ m.role }} {{ m.content }}{% endfor %}"
+    (tmp_path / "source" / "chat_template.jinja").write_text(template)
+    tiny_text(tmp_path / "calibration.jsonl", seed=1)
+    tiny_text(tmp_path / "evaluation.jsonl", seed=2)
+    texts = [json.loads(line)["text"] for line in (tmp_path / "calibration.jsonl").read_text().splitlines()]
+    chats = [{"messages": [{"role": "user", "content": text}]} for text in texts]
+    (tmp_path / "chat.jsonl").write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    # The calibration is named from here, and run from elsewhere.
+    monkeypatch.chdir(tmp_path)
+    output = tmp_path / "output"
+    report = quantize(tiny_options(tmp_path, calibration="calibration.jsonl=0.7, chat.jsonl=0.3"))
+    stored = read_provenance(str(output / PROVENANCE_NAME), "obstore")
+    rows = stored["calibration"]["texts"]
+    assert [(row["uri"], row["weight"], row["sequences"], row["column"]) for row in rows] == [
+        (f"file://{tmp_path}/calibration.jsonl", "0.7", 7, "text"),
+        (f"file://{tmp_path}/chat.jsonl", "0.3", 3, "messages"),
+    ]
+    assert rows[0]["template_digest"] is None
+    assert rows[1]["template_digest"] == hashlib.sha256(template.encode()).hexdigest()
+    assert report["calibration"]["texts"] == rows
+    values = {"replay": str(output / PROVENANCE_NAME), "source": str(tmp_path / "source"), "output": "x"}
+    monkeypatch.chdir(root)
+    again, _ = build_plan(options_from(with_replayed_values(values)), 1)
+    assert again.identity() == report["identity"]
+    values["calibration"] = f"{tmp_path}/calibration.jsonl=0.6, {tmp_path}/chat.jsonl=0.4"
+    with pytest.raises(PlanMismatchError, match=r"weight of calibration text .*l was 0\.7, now 0\.6"):
+        build_plan(options_from(with_replayed_values(values)), 1)

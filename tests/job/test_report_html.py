@@ -88,6 +88,8 @@ def test_hostile_names_stay_text():
     report["blocks"][0]["linears"][0]["name"] = f"model.layers.0.{HOSTILE}"
     report["fallbacks"] = [{"linear": HOSTILE, "kind": HOSTILE, "detail": HOSTILE}]
     report["dropped"] = {HOSTILE: HOSTILE}
+    report["tensors"][0] |= {"state": HOSTILE, "reason": HOSTILE, "names": [HOSTILE]}
+    report["calibration"]["texts"][0]["uri"] = HOSTILE
     report["options"][HOSTILE] = HOSTILE
     report["stages"][HOSTILE] = {"seconds": 1.0, "cpu_seconds": 1.0, "calls": 1}
     report["versions"] = {HOSTILE: HOSTILE}
@@ -96,7 +98,15 @@ def test_hostile_names_stay_text():
     clean, attacked = Page(render_html(example_report())), Page(render_html(report))
     assert {tag for tag, _ in attacked.tags} == {tag for tag, _ in clean.tags}
     assert not any(name.startswith("on") for _, values in attacked.tags for name in values)
-    assert attacked.text.count(HOSTILE) >= 12
+    assert attacked.text.count(HOSTILE) >= 16
+
+
+def test_tensors_of_the_source_and_texts_are_told():
+    text = Page(render_html(example_report())).text
+    assert "What became of the 218 tensors of the source" in text
+    for words in ("to 4 bits, symmetric, groups of 64", "model.layers.*.self_attn.q_proj.weight", "212.3 MB"):
+        assert words in text
+    assert "19 sequences of s3://texts/chat.parquet, column messages" in text
 
 
 def test_missing_evaluation_is_said():

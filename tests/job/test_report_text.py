@@ -49,6 +49,13 @@ def test_exceptions_are_listed():
     assert "dropped: lm_head.weight: equal to the embedding" in text
 
 
+def test_tensors_of_the_source_and_texts_are_told():
+    text = format_report(example_report())
+    assert "quantized  217  212.3 MB  to 4 bits, symmetric, groups of 64\n" in text
+    assert "copied       1    0.0 MB  norm, or another part after the blocks (model.norm.weight)\n" in text
+    assert "calibration: 19 sequences of s3://texts/chat.parquet, column messages written out by" in text
+
+
 def test_no_fallback_is_said():
     assert "fallbacks: none" in format_report(example_report())
 

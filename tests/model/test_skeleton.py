@@ -9,6 +9,7 @@ import torch
 from quantlib.errors import CheckpointError
 from quantlib.model.skeleton import LinearSpec, Skeleton, _ends, load_skeleton
 from quantlib.model.trace import ModelTrace
+from quantlib.model.unused import IGNORED, LATER_LAYER, RECOMPUTED, UNKNOWN
 from quantlib.strided_view import StoredPart
 from tests.support.block_by_block import logits_block_by_block
 from tests.support.tiny_models import tiny_config, tiny_model
@@ -148,6 +149,14 @@ def test_stored_tensors_without_a_use_are_listed() -> None:
     ]
     skeleton = load_skeleton(config, [*_stored(config), *extra])
     assert skeleton.unused_tensors == tuple(sorted(extra))
+    assert [skeleton.unused_reasons[name] for name in extra] == [RECOMPUTED, LATER_LAYER, UNKNOWN]
+
+
+def test_later_layers_are_known_by_number_and_by_what_transformers_ignores() -> None:
+    config = tiny_config("qwen3_next")
+    extra = ["model.layers.4.norm.weight", "mtp.layers.0.norm.weight", "model.layers.extra.9.weight"]
+    skeleton = load_skeleton(config, [*_stored(config), *extra])
+    assert [skeleton.unused_reasons[name] for name in extra] == [LATER_LAYER, IGNORED, UNKNOWN]
 
 
 def test_skeleton_survives_pickling_as_config_and_names() -> None:

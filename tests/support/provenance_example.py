@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 PROVENANCE: dict[str, Any] = {
-    "schema": 4,
+    "schema": 5,
     "tool": "quantmill 0.1.0",
     "identity": "0" * 64,
     "model_type": "llama",
@@ -41,8 +41,20 @@ PROVENANCE: dict[str, Any] = {
             "replay": None,
         },
     },
-    "calibration": {"uri": None, "digest": None},
-    "evaluation": {"uri": "s3://texts/held-out.parquet", "digest": "3" * 64},
+    "calibration": {"digest": None, "texts": []},
+    "evaluation": {
+        "digest": "3" * 64,
+        "texts": [
+            {
+                "uri": "s3://texts/held-out.parquet",
+                "weight": "1",
+                "sequences": 5,
+                "digest": "3" * 64,
+                "column": "text",
+                "template_digest": None,
+            }
+        ],
+    },
     "machine": {
         "device_kind": "cpu-avx2",
         "device_kinds": ["cpu-avx2"],

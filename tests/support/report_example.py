@@ -41,7 +41,22 @@ def example_report(num_blocks: int = 3) -> dict[str, Any]:
             "ratio": 1.09928,
             "kl_divergence": 0.0942,
         },
-        "calibration": {"sequences": 64, "tokens": 32768, "digest": "cd" * 32, "excluded_rows": []},
+        "calibration": {
+            "sequences": 64,
+            "tokens": 32768,
+            "digest": "cd" * 32,
+            "excluded_rows": [],
+            "texts": [
+                {
+                    "uri": "s3://texts/chat.parquet",
+                    "weight": "0.3",
+                    "sequences": 19,
+                    "digest": "12" * 32,
+                    "column": "messages",
+                    "template_digest": "34" * 32,
+                }
+            ],
+        },
         "blocks": [_block(index) for index in range(num_blocks)],
         "shards": [
             {"name": "model-00001-of-00001.safetensors", "sha256": "ef" * 32, "size_bytes": 113_200_000}
@@ -63,6 +78,22 @@ def example_report(num_blocks: int = 3) -> dict[str, Any]:
             "worker_peak_memory_bytes": [1_070_000_000, 1_230_000_000],
         },
         "fallbacks": [],
+        "tensors": [
+            {
+                "state": "quantized",
+                "reason": "to 4 bits, symmetric, groups of 64",
+                "count": 217,
+                "size_bytes": 212_336_640,
+                "names": [f"model.layers.*.{kind}.weight" for kind in KINDS],
+            },
+            {
+                "state": "copied",
+                "reason": "norm, or another part after the blocks",
+                "count": 1,
+                "size_bytes": 1152,
+                "names": ["model.norm.weight"],
+            },
+        ],
         "dropped": {},
         "versions": {"torch": "2.13.0+cpu"},
     }

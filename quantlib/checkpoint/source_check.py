@@ -1,0 +1,272 @@
+"""Accounts for every tensor of a source in the output that was made from it, and for every one of the output.
+
+A source tensor is in the output byte for byte, or quantized (its packed tensors are there, with the dtypes
+and shapes that its scheme asks for), or a bias that was corrected, or dropped with a reason that the report
+gives. Which of these it is, the output's headers say; the report is compared with it. Nothing else may be in
+the output. Left out: whether codes are good ones.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantlib.checkpoint.compare import differing_bytes
+from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
+from quantlib.checkpoint.findings import limited
+from quantlib.checkpoint.header import TensorEntry
+from quantlib.checkpoint.index import Checkpoint
+from quantlib.errors import CheckpointError, PackingError
+from quantlib.job.accounts import COPIED, CORRECTED, DROPPED, QUANTIZED, Account, pattern_of, summed_up
+from quantlib.packing import FORMATS, PackingFormat, format_of
+from quantlib.packing.specs import packed_on_meta
+from quantlib.schemes import WeightScheme
+from quantlib.storage import Store
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceCheck:
+    """What became of a source.
+
+    Attributes:
+        accounts: Of all source tensors that could be accounted for; reasons are the report's.
+        findings: One sentence for each fault.
+    """
+
+    accounts: tuple[Account, ...]
+    findings: tuple[str, ...]
+
+
+def check_source(
+    store: Store,
+    output: Checkpoint,
+    source_store: Store,
+    source: Checkpoint,
+    report: Mapping[str, Any],
+) -> SourceCheck:
+    """Account for all tensors of a source and of the output.
+
+    Args:
+        store: The store the output lies in.
+        output: What can be read of it; without the tensors of shards that are damaged or missing.
+        source_store: The store the source lies in.
+        source: What the output was made from.
+        report: The run's; what cannot be understood of it is passed over.
+
+    Raises:
+        CheckpointError: An object was replaced meanwhile.
+
+    Cost: reads every copied tensor on both sides; about 320 MiB of memory.
+    """
+    packed = {
+        name: parts
+        for name in source.tensors
+        if name not in output.tensors and (parts := _packed_parts(name, output))
+    }
+    states = dict(_states(source, output, packed, report))
+    copied = [name for name, state in states.items() if state == COPIED]
+    explained = {*source.tensors, *(part for parts in packed.values() for part in parts)}
+    findings = [
+        *limited(
+            f"Tensor {name} of the source is neither kept, nor quantized, nor dropped with a reason."
+            for name in sorted(source.tensors)
+            if name not in states
+        ),
+        *limited(_kind_findings(source, output, states)),
+        *limited(_byte_findings(store, output, source_store, source, copied)),
+        *_packed_findings(source, output, packed),
+        *limited(
+            f"Tensor {name} is in the output and comes from nothing in the source."
+            for name in sorted(output.tensors)
+            if name not in explained
+        ),
+        *limited(
+            f"Tensor {name} is in the output, though the report says that it was dropped."
+            for name in sorted(_dropped(report).keys() & output.tensors.keys())
+        ),
+        *limited(_report_findings(states, report)),
+    ]
+    return SourceCheck(
+        accounts=_accounts(source, states, report),
+        findings=tuple(findings),
+    )
+
+
+def _packed_parts(name: str, output: Checkpoint) -> list[str]:
+    """The packed tensors that may stand for a weight, of those that are in the output."""
+    linear = name.removesuffix(".weight")
+    if linear == name:
+        return []
+    parts = (part for packer in _packers(output) for part in packer.packed_names(linear))
+    return [part for part in parts if part in output.tensors]
+
+
+def _packers(output: Checkpoint) -> Sequence[PackingFormat]:
+    # Of an output that lacks its config.json, which is a finding of its own, it may be any.
+    packer = format_of(output.config)
+    return tuple(FORMATS.values()) if packer is None else (packer,)
+
+
+def _states(
+    source: Checkpoint, output: Checkpoint, packed: Mapping[str, Sequence[str]], report: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    corrected, dropped = _corrected(report), _dropped(report)
+    for name in source.tensors:
+        if name in output.tensors:
+            yield name, CORRECTED if name in corrected else COPIED
+        elif name in packed:
+            yield name, QUANTIZED
+        elif name in dropped:
+            yield name, DROPPED
+
+
+def _kind_findings(source: Checkpoint, output: Checkpoint, states: Mapping[str, str]) -> Iterator[str]:
+    for name, before in sorted(source.tensors.items()):
+        now = output.tensors.get(name)
+        if states.get(name) in (COPIED, CORRECTED) and now is not None and not _is_alike(before, now):
+            yield (
+                f"Tensor {name} was {before.dtype} {list(before.shape)} in the source and is"
+                f" {now.dtype} {list(now.shape)}."
+            )
+
+
+def _is_alike(one: TensorEntry, other: TensorEntry) -> bool:
+    return (one.dtype, one.shape) == (other.dtype, other.shape)
+
+
+def _byte_findings(
+    store: Store, output: Checkpoint, source_store: Store, source: Checkpoint, copied: Sequence[str]
+) -> Iterator[str]:
+    pairs = [(output.tensors[name], source.tensors[name]) for name in copied]
+    same = [(now, before) for now, before in pairs if _is_alike(before, now)]
+    differing = differing_bytes(store, output, source_store, source, same)
+    for now, _ in same:
+        if now.name in differing:
+            yield (
+                f"Tensor {now.name} is not as in the source: {differing[now.name]:,} of its"
+                f" {now.size_bytes:,} bytes differ."
+            )
+
+
+def _packed_findings(
+    source: Checkpoint, output: Checkpoint, packed: Mapping[str, Sequence[str]]
+) -> Iterator[str]:
+    packer = format_of(output.config)
+    if packer is None:
+        if packed and output.config:
+            yield (
+                "config.json has no quantization_config that can be read, so that packed tensors cannot be"
+                " checked."
+            )
+        return
+    yield from limited(
+        finding
+        for name in sorted(packed)
+        for finding in _findings_of_linear(name.removesuffix(".weight"), source.tensors[name], output, packer)
+    )
+
+
+def _findings_of_linear(
+    linear: str, weight: TensorEntry, output: Checkpoint, packer: PackingFormat
+) -> Iterator[str]:
+    """Packed tensors of one linear that are missing, too many, or of other shapes than they have to be."""
+    try:
+        scheme = packer.scheme_of(output.config["quantization_config"], linear)
+        expected = {} if scheme is None else _expected(linear, weight, scheme, packer)
+    except (CheckpointError, PackingError) as error:
+        yield f"{linear} is packed, but cannot be: {error}."
+        return
+    if scheme is None:
+        yield f"{linear} is packed, but quantization_config says that it is not quantized."
+        return
+    for name in packer.packed_names(linear):
+        found = output.tensors.get(name)
+        kind = None if found is None else (found.dtype, found.shape)
+        if kind != expected.get(name):
+            yield f"Tensor {name} is {_said(kind)}; {_said(expected.get(name))} was expected at {scheme}."
+
+
+_Kind = tuple[str, tuple[int, ...]]
+
+
+def _expected(
+    linear: str, weight: TensorEntry, scheme: WeightScheme, packer: PackingFormat
+) -> dict[str, _Kind]:
+    if len(weight.shape) != 2:
+        raise CheckpointError(f"its weight in the source has {len(weight.shape)} dims", tensor=weight.name)
+    rows, columns = weight.shape
+    packed = packed_on_meta(
+        packer,
+        linear,
+        rows=rows,
+        columns=columns,
+        scheme=scheme,
+        model_dtype=torch_dtype(weight.dtype),
+    )
+    return {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in packed.items()}
+
+
+def _said(kind: _Kind | None) -> str:
+    return "absent" if kind is None else f"{kind[0]} {list(kind[1])}"
+
+
+def _report_findings(states: Mapping[str, str], report: Mapping[str, Any]) -> Iterator[str]:
+    """Where the report tells otherwise; it knows names by pattern, of which one may stand in two states."""
+    told: dict[str, set[str]] = {}
+    for entry in _entries(report):
+        for pattern in entry["names"]:
+            told.setdefault(pattern, set()).add(entry["state"])
+    for name, state in sorted(states.items()):
+        found = told.get(pattern_of(name), set())
+        if told and state not in found:
+            words = " or ".join(sorted(found)) or "nothing of it"
+            yield f"Tensor {name} is {state}, the report says {words}."
+
+
+def _accounts(
+    source: Checkpoint, states: Mapping[str, str], report: Mapping[str, Any]
+) -> tuple[Account, ...]:
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for entry in _entries(report):
+        for pattern in entry["names"]:
+            reasons.setdefault((entry["state"], pattern), []).append(entry["reason"])
+    return summed_up(
+        (
+            name,
+            state,
+            "; or ".join(reasons.get((state, pattern_of(name)), [])) or "no reason is reported",
+            source.tensors[name].size_bytes,
+        )
+        for name, state in states.items()
+    )
+
+
+def _entries(report: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Those of the report's accounts that can be understood."""
+    entries = report.get("tensors")
+    return [
+        entry
+        for entry in (entries if isinstance(entries, list | tuple) else ())
+        if isinstance(entry, dict)
+        and isinstance(entry.get("state"), str)
+        and isinstance(entry.get("reason"), str)
+        and isinstance(entry.get("names"), list | tuple)
+        and all(isinstance(name, str) for name in entry["names"])
+    ]
+
+
+def _dropped(report: Mapping[str, Any]) -> Mapping[str, Any]:
+    dropped = report.get("dropped")
+    return dropped if isinstance(dropped, dict) else {}
+
+
+def _corrected(report: Mapping[str, Any]) -> frozenset[str]:
+    """Biases that the report says were moved."""
+    blocks = report.get("blocks")
+    rows = [
+        row
+        for block in (blocks if isinstance(blocks, list) else ())
+        if isinstance(block, dict) and isinstance(block.get("linears"), list)
+        for row in block["linears"]
+        if isinstance(row, dict)
+    ]
+    return frozenset(f"{row.get('name')}.bias" for row in rows if row.get("bias_change") is not None)

@@ -1,0 +1,39 @@
+"""What a format makes of a linear of some shape, learnt by packing tensors without data."""
+
+import torch
+
+from quantlib.packing.contracts import PackingFormat
+from quantlib.quantized import QuantizedLinear
+from quantlib.schemes import WeightScheme
+
+
+def packed_on_meta(
+    packer: PackingFormat,
+    name: str,
+    *,
+    rows: int,
+    columns: int,
+    scheme: WeightScheme,
+    model_dtype: torch.dtype,
+) -> dict[str, torch.Tensor]:
+    """Tensors on the meta device: names, dtypes and shapes of a packed linear.
+
+    Args:
+        packer: The format.
+        name: Full module name.
+        rows: Out features.
+        columns: In features.
+        scheme: How it is quantized.
+        model_dtype: Of the weight before.
+
+    Raises:
+        PackingError: The layout cannot hold such a linear.
+    """
+    groups = scheme.num_groups(columns)
+    quantized = QuantizedLinear(
+        codes_RC=torch.empty(rows, columns, dtype=torch.uint8, device="meta"),
+        scale_RG=torch.empty(rows, groups, dtype=packer.scale_dtype(model_dtype), device="meta"),
+        zero_RG=None if scheme.is_symmetric else torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
+        scheme=scheme,
+    )
+    return packer.pack(name, quantized)
