@@ -18,12 +18,12 @@ from quantlib.checkpoint.index import (
     INDEX_NAME,
     Checkpoint,
     list_folder,
-    open_checkpoint,
     read_config,
     read_json,
     read_weight_map,
 )
 from quantlib.checkpoint.reader import tensor_of
+from quantlib.checkpoint.source import open_source
 from quantlib.errors import CheckpointError
 from quantlib.storage import ObjectInfo, Store
 
@@ -92,7 +92,7 @@ def verify_checkpoint(
     for shard, header in headers.items():
         findings += _scale_findings(store, shards[shard], header)
     if source_uri is not None:
-        source = open_checkpoint(source_store or store, source_uri)
+        source = open_source(source_store or store, source_uri)
         findings += _source_findings(source, headers, report)
     return VerifyResult(
         num_shards=len(shards),

@@ -16,7 +16,7 @@ from quantlib.errors import PlanMismatchError
 from quantlib.job.options import option_fields
 from quantlib.schemes import WeightScheme
 
-SCHEMA = 3
+SCHEMA = 4
 
 # Numbers of input groups of a block.
 Groups = tuple[int, ...]
@@ -104,6 +104,7 @@ class Plan:
 
     Attributes:
         source: URI of the source checkpoint.
+        source_format: What its weights are stored as: ``safetensors``, ``fp8``, ``gguf``, ...
         source_objects: Object name -> (size in bytes, etag) of every source object read.
         output: URI of the output.
         work: URI of the work prefix.
@@ -117,7 +118,7 @@ class Plan:
             embedding too).
         prelude_tensors: Checkpoint names of the tensors used before the first block.
         dropped: Source tensor -> reason it is not in the output.
-        side_files: Names of source objects copied beside the shards.
+        side_files: Names of files copied beside the shards, or made from what the source holds.
         compute_dtype: ``bfloat16``, ``float16`` or ``float32`` of both streams.
         device_kind: ``cpu-avx2``, ``cuda-sm90-nvidia-h200``, ...; of the first start with ``mixed_gpus``.
         threads: CPU threads of a worker.
@@ -131,6 +132,7 @@ class Plan:
 
     schema: int = SCHEMA
     source: str
+    source_format: str
     source_objects: Mapping[str, tuple[int, str]]
     output: str
     work: str

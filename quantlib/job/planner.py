@@ -18,8 +18,9 @@ import torch
 from quantlib.calibration.corpus import load_tokenizer, rows_digest, token_rows
 from quantlib.calibration.documents import read_documents
 from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
-from quantlib.checkpoint.index import Checkpoint, open_checkpoint
+from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.layout import shard_names
+from quantlib.checkpoint.source import open_source
 from quantlib.errors import CheckpointError, PlanMismatchError, RecipeError, UnsupportedModelError
 from quantlib.job.activations import newest_checkpoint
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
@@ -124,12 +125,7 @@ def build_plan(
     """
     replayed = read_provenance(options.replay, options.storage_engine) if options.replay else None
     source = normalize_uri(options.source)
-    checkpoint = open_checkpoint(open_store(source, options.storage_engine), source)
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "some method")
-        raise CheckpointError(
-            f"{source} is already quantized ({method}); give the original checkpoint", uri=source
-        )
+    checkpoint = open_source(open_store(source, options.storage_engine), source)
     skeleton = load_skeleton(checkpoint.config, list(checkpoint.tensors))
     packer = FORMATS[options.format]
     blocks = tuple(
@@ -144,6 +140,7 @@ def build_plan(
     machine = _machine_settings(options, threads, checkpoint, kind, fixed)
     plan = Plan(
         source=source,
+        source_format=checkpoint.source_format,
         source_objects={
             name: (info.size_bytes, info.etag)
             for name, info in sorted({**checkpoint.shards, **checkpoint.side_files}.items())
@@ -158,8 +155,8 @@ def build_plan(
         kept_linears=tuple(skeleton.outside_linears),
         tail_tensors=tuple(skeleton.tail_tensors),
         prelude_tensors=tuple(skeleton.prelude_tensors),
-        dropped={},
-        side_files=tuple(sorted(checkpoint.side_files)),
+        dropped=dict(checkpoint.dropped),
+        side_files=tuple(sorted({*checkpoint.side_files, *checkpoint.made_files})),
         calibration_digest=rows_digest(rows["calibration"]) if "calibration" in rows else None,
         evaluation_digest=rows_digest(rows["evaluation"]) if "evaluation" in rows else None,
         versions={name: importlib.metadata.version(name) for name in _VERSIONED},
@@ -168,7 +165,7 @@ def build_plan(
         **machine,
     )
     if replayed is not None:
-        check_replay(replayed, plan)
+        check_replay(replayed, plan, checkpoint)
     return plan, {rows_digest(rows_BT): rows_BT for rows_BT in rows.values()}
 
 
@@ -183,7 +180,7 @@ def open_planned_source(store: Store, plan: Plan) -> Checkpoint:
     Raises:
         CheckpointError: An object was replaced, or is gone, since the plan was made.
     """
-    checkpoint = open_checkpoint(store, plan.source)
+    checkpoint = open_source(store, plan.source)
     if _config_digest(checkpoint) != plan.config_digest:
         raise CheckpointError(
             f"config.json of {plan.source} changed since the job was planned; start over with another output",
@@ -198,7 +195,10 @@ def open_planned_source(store: Store, plan: Plan) -> Checkpoint:
 
 
 def _config_digest(checkpoint: Checkpoint) -> str:
-    canonical = json.dumps(checkpoint.config, sort_keys=True, separators=(",", ":"))
+    values = {**checkpoint.config, "quantization_config": checkpoint.quantization}
+    canonical = json.dumps(
+        values if checkpoint.quantization else checkpoint.config, sort_keys=True, separators=(",", ":")
+    )
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

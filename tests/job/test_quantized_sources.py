@@ -1,0 +1,123 @@
+"""Whole conversions of sources that are quantized already: the bytes are those of a dense source."""
+
+import json
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
+from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+from quantlib.checkpoint.verify import verify_checkpoint
+from quantlib.errors import CheckpointError
+from quantlib.inprocess import quantize
+from quantlib.job.planner import build_plan
+from quantlib.storage import open_store
+from tests.support.quantized_sources import requantized
+from tests.support.tiny_jobs import shard_digests, tiny_options
+from tests.support.tiny_models import read_all_tensors, read_config
+
+
+def _fp8(weight):
+    scale = weight.float().unfold(0, 32, 32).unfold(1, 32, 32).abs().amax((2, 3)) / 448
+    spread = scale.repeat_interleave(32, 0).repeat_interleave(32, 1)
+    codes = (weight.float() / spread).to(torch.float8_e4m3fn)
+    restored = Fp8Dequantize(None)._dequantize_one(codes, scale, torch.bfloat16)
+    return {"weight": codes, "weight_scale_inv": scale}, restored
+
+
+_INT4 = QuantizationScheme(
+    targets=["Linear"], weights=QuantizationArgs(num_bits=4, strategy="group", group_size=32, dynamic=False)
+)
+
+
+def _packed(weight):
+    scale = weight.unflatten(1, (-1, 32)).abs().amax(2) / 7
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    stored = compressor.compress({"weight": weight, "weight_scale": scale}, _INT4)
+    return stored, compressor.decompress(dict(stored), _INT4)["weight"]
+
+
+def _nf4(weight):
+    packed, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+    stored = {f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+    # A block a row: bitsandbytes 0.50 misreads on a CPU blocks that go on in the next row.
+    state.shape = torch.Size((weight.numel() // 64, 64))
+    return {"weight": packed, **stored}, bnb.dequantize_4bit(packed, state).reshape(weight.shape)
+
+
+KINDS = {
+    "fp8": (_fp8, {"quant_method": "fp8", "weight_block_size": [32, 32]}),
+    "compressed-tensors": (
+        _packed,
+        QuantizationConfig(config_groups={"group_0": _INT4}, format="pack-quantized").model_dump(mode="json"),
+    ),
+    "bitsandbytes": (_nf4, {"quant_method": "bitsandbytes", "load_in_4bit": True}),
+}
+
+
+def _pair(root: Path, kind: str) -> tuple[Path, Path]:
+    """A quantized source, and a dense one of what the upstream library reads in it."""
+    make, quantization = KINDS[kind]
+    tiny_options(root)
+    stored, levels = {}, {}
+    for name, tensor in read_all_tensors(root / "source").items():
+        if "_proj.weight" in name:
+            parts, levels[name] = make(tensor)
+            stored |= {name.replace("weight", "") + part: value for part, value in parts.items()}
+    quantized = requantized(root / "source", root / "quantized", stored, quantization)
+    dense = requantized(root / "source", root / "dense", levels, {})
+    return quantized, dense
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_is_that_of_the_levels_and_says_what_the_source_was(tmp_path, kind, method):
+    quantized, dense = _pair(tmp_path, kind)
+    common = {"method": method, "format": "gptq"}
+    options = tiny_options(tmp_path, source=str(quantized), output=str(tmp_path / "a"), **common)
+    report = quantize(options)
+    quantize(tiny_options(tmp_path, source=str(dense), output=str(tmp_path / "b"), **common))
+    assert shard_digests(tmp_path / "a") == shard_digests(tmp_path / "b")
+    assert report["source_format"] == kind
+    provenance = json.loads((tmp_path / "a" / "quantmill_provenance.json").read_text())
+    assert provenance["source"]["format"] == kind
+    config = read_config(tmp_path / "a")
+    assert config["quantization_config"]["quant_method"] == "gptq"
+    assert config == {**read_config(dense), "quantization_config": config["quantization_config"]}
+    store = open_store("file:///")
+    checked = verify_checkpoint(store, f"file://{tmp_path / 'a'}", source_uri=f"file://{quantized}")
+    assert checked.findings == ()
+
+
+def test_an_output_can_be_the_source_of_another(tmp_path):
+    first = tiny_options(tmp_path, method="rtn", scheme="W8A16", format="gptq")
+    quantize(first)
+    second = tiny_options(
+        tmp_path, source=first.output, output=str(tmp_path / "again"), method="rtn", scheme="W4A16"
+    )
+    report = quantize(second)
+    assert report["source_format"] == "gptq"
+    config = read_config(tmp_path / "again")["quantization_config"]
+    assert config["quant_method"] == "compressed-tensors"
+
+
+def test_plan_names_the_format_of_the_source_and_a_changed_one_is_another_job(tmp_path):
+    quantized, _ = _pair(tmp_path, "fp8")
+    options = tiny_options(tmp_path, source=str(quantized))
+    plan, _ = build_plan(options, 1)
+    assert plan.source_format == "fp8"
+    config = read_config(quantized)
+    config["quantization_config"]["weight_block_size"] = None
+    (quantized / "config.json").write_text(json.dumps(config))
+    assert build_plan(options, 1)[0].config_digest != plan.config_digest
+
+
+def test_plan_refuses_what_is_not_understood(tmp_path):
+    options = tiny_options(tmp_path)
+    config = {**read_config(tmp_path / "source"), "quantization_config": {"quant_method": "awq"}}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="quantized by awq, which is not read; read are fp8"):
+        build_plan(options, 1)
