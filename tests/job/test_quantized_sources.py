@@ -9,6 +9,7 @@ import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from quantlib.checkpoint.verify import verify_checkpoint
 from quantlib.errors import CheckpointError
@@ -16,7 +17,7 @@ from quantlib.inprocess import quantize
 from quantlib.job.planner import build_plan
 from quantlib.storage import open_store
 from tests.support.quantized_sources import requantized
-from tests.support.tiny_jobs import shard_digests, tiny_options
+from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
 from tests.support.tiny_models import read_all_tensors, read_config
 
 
@@ -90,6 +91,36 @@ def test_output_is_that_of_the_levels_and_says_what_the_source_was(tmp_path, kin
     store = open_store("file:///")
     checked = verify_checkpoint(store, f"file://{tmp_path / 'a'}", source_uri=f"file://{quantized}")
     assert checked.findings == ()
+
+
+def test_mxfp4_experts_are_written_as_the_parameters_they_stand_for(tmp_path):
+    tiny_source(tmp_path / "source", "gpt_oss", num_hidden_layers=4)
+    generator = torch.Generator().manual_seed(0)
+    stored, levels = {}, {}
+    for name, tensor in read_all_tensors(tmp_path / "source").items():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            experts, columns, rows = tensor.shape
+            shape = (experts, rows, columns // 32)
+            blocks = torch.randint(0, 256, (*shape, 16), dtype=torch.uint8, generator=generator)
+            scales = torch.randint(120, 125, shape, dtype=torch.uint8, generator=generator)
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            levels[name] = convert_moe_packed_tensors(blocks, scales)
+    quantized = requantized(tmp_path / "source", tmp_path / "q", stored, {"quant_method": "mxfp4"})
+    tiny_text(tmp_path / "evaluation.jsonl", seed=2)
+    report = quantize(
+        tiny_options(
+            tmp_path,
+            source=str(quantized),
+            method="rtn",
+            calibration=None,
+            rules=[{"match": "*.experts.*", "keep": True}],
+        )
+    )
+    assert report["source_format"] == "mxfp4"
+    written = read_all_tensors(tmp_path / "output")
+    assert levels
+    assert all(torch.equal(written[name], wanted) for name, wanted in levels.items())
+    assert not any(name.endswith(("_blocks", "_scales")) for name in written)
 
 
 def test_an_output_can_be_the_source_of_another(tmp_path):
