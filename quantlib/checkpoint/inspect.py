@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantlib.checkpoint.header import TensorEntry
-from quantlib.checkpoint.index import open_checkpoint
+from quantlib.checkpoint.source import open_stored
 from quantlib.storage import Store
 
 _PACKED_ENDINGS = (".weight_packed", ".qweight")
@@ -29,7 +29,7 @@ def inspect_checkpoint(store: Store, uri: str) -> dict[str, Any]:
         ObjectNotFoundError: There is nothing at the address.
         CheckpointError: The checkpoint cannot be opened.
     """
-    checkpoint = open_checkpoint(store, uri)
+    checkpoint = open_stored(store, uri)
     config = checkpoint.config
     quantization = _quantization(config)
     bits = quantization["bits"] if quantization else None

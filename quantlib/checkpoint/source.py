@@ -12,11 +12,12 @@ from typing import Any
 
 from quantlib.checkpoint.decoders import DECODERS, Found
 from quantlib.checkpoint.header import DTYPE_BYTES, TensorEntry
-from quantlib.checkpoint.index import Checkpoint, open_checkpoint
+from quantlib.checkpoint.index import Checkpoint, list_folder, open_checkpoint
 from quantlib.checkpoint.reader import fetch
 from quantlib.errors import CheckpointError
 from quantlib.storage import Store
 
+GGUF_ENDING = ".gguf"
 _SECTIONS = ("quantization_config", "compression_config")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
@@ -26,8 +27,9 @@ def open_source(store: Store, uri: str, *, levels_dtype: str | None = None) -> C
 
     Args:
         store: The store it lies in.
-        uri: Normalized address of its folder.
-        levels_dtype: safetensors dtype of the weights that are made from codes. By default that of the
+        uri: Normalized address of its folder, or of a GGUF file.
+        levels_dtype: safetensors dtype of the weights that are made from codes of a safetensors checkpoint.
+            By default that of the
             original checkpoint, by config.json's ``dtype`` or else by most of the tensors that are stored
             as they are.
 
@@ -35,7 +37,7 @@ def open_source(store: Store, uri: str, *, levels_dtype: str | None = None) -> C
         ObjectNotFoundError: There is nothing at the address.
         CheckpointError: It is damaged, or quantized in a way that is not understood.
     """
-    checkpoint = open_checkpoint(store, uri)
+    checkpoint = open_stored(store, uri)
     quantization = _quantization(checkpoint.config)
     if not quantization:
         return checkpoint
@@ -57,6 +59,35 @@ def open_source(store: Store, uri: str, *, levels_dtype: str | None = None) -> C
         source_format=method,
         quantization=quantization,
     )
+
+
+def open_stored(store: Store, uri: str) -> Checkpoint:
+    """Open a checkpoint with its tensors as they are stored; of a GGUF file, those it means.
+
+    Args:
+        store: The store it lies in.
+        uri: Normalized address of its folder, or of a GGUF file.
+
+    Raises:
+        ObjectNotFoundError: There is nothing at the address.
+        CheckpointError: It is damaged.
+    """
+    if uri.endswith(GGUF_ENDING):
+        return _open_gguf(store, uri)
+    try:
+        return open_checkpoint(store, uri)
+    except CheckpointError:
+        names = list_folder(store, uri)
+        if any(n.endswith(".safetensors") for n in names) or not any(n.endswith(GGUF_ENDING) for n in names):
+            raise
+        return _open_gguf(store, uri)
+
+
+def _open_gguf(store: Store, uri: str) -> Checkpoint:
+    # The gguf package and the readers of transformers take a while to import.
+    from quantlib.checkpoint.gguf_files.source import open_gguf
+
+    return open_gguf(store, uri)
 
 
 def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
