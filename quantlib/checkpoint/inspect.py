@@ -20,6 +20,7 @@ _DESCRIBING_ENDINGS = (
     ".g_idx",
 )
 _WORD_BITS = 32
+_STATED = ("method", "format", "bits", "group_size", "symmetric")
 
 
 def inspect_checkpoint(store: Store, uri: str) -> dict[str, Any]:
@@ -32,6 +33,8 @@ def inspect_checkpoint(store: Store, uri: str) -> dict[str, Any]:
     checkpoint = open_stored(store, uri)
     config = checkpoint.config
     quantization = _quantization(config)
+    if quantization is None and checkpoint.decoded:
+        quantization = {**dict.fromkeys(_STATED), "method": checkpoint.source_format}
     bits = quantization["bits"] if quantization else None
     entries = checkpoint.tensors.values()
     return {

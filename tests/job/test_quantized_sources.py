@@ -11,12 +11,14 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
+from quantlib.checkpoint.source import open_source
 from quantlib.checkpoint.verify import verify_checkpoint
 from quantlib.errors import CheckpointError
 from quantlib.inprocess import quantize
 from quantlib.job.planner import build_plan
 from quantlib.storage import open_store
-from tests.support.quantized_sources import requantized
+from tests.support.quantized_sources import requantized, write_source
+from tests.support.tiny_gguf import Kind, tiny_gguf
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
 from tests.support.tiny_models import read_all_tensors, read_config
 
@@ -121,6 +123,32 @@ def test_mxfp4_experts_are_written_as_the_parameters_they_stand_for(tmp_path):
     assert levels
     assert all(torch.equal(written[name], wanted) for name, wanted in levels.items())
     assert not any(name.endswith(("_blocks", "_scales")) for name in written)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_gguf_gives_the_output_of_the_checkpoint_it_was_made_from(tmp_path, method):
+    named = tiny_gguf(tmp_path / "m.gguf", kind_of=lambda name: Kind.BF16, file_type=32)
+    for corpus, seed in (("calibration", 1), ("evaluation", 2)):
+        tiny_text(tmp_path / f"{corpus}.jsonl", seed=seed)
+    gguf_source = open_source(open_store("file:///"), f"file://{tmp_path / 'm.gguf'}")
+    dense = write_source(
+        tmp_path / "dense",
+        {name: tensor.bfloat16() for name, tensor in named.items()},
+        {},
+        gguf_source.config,
+    )
+    for name, content in gguf_source.made_files.items():
+        (dense / name).write_bytes(content)
+    options = tiny_options(tmp_path, source=str(tmp_path / "m.gguf"), method=method)
+    report = quantize(options)
+    other = tiny_options(tmp_path, source=str(dense), output=str(tmp_path / "b"), method=method)
+    assert report["evaluation"] == quantize(other)["evaluation"]
+    assert shard_digests(tmp_path / "output") == shard_digests(tmp_path / "b")
+    assert report["source_format"] == "gguf"
+    assert report["bytes"]["source"] == (tmp_path / "m.gguf").stat().st_size
+    files = {path.name: path.read_bytes() for path in dense.iterdir() if "token" in path.name}
+    assert files == {name: (tmp_path / "output" / name).read_bytes() for name in files}
+    assert quantize(options)["finished"] == report["finished"], "the finished output is known again"
 
 
 def test_an_output_can_be_the_source_of_another(tmp_path):

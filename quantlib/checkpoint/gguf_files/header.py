@@ -225,7 +225,7 @@ def _refuse_overlaps(tensors: tuple[GgufTensor, ...], name: str, object_bytes: i
         names.add(tensor.name)
 
 
-def bare_header(headers: tuple[GgufHeader, ...], keep_vocabulary: bool) -> tuple[bytes, int]:
+def bare_header(headers: tuple[GgufHeader, ...], *, keep_vocabulary: bool) -> tuple[bytes, int]:
     """One header of the key-values of the first and the tensors of all, and the size of a file it fits.
 
     Args:

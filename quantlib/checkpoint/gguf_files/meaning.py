@@ -7,9 +7,10 @@ without weights, and a tensor's processor is asked on an array without memory.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,17 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from quantlib.checkpoint.gguf_files.header import GgufHeader, bare_header
+from quantlib.checkpoint.gguf_files.header import GgufHeader, GgufTensor, bare_header
 from quantlib.errors import CheckpointError
 from quantlib.model.families import model_class, open_config
 from quantlib.model.meta_model import build_meta_model
 
 # By general.file_type: what most tensors are stored as. All else are codes, whose levels are rounded to bf16.
 _DTYPES = {0: "float32", 1: "float16"}
+_NO_TYPE = -1
 _TRACES = ("_name_or_path", "_model_name_or_path", "transformers_version", "quantization_config")
+# What transformers writes of how it was asked.
+_TOKENIZER_TRACES = ("is_local", "local_files_only", "name_or_path")
 _FILE_NAME = "model.gguf"
 
 
@@ -57,10 +61,12 @@ def config_of(headers: tuple[GgufHeader, ...]) -> dict[str, Any]:
             valid.
     """
     values = headers[0].values
-    with _local_file(headers, keep_vocabulary=False) as path:
+    with _local_file(*bare_header(headers, keep_vocabulary=False)) as path:
         try:
             found = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
-            found["dtype"] = _DTYPES.get(values.get("general.file_type"), "bfloat16")
+            # Of some architectures transformers does not take over the header's.
+            found.setdefault("vocab_size", values.get("tokenizer.ggml.tokens"))
+            found["dtype"] = _DTYPES.get(values.get("general.file_type", _NO_TYPE), "bfloat16")
             config = CONFIG_MAPPING[found["model_type"]].from_dict(found)
         # The readers of transformers raise whatever a missing or strange value leads to.
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -73,20 +79,27 @@ def config_of(headers: tuple[GgufHeader, ...]) -> dict[str, Any]:
     return {"architectures": [model_class(open_config(config_json)).__name__], **config_json}
 
 
-def places_of(headers: tuple[GgufHeader, ...], config: Mapping[str, Any]) -> dict[str, Place]:
+def places_of(
+    tensors: Iterable[GgufTensor], header: GgufHeader, config: Mapping[str, Any]
+) -> dict[str, Place]:
     """Name of a tensor in the file -> its place in the model.
+
+    Args:
+        tensors: All that must have one.
+        header: Of the first part.
+        config: The values of config.json.
 
     Raises:
         CheckpointError: transformers has no place for a tensor.
     """
     opened = open_config(config)
     model = build_meta_model(opened, model_class(opened))
-    architecture = str(headers[0].values.get("general.architecture"))
+    architecture = str(header.values.get("general.architecture"))
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=dict(config))
     names = get_gguf_hf_weights_map(model, processor)
     parameters = model.state_dict()
     places = {}
-    for tensor in (tensor for header in headers for tensor in header.tensors):
+    for tensor in tensors:
         name = names.get(tensor.name)
         if name is None or name not in parameters:
             raise CheckpointError(
@@ -130,7 +143,9 @@ class TokenizerFiles(Mapping[str, bytes]):
 
     def _made(self) -> dict[str, bytes]:
         if self._files is None:
-            self._files = _tokenizer_files(self._headers, self._uri)
+            has_tokens = "tokenizer.ggml.tokens" in self._headers[0].values
+            header = bare_header(self._headers, keep_vocabulary=True)
+            self._files = _tokenizer_files(*header, self._uri) if has_tokens else {}
         return self._files
 
     def __getitem__(self, name: str) -> bytes:
@@ -143,26 +158,33 @@ class TokenizerFiles(Mapping[str, bytes]):
         return len(self._made())
 
 
-def _tokenizer_files(headers: tuple[GgufHeader, ...], uri: str) -> dict[str, bytes]:
-    if "tokenizer.ggml.tokens" not in headers[0].values:
-        return {}
-    with _local_file(headers, keep_vocabulary=True) as path:
+# A job opens its source several times in a process.
+@lru_cache(maxsize=1)
+def _tokenizer_files(header: bytes, size_bytes: int, uri: str) -> dict[str, bytes]:
+    with _local_file(header, size_bytes) as path:
         target = path.parent / "tokenizer"
         try:
             AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name).save_pretrained(target)
         # The tokenizers library raises bare Exception for a vocabulary it cannot make sense of.
         except Exception as error:
             raise CheckpointError(f"the tokenizer in {uri} cannot be converted: {error}", uri=uri) from error
-        return {file.name: file.read_bytes() for file in sorted(target.iterdir())}
+        return {file.name: _without_traces(file) for file in sorted(target.iterdir())}
+
+
+def _without_traces(file: Path) -> bytes:
+    if file.name != "tokenizer_config.json":
+        return file.read_bytes()
+    values = json.loads(file.read_text(encoding="utf-8"))
+    kept = {name: value for name, value in values.items() if name not in _TOKENIZER_TRACES}
+    return (json.dumps(kept, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 @contextmanager
-def _local_file(headers: tuple[GgufHeader, ...], *, keep_vocabulary: bool) -> Iterator[Path]:
-    content, size_bytes = bare_header(headers, keep_vocabulary)
+def _local_file(header: bytes, size_bytes: int) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="quantmill-gguf-") as folder:
         path = Path(folder) / _FILE_NAME
         with path.open("wb") as file:
-            file.write(content)
+            file.write(header)
             # The rest is a hole, which takes no space.
             file.truncate(size_bytes)
         yield path

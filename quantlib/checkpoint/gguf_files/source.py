@@ -6,7 +6,7 @@ rounded once. K types and others have levels that bf16 does not hold exactly.
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import gguf.quants
@@ -15,10 +15,12 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from quantlib.checkpoint.decoded import ROW_STEP, DecodedTensor
-from quantlib.checkpoint.gguf_files.header import GgufTensor, read_gguf_header
+from quantlib.checkpoint.gguf_files import rope_factors
+from quantlib.checkpoint.gguf_files.header import GgufHeader, GgufTensor, read_gguf_header
 from quantlib.checkpoint.gguf_files.meaning import Place, TokenizerFiles, config_of, places_of
 from quantlib.checkpoint.header import TensorEntry
 from quantlib.checkpoint.index import Checkpoint, list_folder
+from quantlib.checkpoint.reader import tensor_of
 from quantlib.errors import CheckpointError, ObjectNotFoundError
 from quantlib.storage import ObjectInfo, Store, uri_name
 
@@ -42,18 +44,17 @@ def open_gguf(store: Store, uri: str) -> Checkpoint:
     """
     files = _files_at(store, uri)
     headers = tuple(read_gguf_header(store, info) for info in files.values())
+    described = {t.name: t for header in headers for t in header.tensors}
+    stored = _stored(files, headers)
+    _refuse_unknown_kinds({tensor.kind for tensor in described.values()}, uri)
     config = config_of(headers)
-    places = places_of(headers, config)
-    stored: dict[str, TensorEntry] = {}
-    decoded: dict[str, DecodedTensor] = {}
-    _refuse_unknown_kinds({t.kind for header in headers for t in header.tensors}, uri)
-    for file, header in zip(files, headers, strict=True):
-        for tensor in header.tensors:
-            if tensor.name in stored:
-                raise CheckpointError(f"{uri}: tensor {tensor.name} is in two parts", tensor=tensor.name)
-            stored[tensor.name] = _entry(tensor, file)
-            place = places[tensor.name]
-            decoded[place.name] = _decoded(tensor, stored[tensor.name], place)
+    divisors = described.pop(rope_factors.TENSOR, None)
+    if divisors is not None:
+        entry = stored[divisors.name]
+        (view,) = store.read_ranges(files[entry.shard], [(entry.start, entry.end)])
+        config = rope_factors.with_rope_factors(config, _values(tensor_of(view, entry), divisors).flatten())
+    places = places_of(described.values(), headers[0], config)
+    decoded = {place.name: _decoded(described[name], stored[name], place) for name, place in places.items()}
     dtype = _DTYPES[config["dtype"]]
     return Checkpoint(
         uri=uri,
@@ -62,6 +63,7 @@ def open_gguf(store: Store, uri: str) -> Checkpoint:
         tensors={name: made.entry(name, dtype) for name, made in decoded.items()},
         side_files={},
         decoded=decoded,
+        dropped={} if divisors is None else {divisors.name: "config.json says it in rope_parameters"},
         source_format=FORMAT,
         stored=stored,
         made_files=TokenizerFiles(headers, uri),
@@ -97,6 +99,20 @@ def _files_at(store: Store, uri: str) -> dict[str, ObjectInfo]:
             uri=uri,
         )
     return {name: listing[name] for name in found}
+
+
+def _stored(files: Mapping[str, ObjectInfo], headers: Sequence[GgufHeader]) -> dict[str, TensorEntry]:
+    stored: dict[str, TensorEntry] = {}
+    for file, header in zip(files, headers, strict=True):
+        for tensor in header.tensors:
+            if tensor.name in stored:
+                raise CheckpointError(
+                    f"tensor {tensor.name} is in both {stored[tensor.name].shard} and {file};"
+                    " fetch the files again",
+                    tensor=tensor.name,
+                )
+            stored[tensor.name] = _entry(tensor, file)
+    return stored
 
 
 def _refuse_unknown_kinds(kinds: set[GGMLQuantizationType], uri: str) -> None:
