@@ -35,8 +35,9 @@ def exact(tensors):
 
 @pytest.mark.parametrize("family", ARCHITECTURES)
 def test_fp32_file_gives_the_very_tensors_it_was_made_from(tmp_path, family):
-    # transformers takes this width of a head for granted in Qwen3, whatever the file says.
-    named = tiny_gguf(tmp_path / "m.gguf", family, **({"head_dim": 128} if family == "qwen3" else {}))
+    # transformers takes these widths of a head for granted, whatever the file says.
+    heads = {"qwen3": {"head_dim": 128}, "qwen2_moe": {"head_dim": 64}}.get(family, {})
+    named = tiny_gguf(tmp_path / "m.gguf", family, **heads)
     found = read(tmp_path / "m.gguf")
     assert set(found) == set(named)
     for name, tensor in named.items():
@@ -64,6 +65,15 @@ def test_codes_are_read_as_transformers_reads_them(tmp_path, monkeypatch, family
     for name, tensor in wanted.items():
         assert found[name].dtype == torch.bfloat16
         assert torch.equal(found[name].view(torch.int16), tensor.bfloat16().view(torch.int16)), name
+
+
+def test_codes_of_experts_are_those_of_each(tmp_path):
+    path = tmp_path / "m.gguf"
+    named = tiny_gguf(path, "qwen3_moe", kind_of=lambda name: Kind.Q8_0, file_type=7)
+    name = "model.layers.1.mlp.experts.2.up_proj.weight"
+    codes = gguf.quants.quantize(named[name].numpy(), Kind.Q8_0)
+    wanted = torch.from_numpy(gguf.quants.dequantize(codes, Kind.Q8_0)).bfloat16()
+    assert torch.equal(read(path)[name], wanted)
 
 
 def test_fp16_file_stays_fp16(tmp_path):

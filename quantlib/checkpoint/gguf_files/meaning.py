@@ -24,6 +24,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from quantlib.checkpoint.gguf_files import experts
 from quantlib.checkpoint.gguf_files.header import GgufHeader, GgufTensor, bare_header
 from quantlib.errors import CheckpointError
 from quantlib.model.families import model_class, open_config
@@ -43,12 +44,12 @@ class Place:
     """Where a tensor of the file goes.
 
     Attributes:
-        name: Of the parameter.
-        shape: Of the parameter.
+        names: Of the parameter; of experts that are stored as one, of each.
+        shape: Of each.
         process: Makes it from the fp32 array that is stored; None where that is it.
     """
 
-    name: str
+    names: tuple[str, ...]
     shape: tuple[int, ...]
     process: Callable[[np.ndarray], np.ndarray] | None
 
@@ -66,6 +67,10 @@ def config_of(headers: tuple[GgufHeader, ...]) -> dict[str, Any]:
             found = load_gguf_checkpoint(str(path), return_tensors=False)["config"]
             # Of some architectures transformers does not take over the header's.
             found.setdefault("vocab_size", values.get("tokenizer.ggml.tokens"))
+            architecture = values.get("general.architecture")
+            for name, key in experts.SIZES.items():
+                if f"{architecture}.{key}" in values:
+                    found.setdefault(name, values[f"{architecture}.{key}"])
             found["dtype"] = _DTYPES.get(values.get("general.file_type", _NO_TYPE), "bfloat16")
             config = CONFIG_MAPPING[found["model_type"]].from_dict(found)
         # The readers of transformers raise whatever a missing or strange value leads to.
@@ -96,17 +101,28 @@ def places_of(
     model = build_meta_model(opened, model_class(opened))
     architecture = str(header.values.get("general.architecture"))
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=dict(config))
-    names = get_gguf_hf_weights_map(model, processor)
+    try:
+        names = get_gguf_hf_weights_map(model, processor)
+    except NotImplementedError as error:
+        raise CheckpointError(
+            f"the names of a GGUF file of architecture {architecture!r} are not known ({error});"
+            " convert it to safetensors"
+        ) from error
     parameters = model.state_dict()
     places = {}
     for tensor in tensors:
-        name = names.get(tensor.name)
+        # Fused experts are parameters without ".weight".
+        name = names.get(tensor.name) or names.get(tensor.name.removesuffix(".weight"))
         if name is None or name not in parameters:
             raise CheckpointError(
                 f"the GGUF file holds {tensor.name}, for which transformers has no place in a"
                 f" {config['model_type']} model; convert it to safetensors",
                 tensor=tensor.name,
             )
+        if tensor.name.endswith(experts.ENDING):
+            each = experts.expert_names(model, name, tensor.name, tensor.shape)
+            places[tensor.name] = Place(names=each, shape=tensor.shape[1:], process=None)
+            continue
         places[tensor.name] = _place(processor, tensor.name, tensor.shape, name, parameters[name].shape)
     return places
 
@@ -126,7 +142,7 @@ def _place(
             f" {list(wanted)}; the file is damaged or of another model",
             tensor=stored,
         )
-    return Place(name=name, shape=made.shape, process=None if made is probe else process)
+    return Place(names=(name,), shape=made.shape, process=None if made is probe else process)
 
 
 class TokenizerFiles(Mapping[str, bytes]):

@@ -7,6 +7,7 @@ rounded once. K types and others have levels that bf16 does not hold exactly.
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import gguf.quants
@@ -54,7 +55,9 @@ def open_gguf(store: Store, uri: str) -> Checkpoint:
         (view,) = store.read_ranges(files[entry.shard], [(entry.start, entry.end)])
         config = rope_factors.with_rope_factors(config, _values(tensor_of(view, entry), divisors).flatten())
     places = places_of(described.values(), headers[0], config)
-    decoded = {place.name: _decoded(described[name], stored[name], place) for name, place in places.items()}
+    decoded: dict[str, DecodedTensor] = {}
+    for name, place in places.items():
+        decoded |= _decoded(described[name], stored[name], place)
     dtype = _DTYPES[config["dtype"]]
     return Checkpoint(
         uri=uri,
@@ -141,7 +144,20 @@ def _entry(tensor: GgufTensor, file: str) -> TensorEntry:
     )
 
 
-def _decoded(tensor: GgufTensor, entry: TensorEntry, place: Place) -> DecodedTensor:
+def _decoded(tensor: GgufTensor, entry: TensorEntry, place: Place) -> dict[str, DecodedTensor]:
+    """What a stored tensor is, by name: one tensor, or one for each expert."""
+    if len(place.names) == 1:
+        return {place.names[0]: _decoded_one(tensor, entry, place)}
+    size = entry.size_bytes // len(place.names)
+    made = {}
+    for number, name in enumerate(place.names):
+        start = entry.start + number * size
+        own = replace(entry, name=f"{entry.name}[{number}]", shape=(size,), start=start, end=start + size)
+        made[name] = _decoded_one(replace(tensor, shape=place.shape), own, place)
+    return made
+
+
+def _decoded_one(tensor: GgufTensor, entry: TensorEntry, place: Place) -> DecodedTensor:
     is_by_rows = place.process is None and len(tensor.shape) > 1
     return DecodedTensor(
         shape=place.shape,
