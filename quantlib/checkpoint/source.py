@@ -19,6 +19,9 @@ from quantlib.storage import Store
 
 GGUF_ENDING = ".gguf"
 _SECTIONS = ("quantization_config", "compression_config")
+# Ends of names of weights, and of codes of weights.
+_OF_CODES = ("weight", "weight_packed", "qweight", "_blocks")
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -28,10 +31,8 @@ def open_source(store: Store, uri: str, *, levels_dtype: str | None = None) -> C
     Args:
         store: The store it lies in.
         uri: Normalized address of its folder, or of a GGUF file.
-        levels_dtype: safetensors dtype of the weights that are made from codes of a safetensors checkpoint.
-            By default that of the
-            original checkpoint, by config.json's ``dtype`` or else by most of the tensors that are stored
-            as they are.
+        levels_dtype: safetensors dtype of the weights that are made from codes in safetensors; by default
+            what config.json states as ``dtype``, or else what most tensors that are no codes are stored in.
 
     Raises:
         ObjectNotFoundError: There is nothing at the address.
@@ -119,6 +120,7 @@ def _meant(checkpoint: Checkpoint, found: Found, dtype: str) -> dict[str, Tensor
         for name, entry in checkpoint.tensors.items()
         if name not in parts and name not in found.dropped
     }
+    _refuse_unexplained_codes(checkpoint, plain)
     twice = sorted(plain.keys() & found.decoded.keys())
     if twice:
         raise CheckpointError(
@@ -127,6 +129,16 @@ def _meant(checkpoint: Checkpoint, found: Found, dtype: str) -> dict[str, Tensor
             tensor=twice[0],
         )
     return plain | {name: made.entry(name, dtype) for name, made in found.decoded.items()}
+
+
+def _refuse_unexplained_codes(checkpoint: Checkpoint, plain: Mapping[str, TensorEntry]) -> None:
+    for name, entry in plain.items():
+        if name.endswith(_OF_CODES) and entry.dtype not in _FLOATS and len(entry.shape) > 1:
+            raise CheckpointError(
+                f"{checkpoint.uri} stores {name} as {entry.dtype} {list(entry.shape)}, which its"
+                " quantization_config does not explain; give the original checkpoint",
+                tensor=name,
+            )
 
 
 def _dtype(checkpoint: Checkpoint) -> str:

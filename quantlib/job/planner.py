@@ -159,7 +159,7 @@ def build_plan(
         side_files=tuple(sorted({*checkpoint.side_files, *checkpoint.made_files})),
         calibration_digest=rows_digest(rows["calibration"]) if "calibration" in rows else None,
         evaluation_digest=rows_digest(rows["evaluation"]) if "evaluation" in rows else None,
-        versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+        versions={name: importlib.metadata.version(name) for name in _versioned(checkpoint)},
         format_version=packer.FORMAT_VERSION,
         device_kind=kind,
         **machine,
@@ -167,6 +167,11 @@ def build_plan(
     if replayed is not None:
         check_replay(replayed, plan, checkpoint)
     return plan, {rows_digest(rows_BT): rows_BT for rows_BT in rows.values()}
+
+
+def _versioned(checkpoint: Checkpoint) -> tuple[str, ...]:
+    # The gguf package decodes the tensors of its files.
+    return (*_VERSIONED, "gguf") if checkpoint.source_format == "gguf" else _VERSIONED
 
 
 def work_uri(options: JobOptions) -> str:

@@ -103,6 +103,12 @@ def test_an_unknown_method_is_refused_and_says_what_is_read(tmp_path):
         opened(folder)
 
 
+def test_codes_that_the_config_does_not_explain_are_refused(tmp_path):
+    stored = {LINEAR: torch.zeros(128, 64, dtype=torch.int8), f"{LINEAR}_scale_inv": scales(1, 1)}
+    with pytest.raises(CheckpointError, match=r"as I8 \[128, 64\], which its quantization_config does not"):
+        opened(write_source(tmp_path, stored, BLOCKS))
+
+
 def test_a_section_in_the_text_part_is_found_and_taken_out(tmp_path):
     stored = {LINEAR: float8(128, 128), f"{LINEAR}_scale_inv": scales(1, 1)}
     folder = write_source(

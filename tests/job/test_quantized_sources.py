@@ -145,6 +145,7 @@ def test_gguf_gives_the_output_of_the_checkpoint_it_was_made_from(tmp_path, meth
     assert report["evaluation"] == quantize(other)["evaluation"]
     assert shard_digests(tmp_path / "output") == shard_digests(tmp_path / "b")
     assert report["source_format"] == "gguf"
+    assert "gguf" in report["versions"]
     assert report["bytes"]["source"] == (tmp_path / "m.gguf").stat().st_size
     files = {path.name: path.read_bytes() for path in dense.iterdir() if "token" in path.name}
     assert files == {name: (tmp_path / "output" / name).read_bytes() for name in files}
