@@ -12,6 +12,12 @@ from tests.support.quantized_sources import opened, read_source, write_source
 LINEAR = "model.layers.0.self_attn.q_proj"
 
 
+@pytest.fixture(autouse=True)
+def _short_runs(monkeypatch):
+    """Rows are decoded 128 at a time, as of a weight that is long."""
+    monkeypatch.setattr("quantlib.checkpoint.reader._RUN_VALUES", 1)
+
+
 def scheme_of(**weights):
     return QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
 
