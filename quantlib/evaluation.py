@@ -4,14 +4,15 @@ The model is never in memory: one block's weights, the activations of the rows, 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
 from quantlib.calibration.corpus import load_tokenizer, rows_digest, token_rows
 from quantlib.calibration.documents import read_documents
-from quantlib.checkpoint.decoder import DecodedCheckpoint
-from quantlib.checkpoint.index import open_checkpoint
+from quantlib.checkpoint.reader import read_tensors
+from quantlib.checkpoint.source import open_source
 from quantlib.job.stages import Progress
 from quantlib.machine import batch_tokens, compute_dtype, default_threads, device_kind
 from quantlib.model.skeleton import Skeleton, load_skeleton, run_block
@@ -46,9 +47,9 @@ def evaluate_checkpoint(
     torch.set_num_threads(threads or default_threads(1))
     uri = normalize_uri(uri)
     store = open_store(uri, storage_engine)
-    checkpoint = open_checkpoint(store, uri)
-    weights = DecodedCheckpoint(store, checkpoint)
-    skeleton = load_skeleton(weights.config, weights.names)
+    # Levels as they are: rounded to the model's dtype they would be those of another checkpoint.
+    checkpoint = open_source(store, uri, levels_dtype="F32")
+    skeleton = load_skeleton(checkpoint.config, list(checkpoint.tensors))
     rows_BT = token_rows(
         read_documents(text, text_column),
         load_tokenizer(store, checkpoint),
@@ -58,10 +59,10 @@ def evaluate_checkpoint(
     )
     kind = device_kind(device)
     place = torch.device("cuda" if kind.startswith("cuda") else "cpu")
-    dtype = getattr(torch, compute_dtype(weights.config, kind))
+    dtype = getattr(torch, compute_dtype(checkpoint.config, kind))
     cells = rows_BT.to(place).split(max(1, batch_tokens(kind) // sequence_length))
     with torch.inference_mode():
-        sums = _score(weights, skeleton, cells, dtype, place, on_progress)
+        sums = _score(partial(read_tensors, store, checkpoint), skeleton, cells, dtype, place, on_progress)
     tokens = sum(cell["tokens"] for cell in sums)
     return {
         "model": uri,
@@ -73,7 +74,7 @@ def evaluate_checkpoint(
 
 
 def _score(
-    weights: DecodedCheckpoint,
+    read: Callable[[Sequence[str]], dict[str, torch.Tensor]],
     skeleton: Skeleton,
     cells: Sequence[torch.Tensor],
     dtype: torch.dtype,
@@ -81,7 +82,7 @@ def _score(
     on_progress: Callable[[Progress], None],
 ) -> list[dict[str, float]]:
     """Run all cells through the model, one block at a time; the sums of `score_streams` for every cell."""
-    outer = skeleton.build_outer(weights.read(skeleton.prelude_tensors), dtype=dtype, device=device)
+    outer = skeleton.build_outer(read(skeleton.prelude_tensors), dtype=dtype, device=device)
     embedded = [outer.embed(cell) for cell in cells]
     streams = [hidden for hidden, _ in embedded]
     # The last cell may hold fewer rows, so block inputs are kept by shape.
@@ -90,10 +91,10 @@ def _score(
     total = skeleton.num_blocks + 1.0
     for index in range(skeleton.num_blocks):
         on_progress(Progress(done=index, total=total, label=f"block {index + 1}/{skeleton.num_blocks}"))
-        tensors = weights.read(skeleton.block_spec(index).tensors)
+        tensors = read(skeleton.block_spec(index).tensors)
         block = skeleton.build_block(index, tensors, dtype=dtype, device=device)
         for number, cell in enumerate(cells):
             streams[number] = run_block(block, streams[number], inputs[tuple(cell.shape)][index])
     on_progress(Progress(done=total - 1, total=total, label="head"))
-    outer = skeleton.build_outer(weights.read(skeleton.tail_tensors), dtype=torch.float32, device=device)
+    outer = skeleton.build_outer(read(skeleton.tail_tensors), dtype=torch.float32, device=device)
     return [score_streams(outer, cell, stream, None) for cell, stream in zip(cells, streams, strict=True)]

@@ -142,8 +142,7 @@ class UnitConverter:
         return BegunShard(receipt=receipt, rows=reports)
 
     def _num_bytes(self, name: str) -> int:
-        entry = self._checkpoint.tensors[name]
-        return entry.end - entry.start
+        return self._checkpoint.tensors[name].memory_bytes
 
     def _read(self, parts: Sequence[UnitPart]) -> Generator[tuple[UnitPart, dict[str, torch.Tensor]]]:
         """Every part with its tensors, some parts read ahead."""

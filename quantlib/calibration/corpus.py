@@ -118,7 +118,8 @@ def load_tokenizer(store: Store, checkpoint: "Checkpoint") -> "PreTrainedTokeniz
     Raises:
         CheckpointError: There is none, or transformers cannot load it.
     """
-    if not any(name in checkpoint.side_files for name in _VOCABULARY_FILES):
+    there = {*checkpoint.side_files, *checkpoint.made_files}
+    if there.isdisjoint(_VOCABULARY_FILES):
         raise CheckpointError(
             f"{checkpoint.uri} holds no tokenizer ({', '.join(_VOCABULARY_FILES)}), but text is to be"
             " tokenized; put the tokenizer files of the model beside its shards",
@@ -128,7 +129,7 @@ def load_tokenizer(store: Store, checkpoint: "Checkpoint") -> "PreTrainedTokeniz
         name: store.read(checkpoint.side_files[name].uri)
         for name in _TOKENIZER_FILES
         if name in checkpoint.side_files
-    }
+    } | dict(checkpoint.made_files)
     # transformers picks the tokenizer's class by the model's type where the tokenizer does not name one.
     files["config.json"] = json.dumps(checkpoint.config).encode()
     return _tokenizer_from(files, checkpoint.uri)

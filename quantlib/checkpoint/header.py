@@ -68,8 +68,13 @@ class TensorEntry:
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of its data."""
+        """Bytes that are stored of it."""
         return self.end - self.start
+
+    @property
+    def memory_bytes(self) -> int:
+        """Bytes it takes in memory: more than are stored of codes that are decoded."""
+        return self.num_values * DTYPE_BYTES[self.dtype]
 
     @property
     def num_values(self) -> int:

@@ -1,16 +1,17 @@
 """Opens a checkpoint: config.json, the shards and where every tensor lies, from listing and headers alone.
 
 Reads no weight. Every fault that would surface hours later in a run is told here, as one clear message. Only
-safetensors is read: unpickling a checkpoint runs code of its author.
+safetensors is read here: unpickling a checkpoint runs code of its author.
 """
 
 import fnmatch
 import json
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from quantlib.checkpoint.decoded import DecodedTensor
 from quantlib.checkpoint.header import Header, TensorEntry, read_header
 from quantlib.errors import CheckpointError, ObjectNotFoundError
 from quantlib.storage import ObjectInfo, Store, uri_name
@@ -18,6 +19,8 @@ from quantlib.storage import ObjectInfo, Store, uri_name
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# Ends of the names of files that weights are read from.
+WEIGHT_FILES = (".safetensors", ".gguf")
 MAX_JSON_BYTES = 256 << 20
 _HEADERS_IN_FLIGHT = 8
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
@@ -62,10 +65,16 @@ class Checkpoint:
 
     Attributes:
         uri: Its folder.
-        config: ``config.json``.
+        config: ``config.json``; of a source that was quantized, without what it says of that.
         shards: File name -> object, in order of name.
-        tensors: Tensor name -> where it lies.
+        tensors: Tensor name -> where it lies; of one that is made when it is read, where its codes lie.
         side_files: File name -> object: tokenizer, generation settings, licence and the like.
+        decoded: Tensor name -> how it is made, of those that are.
+        dropped: Stored tensor that is neither in ``tensors`` nor a part of one -> the reason.
+        source_format: What the weights are stored as: ``safetensors``, ``fp8``, ``gguf``, ...
+        quantization: The ``quantization_config`` that ``config`` lacks.
+        stored: Every tensor that lies in the shards; ``tensors`` where nothing is made when it is read.
+        made_files: File name -> content of side files that are not stored, but follow from what is.
     """
 
     uri: str
@@ -73,10 +82,16 @@ class Checkpoint:
     shards: dict[str, ObjectInfo]
     tensors: dict[str, TensorEntry]
     side_files: dict[str, ObjectInfo]
+    decoded: Mapping[str, DecodedTensor] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    source_format: str = "safetensors"
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+    stored: Mapping[str, TensorEntry]
+    made_files: Mapping[str, bytes] = field(default_factory=dict)
 
 
 def open_checkpoint(store: Store, uri: str) -> Checkpoint:
-    """Open a checkpoint folder.
+    """Open a checkpoint folder as it is stored; `quantlib.checkpoint.source` opens what it means.
 
     Args:
         store: The store the folder lies in.
@@ -96,7 +111,12 @@ def open_checkpoint(store: Store, uri: str) -> Checkpoint:
     if weight_map is not None:
         _check_weight_map(weight_map, tensors, headers)
     return Checkpoint(
-        uri=uri, config=config, shards=shards, tensors=tensors, side_files=find_side_files(listing)
+        uri=uri,
+        config=config,
+        shards=shards,
+        tensors=tensors,
+        side_files=find_side_files(listing),
+        stored=tensors,
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from quantlib.checkpoint.header import TensorEntry
-from quantlib.checkpoint.index import open_checkpoint
+from quantlib.checkpoint.source import open_stored
 from quantlib.storage import Store
 
 _PACKED_ENDINGS = (".weight_packed", ".qweight")
@@ -20,6 +20,7 @@ _DESCRIBING_ENDINGS = (
     ".g_idx",
 )
 _WORD_BITS = 32
+_STATED = ("method", "format", "bits", "group_size", "symmetric")
 
 
 def inspect_checkpoint(store: Store, uri: str) -> dict[str, Any]:
@@ -29,9 +30,11 @@ def inspect_checkpoint(store: Store, uri: str) -> dict[str, Any]:
         ObjectNotFoundError: There is nothing at the address.
         CheckpointError: The checkpoint cannot be opened.
     """
-    checkpoint = open_checkpoint(store, uri)
+    checkpoint = open_stored(store, uri)
     config = checkpoint.config
     quantization = _quantization(config)
+    if quantization is None and checkpoint.decoded:
+        quantization = {**dict.fromkeys(_STATED), "method": checkpoint.source_format}
     bits = quantization["bits"] if quantization else None
     entries = checkpoint.tensors.values()
     return {

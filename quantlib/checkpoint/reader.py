@@ -1,33 +1,42 @@
 """Reads chosen tensors of a checkpoint, each byte once.
 
 All ranges of a shard go to the store in one call, which fetches neighbours together and several requests side
-by side. Tensors are views of what was fetched; no weight is copied unless its bytes lie unaligned.
+by side. Tensors are views of what was fetched; no weight is copied unless its bytes lie unaligned, or unless
+it is stored as codes: then it is decoded here, a run of rows at a time.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import torch
 
+from quantlib.checkpoint.decoded import DecodedTensor
 from quantlib.checkpoint.dtypes import torch_dtype
 from quantlib.checkpoint.header import TensorEntry
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.errors import CheckpointError
 from quantlib.storage import Store
 
+# Values decoded at a time: 16 MiB in fp32.
+_RUN_VALUES = 4 << 20
+_CLONED_BYTES = 1 << 20
+
 
 def read_tensors(store: Store, checkpoint: Checkpoint, names: Collection[str]) -> dict[str, torch.Tensor]:
     """Tensors by name, in the order asked for.
 
     Shapes:
-        As in the checkpoint; in the dtype of the source, on the CPU, contiguous.
+        As in the checkpoint; in its dtype, on the CPU, contiguous.
 
     Raises:
-        CheckpointError: A name the checkpoint does not have, or a shard that was replaced since it was
-            opened.
+        CheckpointError: A name the checkpoint does not have, a shard that was replaced since it was opened,
+            or codes that contradict what describes them.
 
-    Cost: memory of the tensors, and of what lies between them where that is at most 256 KiB. A tensor that is
-    kept keeps alive what was fetched with it (at most 32 MiB): clone what outlives its block.
+    Numerics: what is decoded is worked out in fp32 and rounded once, half to even, to the entry's dtype.
+
+    Cost: memory of the tensors, of the codes of those that are decoded, and of what lies between them where
+    that is at most 256 KiB. A tensor that is kept keeps alive what was fetched with it (at most 32 MiB):
+    clone what outlives its block.
     """
     unknown = [name for name in names if name not in checkpoint.tensors]
     if unknown:
@@ -35,16 +44,42 @@ def read_tensors(store: Store, checkpoint: Checkpoint, names: Collection[str]) -
             f"{checkpoint.uri} has no tensor {unknown[0]!r} ({len(unknown)} of {len(names)} are unknown)",
             tensor=unknown[0],
         )
-    by_shard: dict[str, list[TensorEntry]] = {}
+    fetched = fetch(store, checkpoint, _parts(checkpoint, names))
+    found: dict[str, torch.Tensor] = {}
+    # In the order of the file, so that codes are freed while others are decoded.
+    for entry in sorted((checkpoint.tensors[name] for name in set(names)), key=lambda e: (e.shard, e.start)):
+        made = checkpoint.decoded.get(entry.name)
+        if made is not None:
+            parts = {role: fetched.pop(part.name) for role, part in made.parts.items()}
+            found[entry.name] = _decoded(made, parts, entry)
+        elif checkpoint.decoded and entry.size_bytes <= _CLONED_BYTES:
+            # A norm between codes would keep them.
+            found[entry.name] = fetched.pop(entry.name).clone()
+        else:
+            found[entry.name] = fetched.pop(entry.name)
+    return {name: found[name] for name in names}
+
+
+def _parts(checkpoint: Checkpoint, names: Collection[str]) -> list[TensorEntry]:
+    """What is stored of some tensors."""
+    parts: list[TensorEntry] = []
     for name in dict.fromkeys(names):
-        entry = checkpoint.tensors[name]
+        made = checkpoint.decoded.get(name)
+        parts += [checkpoint.tensors[name]] if made is None else made.parts.values()
+    return parts
+
+
+def fetch(store: Store, checkpoint: Checkpoint, entries: Collection[TensorEntry]) -> dict[str, torch.Tensor]:
+    """Stored tensors by name, as they are."""
+    by_shard: dict[str, list[TensorEntry]] = {}
+    for entry in entries:
         by_shard.setdefault(entry.shard, []).append(entry)
     found: dict[str, torch.Tensor] = {}
-    for shard, entries in by_shard.items():
-        views = store.read_ranges(checkpoint.shards[shard], [(entry.start, entry.end) for entry in entries])
-        for entry, view in zip(entries, views, strict=True):
+    for shard, wanted in by_shard.items():
+        views = store.read_ranges(checkpoint.shards[shard], [(entry.start, entry.end) for entry in wanted])
+        for entry, view in zip(wanted, views, strict=True):
             found[entry.name] = tensor_of(view, entry)
-    return {name: found[name] for name in names}
+    return found
 
 
 def tensor_of(view: memoryview, entry: TensorEntry) -> torch.Tensor:
@@ -56,6 +91,19 @@ def tensor_of(view: memoryview, entry: TensorEntry) -> torch.Tensor:
     if array.ctypes.data % dtype.itemsize:
         array = array.copy()
     return torch.from_numpy(array).view(dtype).reshape(entry.shape)
+
+
+def _decoded(made: DecodedTensor, parts: Mapping[str, torch.Tensor], entry: TensorEntry) -> torch.Tensor:
+    dtype, rows = torch_dtype(entry.dtype), made.shape[0]
+    if made.row_step is None:
+        return made.make_rows(parts, 0, rows).to(dtype).contiguous()
+    tensor = torch.empty(made.shape, dtype=dtype)
+    step_values = max(1, made.row_step * entry.num_values // max(1, rows))
+    run = made.row_step * max(1, _RUN_VALUES // step_values)
+    for start in range(0, rows, run):
+        end = min(start + run, rows)
+        tensor[start:end] = made.make_rows(parts, start, end)
+    return tensor
 
 
 class _Fetched:

@@ -10,11 +10,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from quantlib.checkpoint.compare import differing_bytes
 from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
 from quantlib.checkpoint.findings import limited
 from quantlib.checkpoint.header import TensorEntry
 from quantlib.checkpoint.index import Checkpoint
+from quantlib.checkpoint.reader import read_tensors
 from quantlib.errors import CheckpointError, PackingError
 from quantlib.job.accounts import COPIED, CORRECTED, DROPPED, QUANTIZED, Account, pattern_of, summed_up
 from quantlib.packing import FORMATS, PackingFormat, format_of
@@ -138,7 +141,17 @@ def _byte_findings(
 ) -> Iterator[str]:
     pairs = [(output.tensors[name], source.tensors[name]) for name in copied]
     same = [(now, before) for now, before in pairs if _is_alike(before, now)]
-    differing = differing_bytes(store, output, source_store, source, same)
+    stored = [(now, before) for now, before in same if before.name not in source.decoded]
+    differing = differing_bytes(store, output, source_store, source, stored)
+    for now, before in same:
+        if before.name in source.decoded:
+            # One at a time: what is decoded is not read in pieces.
+            made, there = (
+                read_tensors(its_store, checkpoint, [now.name])[now.name].flatten().view(torch.uint8)
+                for its_store, checkpoint in ((source_store, source), (store, output))
+            )
+            if num_bytes := int((made != there).sum()):
+                differing[now.name] = num_bytes
     for now, _ in same:
         if now.name in differing:
             yield (

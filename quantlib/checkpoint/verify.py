@@ -19,12 +19,12 @@ from quantlib.checkpoint.index import (
     INDEX_NAME,
     Checkpoint,
     list_folder,
-    open_checkpoint,
     read_config,
     read_json,
     read_weight_map,
 )
 from quantlib.checkpoint.reader import tensor_of
+from quantlib.checkpoint.source import open_source
 from quantlib.checkpoint.source_check import check_source
 from quantlib.errors import CheckpointError
 from quantlib.job.accounts import Account
@@ -97,9 +97,11 @@ def verify_checkpoint(
         findings += _scale_findings(store, shards[shard], header)
     accounts: tuple[Account, ...] = ()
     if source_uri is not None:
-        source = open_checkpoint(source_store or store, source_uri)
+        source = open_source(source_store or store, source_uri)
         tensors = {name: entry for header in headers.values() for name, entry in header.tensors.items()}
-        output = Checkpoint(uri=uri, config=config, shards=shards, tensors=tensors, side_files={})
+        output = Checkpoint(
+            uri=uri, config=config, shards=shards, tensors=tensors, stored=tensors, side_files={}
+        )
         checked = check_source(store, output, source_store or store, source, report)
         findings += checked.findings
         accounts = checked.accounts

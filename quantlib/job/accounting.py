@@ -44,9 +44,9 @@ def account(
     ]
     _refuse_lost(checkpoint.tensors, [name for name, _ in states])
     reasons = {**_reasons_of_copies(skeleton, blocks), **_reasons_of_changes(skeleton, blocks), **dropped}
-    return summed_up(
-        (name, state, reasons[name], checkpoint.tensors[name].size_bytes) for name, state in states
-    )
+    # What is dropped may be stored beside the tensors that are meant.
+    entries = {**checkpoint.stored, **checkpoint.tensors}
+    return summed_up((name, state, reasons[name], entries[name].size_bytes) for name, state in states)
 
 
 def _changed(skeleton: Skeleton, blocks: Sequence[BlockPlan]) -> Iterator[tuple[str, str]]:

@@ -8,6 +8,7 @@ pass of descent. Corrected targets add a stream, a whole product of two inputs a
 import dataclasses
 from typing import Any
 
+from quantlib.checkpoint.index import WEIGHT_FILES
 from quantlib.checkpoint.layout import layout_shard
 from quantlib.job.accounts import account_lines
 from quantlib.job.memory import MemoryPlan
@@ -28,11 +29,12 @@ def describe_plan(
     Returns:
         Counts, bytes in and out, ``memory_bytes`` by place and purpose, ``rough_seconds`` of computation.
     """
-    shards = {name: size for name, (size, _) in plan.source_objects.items() if name.endswith(".safetensors")}
+    shards = {name: size for name, (size, _) in plan.source_objects.items() if name.endswith(WEIGHT_FILES)}
     tokens = _tokens(plan)
     flops = sum(_block_flops(plan, block, tokens) for block in plan.blocks)
     return {
         "source": plan.source,
+        "source_format": plan.source_format,
         "output": plan.output,
         "model_type": plan.model_type,
         "scheme": plan.options["scheme"],
@@ -75,7 +77,7 @@ def describe_plan(
 def format_plan(described: dict[str, Any]) -> str:
     """The numbers of `describe_plan` for a terminal."""
     lines = [
-        f"{described['source']}  ->  {described['output']}",
+        f"{described['source']} ({described['source_format']})  ->  {described['output']}",
         f"{described['model_type']}: {described['blocks']} blocks,"
         f" {described['linears_quantized']} linears to {described['scheme']} g{described['group_size']}"
         f" by {described['method']}, {described['format']}",

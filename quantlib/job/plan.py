@@ -126,6 +126,7 @@ class Plan:
 
     Attributes:
         source: URI of the source checkpoint.
+        source_format: What its weights are stored as: ``safetensors``, ``fp8``, ``gguf``, ...
         source_objects: Object name -> (size in bytes, etag) of every source object read.
         output: URI of the output.
         work: URI of the work prefix.
@@ -141,7 +142,7 @@ class Plan:
         prelude_tensors: Checkpoint names of the tensors used before the first block.
         dropped: Source tensor -> reason it is not in the output.
         accounts: What becomes of all source tensors, and why.
-        side_files: Names of source objects copied beside the shards.
+        side_files: Names of files copied beside the shards, or made from what the source holds.
         compute_dtype: ``bfloat16``, ``float16`` or ``float32`` of both streams.
         device_kind: ``cpu-avx2``, ``cuda-sm90-nvidia-h200``, ...; of the first start with ``mixed_gpus``.
         threads: CPU threads of a worker.
@@ -157,6 +158,7 @@ class Plan:
 
     schema: int = SCHEMA
     source: str
+    source_format: str
     source_objects: Mapping[str, tuple[int, str]]
     output: str
     work: str

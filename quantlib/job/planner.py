@@ -17,8 +17,9 @@ import torch
 
 from quantlib.calibration.corpus import rows_digest
 from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
-from quantlib.checkpoint.index import Checkpoint, open_checkpoint
+from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.layout import shard_names
+from quantlib.checkpoint.source import open_source
 from quantlib.errors import CheckpointError, PlanMismatchError, UnsupportedModelError
 from quantlib.job.accounting import account
 from quantlib.job.activations import newest_checkpoint
@@ -128,12 +129,7 @@ def build_plan(
     """
     replayed = read_provenance(options.replay, options.storage_engine) if options.replay else None
     source = normalize_uri(options.source)
-    checkpoint = open_checkpoint(open_store(source, options.storage_engine), source)
-    if "quantization_config" in checkpoint.config:
-        method = checkpoint.config["quantization_config"].get("quant_method", "some method")
-        raise CheckpointError(
-            f"{source} is already quantized ({method}); give the original checkpoint", uri=source
-        )
+    checkpoint = open_source(open_store(source, options.storage_engine), source)
     skeleton = load_skeleton(checkpoint.config, list(checkpoint.tensors))
     packer = FORMATS[options.format]
     blocks = tuple(
@@ -154,9 +150,10 @@ def build_plan(
     kind = _planned_kind(options, first)
     machine = _machine_settings(options, threads, checkpoint, kind, fixed)
     units = _plan_units(skeleton, checkpoint, blocks, packer)
-    dropped: dict[str, str] = {}
+    dropped = dict(checkpoint.dropped)
     plan = Plan(
         source=source,
+        source_format=checkpoint.source_format,
         source_objects={
             name: (info.size_bytes, info.etag)
             for name, info in sorted({**checkpoint.shards, **checkpoint.side_files}.items())
@@ -173,19 +170,24 @@ def build_plan(
         prelude_tensors=tuple(skeleton.prelude_tensors),
         dropped=dropped,
         accounts=account(skeleton, checkpoint, blocks, units, dropped),
-        side_files=tuple(sorted(checkpoint.side_files)),
+        side_files=tuple(sorted({*checkpoint.side_files, *checkpoint.made_files})),
         calibration_digest=rows_digest(rows["calibration"]) if "calibration" in rows else None,
         evaluation_digest=rows_digest(rows["evaluation"]) if "evaluation" in rows else None,
         calibration_texts=texts.get("calibration", ()),
         evaluation_texts=texts.get("evaluation", ()),
-        versions={name: importlib.metadata.version(name) for name in _VERSIONED},
+        versions={name: importlib.metadata.version(name) for name in _versioned(checkpoint)},
         format_version=packer.FORMAT_VERSION,
         device_kind=kind,
         **machine,
     )
     if replayed is not None:
-        check_replay(replayed, plan)
+        check_replay(replayed, plan, checkpoint)
     return plan, {rows_digest(rows_BT): rows_BT for rows_BT in rows.values()}
+
+
+def _versioned(checkpoint: Checkpoint) -> tuple[str, ...]:
+    # The gguf package decodes the tensors of its files.
+    return (*_VERSIONED, "gguf") if checkpoint.source_format == "gguf" else _VERSIONED
 
 
 def work_uri(options: JobOptions) -> str:
@@ -199,7 +201,7 @@ def open_planned_source(store: Store, plan: Plan) -> Checkpoint:
     Raises:
         CheckpointError: An object was replaced, or is gone, since the plan was made.
     """
-    checkpoint = open_checkpoint(store, plan.source)
+    checkpoint = open_source(store, plan.source)
     if _config_digest(checkpoint) != plan.config_digest:
         raise CheckpointError(
             f"config.json of {plan.source} changed since the job was planned; start over with another output",
@@ -214,7 +216,10 @@ def open_planned_source(store: Store, plan: Plan) -> Checkpoint:
 
 
 def _config_digest(checkpoint: Checkpoint) -> str:
-    canonical = json.dumps(checkpoint.config, sort_keys=True, separators=(",", ":"))
+    values = {**checkpoint.config, "quantization_config": checkpoint.quantization}
+    canonical = json.dumps(
+        values if checkpoint.quantization else checkpoint.config, sort_keys=True, separators=(",", ":")
+    )
     return hashlib.sha256(canonical.encode()).hexdigest()
 
 

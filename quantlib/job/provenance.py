@@ -91,7 +91,7 @@ def build_provenance(
         device_kinds: Kinds of device that took part; only the plan's unless named.
     """
     if checkpoint is None:
-        checkpoint = open_checkpoint(open_store(plan.source, plan.options["storage_engine"]), plan.source)
+        checkpoint = _opened(plan)
     values = {
         "schema": SCHEMA,
         "tool": f"quantmill {plan.versions['quantmill']}",
@@ -99,6 +99,7 @@ def build_provenance(
         "model_type": plan.model_type,
         "source": {
             "uri": plan.source,
+            "format": plan.source_format,
             "objects": [
                 {"name": name, "size_bytes": size, "etag": etag}
                 for name, (size, etag) in sorted(plan.source_objects.items())
@@ -123,6 +124,10 @@ def build_provenance(
         "shards": [{key: row[key] for key in ("name", "sha256", "size_bytes")} for row in shards],
     }
     return json.loads(json.dumps(values))  # tuples become lists: what is built equals what is read
+
+
+def _opened(plan: Plan) -> Checkpoint:
+    return open_checkpoint(open_store(plan.source, plan.options["storage_engine"]), plan.source)
 
 
 def _options_given(plan: Plan) -> dict[str, Any]:
@@ -159,8 +164,8 @@ def _full_address(uri: str) -> str:
 
 
 def _header_digest(checkpoint: Checkpoint) -> str:
-    """sha256 over names, dtypes, shapes and places of all tensors."""
-    entries = [dataclasses.astuple(entry) for _, entry in sorted(checkpoint.tensors.items())]
+    """sha256 over names, dtypes, shapes and places of all stored tensors."""
+    entries = [dataclasses.astuple(entry) for _, entry in sorted(checkpoint.stored.items())]
     return hashlib.sha256(json.dumps(entries, separators=(",", ":")).encode()).hexdigest()
 
 
@@ -277,7 +282,7 @@ def _completed(given: dict[str, Any]) -> dict[str, Any]:
     return {**base, **given}
 
 
-def check_replay(provenance: Mapping[str, Any], plan: Plan) -> None:
+def check_replay(provenance: Mapping[str, Any], plan: Plan, checkpoint: Checkpoint | None = None) -> None:
     """Make sure that a plan repeats a recorded run: equal in all that may change a written byte.
 
     A source at the recorded address must consist of the recorded objects, by size and etag. Elsewhere etags
@@ -288,11 +293,16 @@ def check_replay(provenance: Mapping[str, Any], plan: Plan) -> None:
     Where several kinds of device took part, or others are allowed to, equal bytes cannot be promised: that is
     accepted with ``mixed_gpus`` only.
 
+    Args:
+        provenance: Of the recorded run.
+        plan: What would be done.
+        checkpoint: The source, where it is open already; else its headers are read if they are needed.
+
     Raises:
         PlanMismatchError: Names the first difference.
         CheckpointError: The source, which lies elsewhere, cannot be opened.
     """
-    difference = next(_differences(provenance, plan), None)
+    difference = next(_differences(provenance, plan, checkpoint), None)
     if difference is not None:
         raise PlanMismatchError(
             f"the run recorded for {provenance['output']} cannot be repeated: {difference};"
@@ -301,8 +311,8 @@ def check_replay(provenance: Mapping[str, Any], plan: Plan) -> None:
         )
 
 
-def _differences(provenance: Mapping[str, Any], plan: Plan) -> Iterator[str]:
-    yield from _source_differences(provenance["source"], plan)
+def _differences(provenance: Mapping[str, Any], plan: Plan, checkpoint: Checkpoint | None) -> Iterator[str]:
+    yield from _source_differences(provenance["source"], plan, checkpoint)
     machine = provenance["machine"]
     for what, recorded, found in (
         *_version_pairs(provenance["versions"], plan.versions),
@@ -325,7 +335,9 @@ def _differences(provenance: Mapping[str, Any], plan: Plan) -> Iterator[str]:
         yield "the layout of the plan differs"
 
 
-def _source_differences(recorded: Mapping[str, Any], plan: Plan) -> Iterator[str]:
+def _source_differences(
+    recorded: Mapping[str, Any], plan: Plan, checkpoint: Checkpoint | None
+) -> Iterator[str]:
     is_elsewhere = plan.source != recorded["uri"]
     objects = {row["name"]: row for row in recorded["objects"]}
     for name in sorted({*objects, *plan.source_objects}):
@@ -337,10 +349,8 @@ def _source_differences(recorded: Mapping[str, Any], plan: Plan) -> Iterator[str
             yield from _object_difference(objects[name], plan.source_objects[name], is_elsewhere)
     if recorded["config_digest"] != plan.config_digest:
         yield "config.json of the source was replaced"
-    if is_elsewhere:
-        store = open_store(plan.source, plan.options["storage_engine"])
-        if _header_digest(open_checkpoint(store, plan.source)) != recorded["header_digest"]:
-            yield f"the shards of {plan.source} have other headers than those of {recorded['uri']}"
+    if is_elsewhere and _header_digest(checkpoint or _opened(plan)) != recorded["header_digest"]:
+        yield f"the shards of {plan.source} have other headers than those of {recorded['uri']}"
 
 
 def _object_difference(

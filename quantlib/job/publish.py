@@ -31,6 +31,8 @@ def publish(
         # As a range, which is pinned to the object that was planned.
         content = source_store.read_ranges(info, [(0, info.size_bytes)])[0]
         output_store.write(join_uri(plan.output, name), bytes(content))
+    for name, content in checkpoint.made_files.items():
+        output_store.write(join_uri(plan.output, name), content)
     for name, content in _format_files(plan).items():
         output_store.write(join_uri(plan.output, name), content)
     provenance = build_provenance(

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from quantlib.checkpoint.index import WEIGHT_FILES
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.plan import Plan
 from quantlib.job.report_figures import LANES, busy_share, hidden_storage_share
@@ -53,6 +54,7 @@ def build_report(
         "tool": f"quantmill {plan.versions['quantmill']}",
         "identity": plan.identity(),
         "source": plan.source,
+        "source_format": plan.source_format,
         "output": plan.output,
         "model_type": plan.model_type,
         "options": dict(plan.options),
@@ -75,7 +77,7 @@ def build_report(
         ],
         "bytes": {
             "source": sum(
-                size for name, (size, _) in plan.source_objects.items() if name.endswith(".safetensors")
+                size for name, (size, _) in plan.source_objects.items() if name.endswith(WEIGHT_FILES)
             ),
             "output": sum(records[unit.name].size_bytes for unit in plan.units),
             "read": read,

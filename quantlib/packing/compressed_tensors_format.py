@@ -158,16 +158,25 @@ def scheme_of(quantization_config: Mapping[str, Any], name: str) -> WeightScheme
     """
     if any(_matches(entry, name) for entry in quantization_config.get("ignore") or ()):
         return None
+    group = group_of(quantization_config, name)
+    return None if group is None else _scheme_from_group(group, quantization_config.get("format"))
+
+
+def group_of(quantization_config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    """The entry of ``config_groups`` that targets ``name``, whether it is ignored or not.
+
+    A full name wins over a regex and a regex over the class "Linear"; among equals the first group wins.
+
+    Raises:
+        PackingError: An entry is a preset, or a regex is broken.
+    """
     found = [
         (_specificity(target), group)
         for group in (quantization_config.get("config_groups") or {}).values()
         for target in _targets(group)
         if target == "Linear" or _matches(target, name)
     ]
-    if not found:
-        return None
-    _, group = min(found, key=lambda pair: pair[0])
-    return _scheme_from_group(group, quantization_config.get("format"))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def side_files(quantization_config: Mapping[str, Any]) -> dict[str, bytes]:  # noqa: ARG001 - one form

@@ -31,6 +31,7 @@ LAYERS = {
     "quantlib.job.__init__": 0,
     "quantlib.checkpoint": 5,
     "quantlib.checkpoint.__init__": 0,
+    "quantlib.checkpoint.decoded": 2,
     "quantlib.checkpoint.header": 2,
     "quantlib.checkpoint.index": 2,
     "quantlib.checkpoint.layout": 2,

@@ -132,6 +132,7 @@ def checkpoint_with(folder: Path, names=None, **config):
         config={"model_type": "llama"} | config,
         shards={},
         tensors={},
+        stored={},
         side_files=infos,
     )
 

@@ -15,7 +15,7 @@ from quantlib.storage import open_store
 from tests.support.checkpoints import CONFIG, small_tensors, write_checkpoint
 
 STORE = open_store("file:///")
-QUANTIZATION = {"quant_method": "x", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
+QUANTIZATION = {"quant_method": "gptq", "config_groups": {"group_0": {"weights": {"num_bits": 4}}}}
 
 
 @pytest.fixture
@@ -124,12 +124,14 @@ def test_quantization_that_differs_is_named_by_path(folders):
     (b / "config.json").write_text(json.dumps(config))
     assert _compare(a, b).findings == (
         f'quantization_config.ignore of config.json is absent in file://{a} and ["lm_head"] in file://{b}.',
-        f'quantization_config.quant_method of config.json is "x" in file://{a} and absent in file://{b}.',
+        f'quantization_config.quant_method of config.json is "gptq" in file://{a} and absent in file://{b}.',
     )
     del config["quantization_config"]
     (b / "config.json").write_text(json.dumps(config))
     (finding,) = _compare(a, b).findings
-    assert finding.startswith('quantization_config of config.json is {"quant_method": "x", "config_groups"')
+    assert finding.startswith(
+        'quantization_config of config.json is {"quant_method": "gptq", "config_groups"'
+    )
     assert finding.endswith(f"and absent in file://{b}.")
 
 

@@ -1,0 +1,1 @@
+"""GGUF files as sources: header, meaning by transformers' own rules, tensors by byte range."""

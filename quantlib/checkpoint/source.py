@@ -1,0 +1,160 @@
+"""Opens a checkpoint as the weights it means: quantized ones appear as the dense tensors they stand for.
+
+Whoever plans, builds and converts a model sees names, shapes and one dtype as in the original checkpoint;
+`quantlib.checkpoint.reader` decodes what it reads.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from quantlib.checkpoint.decoders import DECODERS, Found
+from quantlib.checkpoint.header import DTYPE_BYTES, TensorEntry
+from quantlib.checkpoint.index import Checkpoint, list_folder, open_checkpoint
+from quantlib.checkpoint.reader import fetch
+from quantlib.errors import CheckpointError
+from quantlib.storage import Store
+
+GGUF_ENDING = ".gguf"
+_SECTIONS = ("quantization_config", "compression_config")
+# Ends of names of weights, and of codes of weights.
+_OF_CODES = ("weight", "weight_packed", "qweight", "_blocks")
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
+
+
+def open_source(store: Store, uri: str, *, levels_dtype: str | None = None) -> Checkpoint:
+    """Open a checkpoint, quantized or not.
+
+    Args:
+        store: The store it lies in.
+        uri: Normalized address of its folder, or of a GGUF file.
+        levels_dtype: safetensors dtype of the weights that are made from codes in safetensors; by default
+            what config.json states as ``dtype``, or else what most tensors that are no codes are stored in.
+
+    Raises:
+        ObjectNotFoundError: There is nothing at the address.
+        CheckpointError: It is damaged, or quantized in a way that is not understood.
+    """
+    checkpoint = open_stored(store, uri)
+    quantization = _quantization(checkpoint.config)
+    if not quantization:
+        return checkpoint
+    method = str(quantization.get("quant_method"))
+    if method not in DECODERS:
+        raise CheckpointError(
+            f"{uri} is quantized by {method}, which is not read; read are {', '.join(DECODERS)}:"
+            " give one of these, or the original checkpoint",
+            uri=uri,
+        )
+    found = DECODERS[method](quantization, checkpoint.tensors, partial(fetch, store, checkpoint))
+    dtype = levels_dtype or _dtype(checkpoint)
+    return replace(
+        checkpoint,
+        config=_without_quantization(checkpoint.config),
+        tensors=_meant(checkpoint, found, dtype),
+        decoded=found.decoded,
+        dropped={name: reason for name, reason in found.dropped.items() if name in checkpoint.tensors},
+        source_format=method,
+        quantization=quantization,
+    )
+
+
+def open_stored(store: Store, uri: str) -> Checkpoint:
+    """Open a checkpoint with its tensors as they are stored; of a GGUF file, those it means.
+
+    Args:
+        store: The store it lies in.
+        uri: Normalized address of its folder, or of a GGUF file.
+
+    Raises:
+        ObjectNotFoundError: There is nothing at the address.
+        CheckpointError: It is damaged.
+    """
+    if uri.endswith(GGUF_ENDING):
+        return _open_gguf(store, uri)
+    try:
+        return open_checkpoint(store, uri)
+    except CheckpointError:
+        names = list_folder(store, uri)
+        if any(n.endswith(".safetensors") for n in names) or not any(n.endswith(GGUF_ENDING) for n in names):
+            raise
+        return _open_gguf(store, uri)
+
+
+def _open_gguf(store: Store, uri: str) -> Checkpoint:
+    # The gguf package and the readers of transformers take a while to import.
+    from quantlib.checkpoint.gguf_files.source import open_gguf
+
+    return open_gguf(store, uri)
+
+
+def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What config.json, or its text part, says of quantization."""
+    text = config.get("text_config")
+    for values in (config, text if isinstance(text, Mapping) else {}):
+        for section in _SECTIONS:
+            if isinstance(values.get(section), Mapping) and values[section]:
+                return {"quant_method": _default_method(section), **values[section]}
+    return {}
+
+
+def _default_method(section: str) -> str | None:
+    return "compressed-tensors" if section == "compression_config" else None
+
+
+def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: _without_quantization(value) if name == "text_config" and isinstance(value, Mapping) else value
+        for name, value in config.items()
+        if name not in _SECTIONS
+    }
+
+
+def _meant(checkpoint: Checkpoint, found: Found, dtype: str) -> dict[str, TensorEntry]:
+    parts = {part.name for made in found.decoded.values() for part in made.parts.values()}
+    plain = {
+        name: entry
+        for name, entry in checkpoint.tensors.items()
+        if name not in parts and name not in found.dropped
+    }
+    _refuse_unexplained_codes(checkpoint, plain)
+    twice = sorted(plain.keys() & found.decoded.keys())
+    if twice:
+        raise CheckpointError(
+            f"{checkpoint.uri} stores {twice[0]} both as it is and quantized;"
+            " remove the one that is not meant",
+            tensor=twice[0],
+        )
+    return plain | {name: made.entry(name, dtype) for name, made in found.decoded.items()}
+
+
+def _refuse_unexplained_codes(checkpoint: Checkpoint, plain: Mapping[str, TensorEntry]) -> None:
+    for name, entry in plain.items():
+        if name.endswith(_OF_CODES) and entry.dtype not in _FLOATS and len(entry.shape) > 1:
+            raise CheckpointError(
+                f"{checkpoint.uri} stores {name} as {entry.dtype} {list(entry.shape)}, which its"
+                " quantization_config does not explain; give the original checkpoint",
+                tensor=name,
+            )
+
+
+def _dtype(checkpoint: Checkpoint) -> str:
+    config = checkpoint.config
+    text = config.get("text_config")
+    for values in (config, text if isinstance(text, Mapping) else {}):
+        stated = str(values.get("dtype") or values.get("torch_dtype")).removeprefix("torch.")
+        if stated in _DTYPES:
+            return _DTYPES[stated]
+    return _most_common(checkpoint.tensors.values())
+
+
+def _most_common(entries: Iterable[TensorEntry]) -> str:
+    """Of the dtypes weights are kept in, the one of most bytes."""
+    sizes = Counter({"BF16": 0})
+    for entry in entries:
+        if entry.dtype in _DTYPES.values() and not entry.name.endswith(("scale", "scale_inv", "scales")):
+            sizes[entry.dtype] += entry.num_values * DTYPE_BYTES[entry.dtype]
+    return sizes.most_common(1)[0][0]
