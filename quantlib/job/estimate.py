@@ -11,7 +11,9 @@ from typing import Any
 from quantlib.checkpoint.index import WEIGHT_FILES
 from quantlib.checkpoint.layout import layout_shard
 from quantlib.job.accounts import account_lines
+from quantlib.job.expert_groups import token_shares
 from quantlib.job.memory import MemoryPlan
+from quantlib.job.options import ALL_EXPERTS
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
 from quantlib.job.scheme_defaults import FOLLOWING
 from quantlib.job.text_sources import described as described_text
@@ -138,7 +140,9 @@ def _tokens(plan: Plan) -> dict[str, int]:
 
 
 def _block_flops(plan: Plan, block: BlockPlan, tokens: dict[str, int]) -> float:
-    weights = sum(linear.rows * linear.columns for linear in block.linears)
+    shares = token_shares(plan, block)
+    weights = sum(shares[linear.name] * linear.rows * linear.columns for linear in block.linears)
+    sees_all = plan.options["calibration_routing"] == ALL_EXPERTS
     corrects = plan.options["correct_targets"]
     streams = 1 + (plan.options["propagation"] == "quantized") + corrects
     passes = tokens["calibration"] * streams
@@ -146,7 +150,8 @@ def _block_flops(plan: Plan, block: BlockPlan, tokens: dict[str, int]) -> float:
     columns = {linear.name: linear.columns for linear in block.linears}
     for group in block.input_groups:
         n = columns[group[0]]
-        flops += tokens["calibration"] * n**2 * (3 if corrects else 1) + n**3 / 3 * (5 if corrects else 1)
+        seen = tokens["calibration"] * (1.0 if sees_all else shares[group[0]])
+        flops += seen * n**2 * (3 if corrects else 1) + n**3 / 3 * (5 if corrects else 1)
     solved = [linear for linear in block.linears if linear.method == "gptq"]
     solves = 1 + plan.options["descent_passes"]
     return flops + solves * sum(2.0 * linear.rows * linear.columns**2 for linear in solved)

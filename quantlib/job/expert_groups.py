@@ -133,6 +133,17 @@ def group_tokens(plan: Plan, block: BlockPlan, counts: TokenCounts) -> dict[int,
     return found
 
 
+def token_shares(plan: Plan, block: BlockPlan) -> dict[str, float]:
+    """Linear -> the share of the tokens that go through it, on average."""
+    experts = Counter(x.experts for x in block.linears if not _reads_input(x))
+    return {
+        linear.name: 1.0
+        if linear.experts is None
+        else min(1.0, plan.experts_per_token / max(1, experts[linear.experts]))
+        for linear in block.linears
+    }
+
+
 def _leaders(block: BlockPlan) -> list[LinearPlan]:
     """A linear of every input group."""
     linears = {linear.name: linear for linear in block.linears}

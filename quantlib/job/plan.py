@@ -30,6 +30,7 @@ _NOT_IN_IDENTITY = (
     "accounts",
     "calibration_texts",
     "evaluation_texts",
+    "experts_per_token",
 )
 
 # Numbers of input groups of a block.
@@ -152,6 +153,7 @@ class Plan:
         evaluation_digest: sha256 of the evaluation token rows; None without evaluation.
         calibration_texts: Where the calibration token rows come from; empty without calibration.
         evaluation_texts: Likewise for evaluation.
+        experts_per_token: To how many routed experts a token goes.
         versions: Of this tool and of the libraries that compute.
         format_version: Layout version of the output format.
     """
@@ -182,6 +184,7 @@ class Plan:
     evaluation_digest: str | None
     calibration_texts: tuple[TextRecord, ...]
     evaluation_texts: tuple[TextRecord, ...]
+    experts_per_token: int
     versions: Mapping[str, str]
     format_version: str
 

@@ -32,6 +32,7 @@ from quantlib.job.provenance import MACHINE_SETTINGS, check_replay, read_provena
 from quantlib.job.report import REPORT_NAME
 from quantlib.job.texts import planned_rows
 from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_kind, may_share
+from quantlib.model.families import experts_per_token
 from quantlib.model.skeleton import BlockSpec, LinearSpec, Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.packing.contracts import PackingFormat
@@ -176,6 +177,7 @@ def build_plan(
         calibration_texts=texts.get("calibration", ()),
         evaluation_texts=texts.get("evaluation", ()),
         versions={name: importlib.metadata.version(name) for name in _versioned(checkpoint)},
+        experts_per_token=experts_per_token(checkpoint.config),
         format_version=packer.FORMAT_VERSION,
         device_kind=kind,
         **machine,

@@ -25,6 +25,31 @@ _IGNORED_KEYS = ("use_cache", "output_hidden_states", "output_attentions", "retu
 _GENERATES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
+# How configurations call the number of experts a token is routed to, and parts that may hold it.
+_EXPERTS_PER_TOKEN = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+    "top_k_experts",
+)
+_PARTS = ("text_config", "ffn_config")
+
+
+def experts_per_token(config: Mapping[str, Any]) -> int:
+    """To how many routed experts a token goes, for estimates; 1 where ``config.json`` does not say.
+
+    >>> experts_per_token({"text_config": {"num_experts_per_tok": 8}}), experts_per_token({})
+    (8, 1)
+    """
+    for values in (config, *(config[part] for part in _PARTS if isinstance(config.get(part), Mapping))):
+        found = next((values[key] for key in _EXPERTS_PER_TOKEN if isinstance(values.get(key), int)), None)
+        if found is not None:
+            return found
+    return 1
+
+
 def open_config(config: Mapping[str, Any]) -> PretrainedConfig:
     """The transformers configuration for the values of a ``config.json``.
 

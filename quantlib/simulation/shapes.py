@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlib.checkpoint.layout import layout_shard
+from quantlib.job.expert_groups import token_shares
 from quantlib.job.group_tiles import group_tiles
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
 from quantlib.row_tiles import tile_rows
@@ -114,7 +115,12 @@ def shape_of_plan(
         name=plan.source,
         blocks=tuple(
             _block_shape(
-                block, units[block.index], width, sum(tensor_bytes[n] for n in block.tensors), device_type
+                plan,
+                block,
+                units[block.index],
+                width,
+                sum(tensor_bytes[n] for n in block.tensors),
+                device_type,
             )
             for block in plan.blocks
         ),
@@ -147,15 +153,20 @@ def head_size(config: Mapping[str, Any]) -> int:
 
 
 def _block_shape(
-    block: BlockPlan, unit: UnitPlan, width: float, source_bytes: int, device_type: str
+    plan: Plan, block: BlockPlan, unit: UnitPlan, width: float, source_bytes: int, device_type: str
 ) -> BlockShape:
     linears = {linear.name: linear for linear in block.linears}
+    shares = token_shares(plan, block)
     calibrated = [
         [tile.runs for tile in tiles if linears[tile.runs[0].name].method == "gptq"]
         for tiles in group_tiles(block, device_type).values()
     ]
     groups = tuple(
-        GroupShape(columns=linears[tiles[0][0].name].columns, tiles=tuple(map(tile_rows, tiles)))
+        GroupShape(
+            columns=linears[tiles[0][0].name].columns,
+            tiles=tuple(map(tile_rows, tiles)),
+            token_share=shares[tiles[0][0].name],
+        )
         for tiles in calibrated
         if tiles
     )

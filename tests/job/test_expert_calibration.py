@@ -11,8 +11,10 @@ from safetensors.torch import load_file, save_file
 from quantlib import block_runner
 from quantlib.errors import RecipeError
 from quantlib.inprocess import quantize
+from quantlib.job.expert_groups import token_shares
 from quantlib.job.memory import Room
 from quantlib.job.options import JobOptions
+from quantlib.job.planner import build_plan
 from tests.support.thread_cluster import ThreadCluster, convert_on
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
 
@@ -209,3 +211,12 @@ def test_all_experts_are_summed_by_one_exponent(root):
         firsts, downs = exponents[block][2:10:2], exponents[block][3:10:2]
         assert (len(set(firsts)), len(set(downs))) == (1, 1)
         assert len(exponents[block]) == 12
+
+
+def test_an_expert_is_expected_to_see_its_share_of_the_tokens(root):
+    plan, _ = build_plan(_options(root, "shares", "routed"), 1)
+    dense, sparse = (token_shares(plan, plan.blocks[index]) for index in (0, 1))
+    assert set(dense.values()) == {1.0}
+    # Two of four.
+    assert {share for name, share in sparse.items() if ".experts." in name} == {0.5}
+    assert {share for name, share in sparse.items() if ".experts." not in name} == {1.0}
