@@ -41,7 +41,7 @@ class Job:
     Attributes:
         rules: Of the recipe.
         settings: Of config.json beside the sizes.
-        statistics_share: What the budget beside idle may be of the unsliced statistics.
+        statistics_share: What the budget beside idle may be at most of the unsliced statistics.
     """
 
     blocks: int
@@ -53,7 +53,7 @@ class Job:
     rules: str = ""
     family: str = "llama"
     settings: Mapping[str, Any] = field(default_factory=dict)
-    statistics_share: float = 1.0
+    statistics_share: float | None = None
 
 
 JOBS = {
@@ -75,7 +75,15 @@ JOBS = {
         sequences=128,
         sequence_length=256,
         family="qwen3_moe",
-        settings={"num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 256, "head_dim": 128},
+        settings={
+            # The same by two names: the support for tiny models gives both.
+            "num_experts": 64,
+            "num_local_experts": 64,
+            "num_experts_per_tok": 8,
+            "mlp_only_layers": [],
+            "moe_intermediate_size": 256,
+            "head_dim": 128,
+        },
         statistics_share=0.2,
     ),
 }
@@ -102,7 +110,10 @@ def run(job: Job, idle: int, share: float, threads: int, folder: Path) -> str:
     given += ["--checkpoint-every", "0"]
     planned_bytes = json.loads(_said("plan", *given, "--json"))["memory_bytes"]
     unsliced, statistics = planned_bytes["unsliced"], planned_bytes["worker"]["statistics"]
-    budget = idle + int(min(share * unsliced, job.statistics_share * statistics))
+    allowed = share * unsliced
+    if job.statistics_share is not None:
+        allowed = min(allowed, job.statistics_share * statistics)
+    budget = idle + int(allowed)
     _said("quantize", *given, "--worker-memory", str(budget))
     report = json.loads((folder / "output" / REPORT_NAME).read_text())
     memory: dict[str, Any] = report["memory"]
