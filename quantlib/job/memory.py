@@ -17,6 +17,7 @@ from quantlib.job.memory_needs import (
     cell_needs,
     head_needs,
     prelude_needs,
+    records_needs,
     unit_needs,
     writing_needs,
 )
@@ -142,7 +143,7 @@ def plan_memory(plan: Plan, surroundings: Surroundings, budgets: Budgets) -> Mem
     needs = _Needs(plan, surroundings)
     at_once = needs.peak(needs.unsliced(), pipelines=True, is_late=False, resident=needs.streams)
     unsliced_bytes = sum(at_once.worker.values()) + sum(at_once.device.values())
-    unsliced_bytes -= surroundings.idle_bytes + surroundings.kept_bytes
+    unsliced_bytes -= surroundings.idle_bytes + surroundings.kept_bytes + records_needs(plan)
     for slices, pipelines, is_late in _ways(needs, budgets):
         found, room, resident = needs.fitted(slices, budgets, pipelines=pipelines, is_late=is_late)
         if found.fits(budgets):
@@ -217,6 +218,7 @@ class _Needs:
         self._prelude, self._head = prelude_needs(plan), head_needs(plan)
         self._units = [] if plan.has_streams else unit_needs(plan)
         self._writing = writing_needs(plan)
+        self._records = records_needs(plan)
 
     def unsliced(self) -> Slices:
         """Every block in one slice."""
@@ -316,7 +318,8 @@ class _Needs:
         """A moment by the places where things are."""
         around = self._surroundings
         needs = {**moment, "activations": resident}
-        worker, device, store = {"idle": around.idle_bytes, "kept": around.kept_bytes}, {}, {}
+        worker = {"idle": around.idle_bytes, "kept": around.kept_bytes, "records": self._records}
+        device, store = {}, {}
         if around.has_device:
             worker["waiting activations"] = self.streams - resident
         for purpose, size in needs.items():
