@@ -95,11 +95,13 @@ def test_output_is_that_of_the_levels_and_says_what_the_source_was(tmp_path, kin
     assert checked.findings == ()
 
 
-def test_mxfp4_experts_are_written_as_the_parameters_they_stand_for(tmp_path):
+def _mxfp4_source(tmp_path):
+    """A tiny GPT-OSS whose experts are MXFP4, its dense twin, and the experts' parameters that are meant."""
     tiny_source(tmp_path / "source", "gpt_oss", num_hidden_layers=4)
     generator = torch.Generator().manual_seed(0)
-    stored, levels = {}, {}
+    stored, levels, others = {}, {}, {}
     for name, tensor in read_all_tensors(tmp_path / "source").items():
+        others[name] = tensor
         if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
             experts, columns, rows = tensor.shape
             shape = (experts, rows, columns // 32)
@@ -107,22 +109,33 @@ def test_mxfp4_experts_are_written_as_the_parameters_they_stand_for(tmp_path):
             scales = torch.randint(120, 125, shape, dtype=torch.uint8, generator=generator)
             stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
             levels[name] = convert_moe_packed_tensors(blocks, scales)
-    quantized = requantized(tmp_path / "source", tmp_path / "q", stored, {"quant_method": "mxfp4"})
-    tiny_text(tmp_path / "evaluation.jsonl", seed=2)
-    report = quantize(
-        tiny_options(
-            tmp_path,
-            source=str(quantized),
-            method="rtn",
-            calibration=None,
-            rules=[{"match": "*.experts.*", "keep": True}],
-        )
-    )
+    assert levels
+    source = requantized(tmp_path / "source", tmp_path / "q", stored, {"quant_method": "mxfp4"})
+    dense = requantized(tmp_path / "source", tmp_path / "dense", {**others, **levels}, {})
+    for corpus, seed in (("calibration", 1), ("evaluation", 2)):
+        tiny_text(tmp_path / f"{corpus}.jsonl", seed=seed)
+    return source, dense, levels
+
+
+def test_mxfp4_experts_that_are_kept_are_written_as_the_parameters_they_stand_for(tmp_path):
+    source, _, levels = _mxfp4_source(tmp_path)
+    rules = [{"match": "*.experts.*", "keep": True}]
+    report = quantize(tiny_options(tmp_path, source=str(source), method="rtn", rules=rules))
     assert report["source_format"] == "mxfp4"
     written = read_all_tensors(tmp_path / "output")
-    assert levels
     assert all(torch.equal(written[name], wanted) for name, wanted in levels.items())
     assert not any(name.endswith(("_blocks", "_scales")) for name in written)
+
+
+@pytest.mark.parametrize("method", ["rtn", "gptq"])
+def test_mxfp4_experts_are_quantized_one_by_one_like_those_of_a_dense_source(tmp_path, method):
+    source, dense, levels = _mxfp4_source(tmp_path)
+    quantize(tiny_options(tmp_path, source=str(source), method=method))
+    quantize(tiny_options(tmp_path, source=str(dense), output=str(tmp_path / "b"), method=method))
+    assert shard_digests(tmp_path / "output") == shard_digests(tmp_path / "b")
+    written = read_all_tensors(tmp_path / "output")
+    assert "model.layers.3.mlp.experts.3.up_proj.weight_packed" in written
+    assert not any(name in written for name in levels)
 
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
