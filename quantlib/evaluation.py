@@ -10,10 +10,12 @@ import torch
 
 from quantlib.calibration.corpus import load_tokenizer, rows_digest, token_rows
 from quantlib.calibration.documents import read_documents
+from quantlib.checkpoint.decoded_block import read_block
 from quantlib.checkpoint.decoder import DecodedCheckpoint
 from quantlib.checkpoint.index import open_checkpoint
 from quantlib.job.stages import Progress
 from quantlib.machine import batch_tokens, compute_dtype, default_threads, device_kind
+from quantlib.model.rejoined_names import rejoined_names
 from quantlib.model.skeleton import Skeleton, load_skeleton, run_block
 from quantlib.steps import perplexity, score_streams
 from quantlib.storage import normalize_uri, open_store
@@ -48,7 +50,7 @@ def evaluate_checkpoint(
     store = open_store(uri, storage_engine)
     checkpoint = open_checkpoint(store, uri)
     weights = DecodedCheckpoint(store, checkpoint)
-    skeleton = load_skeleton(weights.config, weights.names)
+    skeleton = load_skeleton(weights.config, rejoined_names(weights.config, weights.names))
     rows_BT = token_rows(
         read_documents(text, text_column),
         load_tokenizer(store, checkpoint),
@@ -90,7 +92,7 @@ def _score(
     total = skeleton.num_blocks + 1.0
     for index in range(skeleton.num_blocks):
         on_progress(Progress(done=index, total=total, label=f"block {index + 1}/{skeleton.num_blocks}"))
-        tensors = weights.read(skeleton.block_spec(index).tensors)
+        tensors = read_block(weights, skeleton.block_spec(index))
         block = skeleton.build_block(index, tensors, dtype=dtype, device=device)
         for number, cell in enumerate(cells):
             streams[number] = run_block(block, streams[number], inputs[tuple(cell.shape)][index])

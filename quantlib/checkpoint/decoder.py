@@ -53,6 +53,10 @@ class DecodedCheckpoint:
         plain = [name for name in self._checkpoint.tensors if name not in hidden]
         return plain + [f"{linear}.weight" for linear in self._packed]
 
+    def is_plain(self, name: str) -> bool:
+        """Whether a tensor is stored under its own name, not packed."""
+        return name in self._checkpoint.tensors
+
     def read(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Tensors by original name: plain ones in their stored dtype, quantized ones as fp32 levels."""
         linears = [name.removesuffix(".weight") for name in names]
