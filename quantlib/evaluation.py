@@ -11,13 +11,16 @@ import torch
 
 from quantlib.calibration.corpus import load_tokenizer, rows_digest, token_rows
 from quantlib.calibration.documents import read_documents
+from quantlib.checkpoint.decoded_block import read_block
+from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.source import open_source
 from quantlib.job.stages import Progress
 from quantlib.machine import batch_tokens, compute_dtype, default_threads, device_kind
+from quantlib.model.rejoined_names import rejoined_names
 from quantlib.model.skeleton import Skeleton, load_skeleton, run_block
 from quantlib.steps import perplexity, score_streams
-from quantlib.storage import normalize_uri, open_store
+from quantlib.storage import Store, normalize_uri, open_store
 
 
 def evaluate_checkpoint(
@@ -49,7 +52,8 @@ def evaluate_checkpoint(
     store = open_store(uri, storage_engine)
     # Levels as they are: rounded to the model's dtype they would be those of another checkpoint.
     checkpoint = open_source(store, uri, levels_dtype="F32")
-    skeleton = load_skeleton(checkpoint.config, list(checkpoint.tensors))
+    names = rejoined_names(checkpoint.config, list(checkpoint.tensors))
+    skeleton = load_skeleton(checkpoint.config, names)
     rows_BT = token_rows(
         read_documents(text, text_column),
         load_tokenizer(store, checkpoint),
@@ -62,7 +66,7 @@ def evaluate_checkpoint(
     dtype = getattr(torch, compute_dtype(checkpoint.config, kind))
     cells = rows_BT.to(place).split(max(1, batch_tokens(kind) // sequence_length))
     with torch.inference_mode():
-        sums = _score(partial(read_tensors, store, checkpoint), skeleton, cells, dtype, place, on_progress)
+        sums = _score(store, checkpoint, skeleton, cells, dtype, place, on_progress)
     tokens = sum(cell["tokens"] for cell in sums)
     return {
         "model": uri,
@@ -74,7 +78,8 @@ def evaluate_checkpoint(
 
 
 def _score(
-    read: Callable[[Sequence[str]], dict[str, torch.Tensor]],
+    store: Store,
+    checkpoint: Checkpoint,
     skeleton: Skeleton,
     cells: Sequence[torch.Tensor],
     dtype: torch.dtype,
@@ -82,6 +87,7 @@ def _score(
     on_progress: Callable[[Progress], None],
 ) -> list[dict[str, float]]:
     """Run all cells through the model, one block at a time; the sums of `score_streams` for every cell."""
+    read = partial(read_tensors, store, checkpoint)
     outer = skeleton.build_outer(read(skeleton.prelude_tensors), dtype=dtype, device=device)
     embedded = [outer.embed(cell) for cell in cells]
     streams = [hidden for hidden, _ in embedded]
@@ -91,7 +97,7 @@ def _score(
     total = skeleton.num_blocks + 1.0
     for index in range(skeleton.num_blocks):
         on_progress(Progress(done=index, total=total, label=f"block {index + 1}/{skeleton.num_blocks}"))
-        tensors = read(skeleton.block_spec(index).tensors)
+        tensors = read_block(store, checkpoint, skeleton.block_spec(index))
         block = skeleton.build_block(index, tensors, dtype=dtype, device=device)
         for number, cell in enumerate(cells):
             streams[number] = run_block(block, streams[number], inputs[tuple(cell.shape)][index])

@@ -1,29 +1,29 @@
 """Accounts for every tensor of a source in the output that was made from it, and for every one of the output.
 
-A source tensor is in the output byte for byte, or quantized (its packed tensors are there, with the dtypes
-and shapes that its scheme asks for), or a bias that was corrected, or dropped with a reason that the report
-gives. Which of these it is, the output's headers say; the report is compared with it. Nothing else may be in
-the output. Left out: whether codes are good ones.
+A source tensor is in the output byte for byte, or quantized (the packed tensors of all linears it holds are
+there, with the dtypes and shapes that their scheme asks for), or a bias that was corrected, or split into the
+biases of several linears, or dropped with a reason that the report gives. Which of these it is, the output's
+headers say; the report is compared with it. Nothing else may be in the output. Left out: whether codes are
+good ones.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from quantlib.checkpoint.compare import differing_bytes
-from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
 from quantlib.checkpoint.findings import limited
 from quantlib.checkpoint.header import TensorEntry
 from quantlib.checkpoint.index import Checkpoint
+from quantlib.checkpoint.linear_check import packed_findings, split_bias_findings
 from quantlib.checkpoint.reader import read_tensors
-from quantlib.errors import CheckpointError, PackingError
+from quantlib.checkpoint.source_linears import SourceLinear, SourceLinears
 from quantlib.job.accounts import COPIED, CORRECTED, DROPPED, QUANTIZED, Account, pattern_of, summed_up
 from quantlib.packing import FORMATS, PackingFormat, format_of
-from quantlib.packing.specs import packed_on_meta
-from quantlib.schemes import WeightScheme
 from quantlib.storage import Store
+from quantlib.strided_view import StoredPart
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,30 +58,27 @@ def check_source(
     Raises:
         CheckpointError: An object was replaced meanwhile.
 
-    Cost: reads every copied tensor on both sides; about 320 MiB of memory.
+    Cost: reads every copied tensor on both sides; about 320 MiB of memory. Loads the skeleton of the source.
     """
-    packed = {
-        name: parts
-        for name in source.tensors
-        if name not in output.tensors and (parts := _packed_parts(name, output))
-    }
-    states = dict(_states(source, output, packed, report))
-    copied = [name for name, state in states.items() if state == COPIED]
-    explained = {*source.tensors, *(part for parts in packed.values() for part in parts)}
+    linears = SourceLinears(source)
+    gone = [name for name in source.tensors if name not in output.tensors]
+    packed = {name: found for name in gone if (found := _packed(linears.weights(name), output))}
+    split = {name: found for name in gone if (found := _split(linears.split_biases(name), output))}
+    states = dict(_states(source, output, packed, split, report))
+    copied = [name for name, state in states.items() if state == COPIED and name not in split]
+    lost = sorted(source.tensors.keys() - states.keys())
+    strays = sorted(output.tensors.keys() - _explained(source, output, packed, split))
     findings = [
         *limited(
             f"Tensor {name} of the source is neither kept, nor quantized, nor dropped with a reason."
-            for name in sorted(source.tensors)
-            if name not in states
+            for name in lost
         ),
         *limited(_kind_findings(source, output, states)),
         *limited(_byte_findings(store, output, source_store, source, copied)),
-        *_packed_findings(source, output, packed),
-        *limited(
-            f"Tensor {name} is in the output and comes from nothing in the source."
-            for name in sorted(output.tensors)
-            if name not in explained
-        ),
+        *packed_findings(source, output, packed),
+        *limited(split_bias_findings(store, output, source_store, source, split)),
+        *limited(f"Tensor {name} is in the output and comes from nothing in the source." for name in strays),
+        *(_unknown_structure(linears) if lost and strays else ()),
         *limited(
             f"Tensor {name} is in the output, though the report says that it was dropped."
             for name in sorted(_dropped(report).keys() & output.tensors.keys())
@@ -94,13 +91,21 @@ def check_source(
     )
 
 
-def _packed_parts(name: str, output: Checkpoint) -> list[str]:
-    """The packed tensors that may stand for a weight, of those that are in the output."""
-    linear = name.removesuffix(".weight")
-    if linear == name:
-        return []
-    parts = (part for packer in _packers(output) for part in packer.packed_names(linear))
-    return [part for part in parts if part in output.tensors]
+def _packed(linears: Sequence[SourceLinear], output: Checkpoint) -> Sequence[SourceLinear]:
+    """All of them where any has a packed tensor in the output, else none."""
+    names = (name for linear in linears for name in _packed_names(linear, output))
+    return linears if any(name in output.tensors for name in names) else ()
+
+
+def _split(biases: Mapping[str, StoredPart], output: Checkpoint) -> Mapping[str, StoredPart]:
+    """All of them where any is in the output, else none."""
+    return biases if any(name in output.tensors for name in biases) else {}
+
+
+def _packed_names(linear: SourceLinear, output: Checkpoint) -> Iterator[str]:
+    """What the packed tensors of a linear may be called."""
+    for packer in _packers(output):
+        yield from packer.packed_names(linear.name)
 
 
 def _packers(output: Checkpoint) -> Sequence[PackingFormat]:
@@ -110,7 +115,11 @@ def _packers(output: Checkpoint) -> Sequence[PackingFormat]:
 
 
 def _states(
-    source: Checkpoint, output: Checkpoint, packed: Mapping[str, Sequence[str]], report: Mapping[str, Any]
+    source: Checkpoint,
+    output: Checkpoint,
+    packed: Container[str],
+    split: Container[str],
+    report: Mapping[str, Any],
 ) -> Iterator[tuple[str, str]]:
     corrected, dropped = _corrected(report), _dropped(report)
     for name in source.tensors:
@@ -118,8 +127,28 @@ def _states(
             yield name, CORRECTED if name in corrected else COPIED
         elif name in packed:
             yield name, QUANTIZED
+        elif name in split:
+            yield name, COPIED
         elif name in dropped:
             yield name, DROPPED
+
+
+def _explained(
+    source: Checkpoint,
+    output: Checkpoint,
+    packed: Mapping[str, Sequence[SourceLinear]],
+    split: Mapping[str, Collection[str]],
+) -> set[str]:
+    """Names of all that may be in the output."""
+    names = {*source.tensors, *(name for biases in split.values() for name in biases)}
+    for linears in packed.values():
+        names.update(name for linear in linears for name in _packed_names(linear, output))
+    return names
+
+
+def _unknown_structure(linears: SourceLinears) -> Iterator[str]:
+    if linears.error is not None:
+        yield f"Which linears the tensors of the source hold cannot be told: {linears.error}."
 
 
 def _kind_findings(source: Checkpoint, output: Checkpoint, states: Mapping[str, str]) -> Iterator[str]:
@@ -158,68 +187,6 @@ def _byte_findings(
                 f"Tensor {now.name} is not as in the source: {differing[now.name]:,} of its"
                 f" {now.size_bytes:,} bytes differ."
             )
-
-
-def _packed_findings(
-    source: Checkpoint, output: Checkpoint, packed: Mapping[str, Sequence[str]]
-) -> Iterator[str]:
-    packer = format_of(output.config)
-    if packer is None:
-        if packed and output.config:
-            yield (
-                "config.json has no quantization_config that can be read, so that packed tensors cannot be"
-                " checked."
-            )
-        return
-    yield from limited(
-        finding
-        for name in sorted(packed)
-        for finding in _findings_of_linear(name.removesuffix(".weight"), source.tensors[name], output, packer)
-    )
-
-
-def _findings_of_linear(
-    linear: str, weight: TensorEntry, output: Checkpoint, packer: PackingFormat
-) -> Iterator[str]:
-    """Packed tensors of one linear that are missing, too many, or of other shapes than they have to be."""
-    try:
-        scheme = packer.scheme_of(output.config["quantization_config"], linear)
-        expected = {} if scheme is None else _expected(linear, weight, scheme, packer)
-    except (CheckpointError, PackingError) as error:
-        yield f"{linear} is packed, but cannot be: {error}."
-        return
-    if scheme is None:
-        yield f"{linear} is packed, but quantization_config says that it is not quantized."
-        return
-    for name in packer.packed_names(linear):
-        found = output.tensors.get(name)
-        kind = None if found is None else (found.dtype, found.shape)
-        if kind != expected.get(name):
-            yield f"Tensor {name} is {_said(kind)}; {_said(expected.get(name))} was expected at {scheme}."
-
-
-_Kind = tuple[str, tuple[int, ...]]
-
-
-def _expected(
-    linear: str, weight: TensorEntry, scheme: WeightScheme, packer: PackingFormat
-) -> dict[str, _Kind]:
-    if len(weight.shape) != 2:
-        raise CheckpointError(f"its weight in the source has {len(weight.shape)} dims", tensor=weight.name)
-    rows, columns = weight.shape
-    packed = packed_on_meta(
-        packer,
-        linear,
-        rows=rows,
-        columns=columns,
-        scheme=scheme,
-        model_dtype=torch_dtype(weight.dtype),
-    )
-    return {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in packed.items()}
-
-
-def _said(kind: _Kind | None) -> str:
-    return "absent" if kind is None else f"{kind[0]} {list(kind[1])}"
 
 
 def _report_findings(states: Mapping[str, str], report: Mapping[str, Any]) -> Iterator[str]:

@@ -136,6 +136,7 @@ def build_plan(
     blocks = tuple(
         _plan_block(skeleton.block_spec(index), options, packer) for index in range(skeleton.num_blocks)
     )
+    _refuse_other_layouts(blocks, checkpoint)
     _check_rules(options, skeleton, blocks, checkpoint)
     # A layout may be unable to say what was asked for, such as a mix of schemes: better known now.
     kept_linears = (
@@ -284,6 +285,19 @@ def _refuse_computed(linear: LinearSpec) -> None:
             f" {', '.join(linear.weight_tensors[:2])}; such linears can only be kept, by a rule",
             linear=linear.name,
         )
+
+
+def _refuse_other_layouts(blocks: Sequence[BlockPlan], checkpoint: Checkpoint) -> None:
+    """transformers transposes some tensors when their shape asks for it, which names do not tell."""
+    for linear in (linear for block in blocks for linear in block.linears if linear.scheme is not None):
+        view, stored = linear.weight.view, checkpoint.tensors[linear.weight.tensor].shape
+        if view is not None and tuple(stored) != view.whole:
+            raise UnsupportedModelError(
+                f"{linear.name}: its weight would be read from a tensor of shape {list(view.whole)}, but"
+                f" {linear.weight.tensor} is stored as {list(stored)}; linears stored in a layout that"
+                " transformers changes while it loads can only be kept, by a rule",
+                linear=linear.name,
+            )
 
 
 def _plan_units(

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from quantlib.errors import CheckpointError
 from quantlib.model.materialize import Slot
-from quantlib.model.stored_names import BuiltModel, Conversion, find_stored_names
+from quantlib.model.stored_names import BuiltModel, find_stored_names, parameters_made
 from quantlib.model.strided import layout, view_within
 from quantlib.model.trace import own_tensors
 
@@ -38,7 +38,9 @@ class Sources:
         stored = find_stored_names(model, tensor_names)
         self._renamed = stored.renamed
         self._conversions = {
-            made: conversion for conversion in stored.conversions.values() for made in _made(conversion)
+            made: conversion
+            for conversion in stored.conversions.values()
+            for made in parameters_made(conversion)
         }
         self._pieces: dict[str, _Pieces] = {}
 
@@ -125,11 +127,6 @@ class _Pieces:
         if layout(tensor) == layout(self._parameter):
             return self._name, None
         return self._name, view_within(tensor, self._parameter)
-
-
-def _made(conversion: Conversion) -> list[str]:
-    first = conversion.converter.target_patterns[0]
-    return [conversion.name.replace(first, pattern) for pattern in conversion.converter.target_patterns]
 
 
 def _joined(*parts: str) -> str:

@@ -55,6 +55,11 @@ class Conversion:
         """Names of all tensors it reads."""
         return tuple(name for names in self.tensors.values() for name in names)
 
+    @property
+    def leaves_fitting(self) -> bool:
+        """Whether it depends on the shape of what is stored: what fits the parameter is left as it is."""
+        return any(getattr(operation, "check_dims", False) for operation in self.converter.operations)
+
     def run(self, model: BuiltModel, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The parameters it makes, by name."""
         converter = copy.deepcopy(self.converter)
@@ -72,8 +77,7 @@ class Conversion:
         Raises:
             CheckpointError: There are more or fewer stored tensors than the parameter has room for.
         """
-        if any(getattr(operation, "check_dims", False) for operation in self.converter.operations):
-            # Transposed or not, depending on the shape of what is stored.
+        if self.leaves_fitting:
             return {}
         reverse: Any = self.converter.reverse_transform()
         collected: dict[str, Any] = {reverse.source_patterns[0]: [parameter]}
@@ -126,6 +130,12 @@ def _views_stay_views() -> Iterator[None]:
 
 def _shares_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
     return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+
+
+def parameters_made(conversion: Conversion) -> list[str]:
+    """Names of all parameters that a conversion makes."""
+    first, *_ = patterns = conversion.converter.target_patterns
+    return [conversion.name.replace(first, pattern) for pattern in patterns]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

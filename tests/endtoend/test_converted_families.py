@@ -1,7 +1,8 @@
 """Whole conversions of tiny models of every family, beside transformers' own forward on what was written.
 
 The output is read by a decoder that shares no code with the product's packers
-(`tests/benchmarks/checkpoint_levels.py`), put back into the layout of the source and run by transformers.
+(`tests/benchmarks/checkpoint_levels.py`), put back into the layout of the source and run by transformers. The
+product's own verification and evaluation have to agree.
 """
 
 import json
@@ -18,6 +19,8 @@ from safetensors.torch import save_file
 from quantlib.calibration.corpus import load_tokenizer, token_rows
 from quantlib.calibration.documents import read_documents
 from quantlib.checkpoint.index import open_checkpoint
+from quantlib.checkpoint.verify import verify_checkpoint
+from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import Plan
@@ -107,6 +110,22 @@ def _assert_accounted_for(stored: dict[str, torch.Tensor], written: dict[str, An
         assert torch.equal(stored[name], written[name]), name
 
 
+def _assert_verified_and_evaluated(options: JobOptions, figures: dict[str, Any]) -> None:
+    store = open_store("file:///", "obstore")
+    assert verify_checkpoint(store, f"file://{options.output}", f"file://{options.source}").findings == ()
+    measured = evaluate_checkpoint(
+        options.output,
+        f"file://{options.evaluation}",
+        text_column="text",
+        sequences=options.evaluation_sequences,
+        sequence_length=options.sequence_length,
+        threads=1,
+        device="cpu",
+    )
+    assert measured["digest"] == figures["digest"]
+    assert measured["perplexity"] == pytest.approx(figures["perplexity_quantized"], rel=1e-5)
+
+
 @pytest.mark.parametrize("family", CONVERTED)
 def test_family_is_converted(family: str, tmp_path: Path, texts: Path) -> None:
     source = save_tiny_checkpoint(tmp_path / "source", family)
@@ -129,6 +148,7 @@ def test_family_is_converted(family: str, tmp_path: Path, texts: Path) -> None:
         _perplexity(tmp_path / "levels", ids_BT), rel=1e-5
     )
     assert figures["perplexity_quantized"] != figures["perplexity_original"]
+    _assert_verified_and_evaluated(options["W8 RTN"], figures)
     errors = {
         name: sum(linear["relative_error"] for block in report["blocks"] for linear in block["linears"])
         for name, report in reports.items()

@@ -5,9 +5,10 @@ import hashlib
 import json
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from quantlib.checkpoint.header import read_header
-from quantlib.errors import PackingError, PlanMismatchError
+from quantlib.errors import PackingError, PlanMismatchError, UnsupportedModelError
 from quantlib.inprocess import quantize
 from quantlib.job.estimate import describe_plan, format_plan
 from quantlib.job.finished import check_unit
@@ -117,6 +118,23 @@ def test_plan_parts_of_stored_tensors_survive_its_storage(tmp_path, family):
     plan, _ = build_plan(_options_of_family(tmp_path, family, {"num_hidden_layers": 4, "vocab_size": 96}), 1)
     assert any(linear.weight.view is not None for block in plan.blocks for linear in block.linears)
     assert plan_from_json(json.loads(json.dumps(plan_to_json(plan)))).blocks == plan.blocks
+
+
+def test_plan_refuses_to_part_tensors_that_transformers_transposes_while_it_loads(tmp_path):
+    rtn = {"group_size": 8, "method": "rtn", "calibration": None}
+    options = _options_of_family(tmp_path, "qwen3_vl_moe", {}, **rtn)
+    build_plan(options, 1)
+    name = "model.language_model.layers.2.mlp.experts.down_proj"
+    for shard in (tmp_path / "source").glob("*.safetensors"):
+        held = load_file(shard)
+        if name in held:
+            save_file({**held, name: held[name].transpose(1, 2).contiguous()}, shard, {"format": "pt"})
+    said = r"layers\.2\.mlp\.experts\.0\.down_proj: .* shape \[4, 32, 24\], but .* stored as \[4, 24, 32\]"
+    with pytest.raises(UnsupportedModelError, match=said):
+        build_plan(options, 1)
+    kept = [{"match": "model.language_model.layers.2.mlp.experts.*", "keep": True}]
+    plan, _ = build_plan(tiny_options(tmp_path, **rtn, rules=kept), 1)
+    assert any(name in unit.copied for unit in plan.units)
 
 
 def _options_of_family(tmp_path, family, settings, **overrides):
