@@ -92,6 +92,8 @@ def test_gptq_report_states_what_was_used():
         "bounded_scales": 0,
         "fallback": None,
         "bias_change": None,
+        "shared_tokens": None,
+        "dropped_tokens": None,
     }
 
 

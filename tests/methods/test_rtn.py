@@ -53,6 +53,8 @@ def test_rtn_report_without_hessian_is_unweighted():
         "bounded_scales": 0,
         "fallback": None,
         "bias_change": None,
+        "shared_tokens": None,
+        "dropped_tokens": None,
     }
 
 
