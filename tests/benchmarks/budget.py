@@ -16,6 +16,7 @@ worker measured (of itself, without Ray's shared memory). Weights are random, th
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -136,10 +137,16 @@ def idle_bytes(folder: Path) -> int:
 
 
 def _said(*command: str) -> str:
-    ended = subprocess.run([QUANTMILL, *command], stdout=subprocess.PIPE, text=True, check=False)
-    if ended.returncode:
-        sys.exit(ended.returncode)
-    return ended.stdout
+    with subprocess.Popen([QUANTMILL, *command], stdout=subprocess.PIPE, text=True) as running:
+        try:
+            said, _ = running.communicate()
+        except BaseException:
+            # Politely: it has workers and a server to stop.
+            running.terminate()
+            raise
+    if running.returncode:
+        sys.exit(running.returncode)
+    return said
 
 
 def main() -> None:
@@ -149,6 +156,7 @@ def main() -> None:
     parser.add_argument("--share", type=float, default=0.4)
     parser.add_argument("--threads", type=int, default=1)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     columns = ("job", "idle MB", "unsliced need", "its statistics", "budget", "planned", "peak", "on disk")
     columns += ("slices", "inside", "s")
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
