@@ -258,9 +258,9 @@ def _merged(block: BlockPlan, group: int, solved: Sequence[TileRows]) -> Iterato
 
 
 def _with_tokens(report: LinearReport, tokens: GroupTokens) -> LinearReport:
-    if tokens.shared is None or report.method == "rtn":
+    if tokens.shared is None:
         return report
-    lacks_all = tokens.own == 0 and report.fallback is None
+    lacks_all = tokens.own == 0 and report.fallback is None and report.method != "rtn"
     return dataclasses.replace(
         report,
         tokens=tokens.own,

@@ -19,6 +19,18 @@ settings.register_profile("quantmill", deadline=None)
 settings.load_profile("quantmill")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """One thread of torch: on tiny models several wait for each other longer than they compute."""
+    # Most tests need no torch, which takes seconds to import.
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     """One SeaweedFS server for the whole run."""

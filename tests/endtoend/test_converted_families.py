@@ -31,17 +31,9 @@ from tests.support.family_settings import CONVERTED, DENSE, EXPERTS, MULTIMODAL
 from tests.support.tiny_jobs import save_letter_tokenizer, tiny_options, tiny_text
 from tests.support.tiny_models import auto_class, read_all_tensors, read_config, save_tiny_checkpoint
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 _README = Path(__file__).resolve().parents[2] / "README.md"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
