@@ -81,6 +81,14 @@ def _where(pool: WorkerPool, place: int) -> dict[str, Any]:
     return ray.get(actors[place % len(actors)].ready.remote())
 
 
+def _is_dead(pid: int) -> bool:
+    # A killed child stays in the table of processes until its parent looks.
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return True
+
+
 def _at(actions: dict[str, Callable[[WorkerPool], None]]) -> Callable[[WorkerPool, str], None]:
     """Does each action the first time its stage begins."""
     left = dict(actions)
@@ -284,6 +292,8 @@ def test_worker_that_hangs_is_found_by_its_pulse(root, expected, ray_cluster, tw
     report = _convert(options, two_workers, _at({"block 2/5: capture": freeze}))
     assert shard_digests(Path(options.output)) == expected["original"]
     assert "has not answered" in report["history"]["renewals"][0]["because"]
-    # A killed child stays in the table of processes until its parent looks.
-    state = Path(f"/proc/{frozen[0]}/stat")
-    assert not state.exists() or state.read_text().rpartition(")")[2].split()[0] == "Z"
+    # Ray asks first and kills whoever has not answered for `kill_worker_timeout_milliseconds`, 5 s.
+    deadline = time.monotonic() + 60
+    while not _is_dead(frozen[0]):
+        assert time.monotonic() < deadline, "the frozen worker was left alive"
+        time.sleep(0.2)
