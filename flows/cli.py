@@ -17,7 +17,7 @@ from typing import Any
 from flows.child_process import run_quantlib
 from flows.prefect_environment import prepare_prefect, refuse_unreachable_server
 from quantlib.errors import QuantError, RecipeError
-from quantlib.job.command_line import COMMANDS, Command, build_parser, options_of, values_of
+from quantlib.job.command_line import COMMANDS, Command, build_parser, requests_of, values_of
 from quantlib.job.options import JobOptions
 
 _PROGRAM = "quantmill"
@@ -59,13 +59,13 @@ def _dispatch(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if arguments.command not in ("plan", "quantize"):
         values_of(arguments)  # refused here, before a process that loads torch is started
         return run_quantlib(argv)
-    options = options_of(arguments)
-    if arguments.command == "plan" or options.runner == "inprocess":
+    requests = requests_of(arguments)
+    if arguments.command == "plan" or any(options.runner == "inprocess" for options in requests):
         return run_quantlib(argv)
-    return _quantize(options, arguments)
+    return _quantize(requests, arguments)
 
 
-def _quantize(options: JobOptions, arguments: argparse.Namespace) -> int:
+def _quantize(requests: Sequence[JobOptions], arguments: argparse.Namespace) -> int:
     is_temporary = prepare_prefect(is_verbose=arguments.verbose)
     if is_temporary:
         print(f"{_PROGRAM}: starting a temporary Prefect server", file=sys.stderr)
@@ -74,13 +74,16 @@ def _quantize(options: JobOptions, arguments: argparse.Namespace) -> int:
     # Prefect reads its settings at import, so after prepare_prefect.
     from flows.params import params_from
     from flows.progress import progress_heard_by
-    from flows.quantize_model import quantize_model
+    from flows.quantize_model import quantize_model, quantize_recipes
     from quantlib.job.progress_bar import progress_bar
 
     hear_interrupts()
     with progress_bar() as show, progress_heard_by(show):
-        report = quantize_model(params_from(options))
-    _print_report(report, is_json=arguments.json)
+        if len(requests) == 1:
+            reports = [quantize_model(params_from(requests[0]))]
+        else:
+            reports = quantize_recipes([params_from(options) for options in requests])
+    _print_reports(reports, is_json=arguments.json)
     return 0
 
 
@@ -97,15 +100,16 @@ def hear_interrupts() -> None:
     signal.signal(signal.SIGINT, interrupt)
 
 
-def _print_report(report: dict[str, Any], *, is_json: bool) -> None:
+def _print_reports(reports: Sequence[dict[str, Any]], *, is_json: bool) -> None:
     from flows.summary import report_uri
     from quantlib.job.report_text import format_summary
 
     if is_json:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(reports[0] if len(reports) == 1 else reports, indent=2))
         return
-    print(format_summary(report))
-    print(f"report: {report_uri(report)}")
+    for report in reports:
+        print(format_summary(report))
+        print(f"report: {report_uri(report)}")
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -1,12 +1,14 @@
-"""The flow that converts a checkpoint.
+"""The flows that convert a checkpoint: into one output, or into several from one reading.
 
 The flow's process is the Ray driver: Prefect tasks wait for Ray workers and get back small dicts. What is
 done in which order is `quantlib.job.conversion`'s; here are only the Prefect run around it and what it shows.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.artifacts import ProgressArtifact, publish_report
@@ -20,6 +22,10 @@ from quantlib.job.stages import Progress
 
 # Tasks only wait, and the conversion starts no more stages at a time than there are workers, plus writes.
 _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)  # Prefect types the parameter too narrowly
+
+
+def _names_of_all() -> str:
+    return ", ".join(params.title for params in flow_run.parameters["conversions"])
 
 
 @flow(
@@ -42,7 +48,33 @@ def quantize_model(params: QuantizeParams) -> dict[str, Any]:
     Raises:
         QuantError: With ``before_work`` set when the request was refused before anything was written.
     """
-    options = _validated(params)
+    (report,) = _convert([params])
+    return report
+
+
+@flow(
+    name="quantize-recipes",
+    flow_run_name=_names_of_all,
+    task_runner=_TASK_RUNNER,
+    persist_result=False,
+)
+def quantize_recipes(conversions: list[QuantizeParams]) -> list[dict[str, Any]]:
+    """Convert a checkpoint into several quantized ones; it is read once and runs once for all of them.
+
+    Args:
+        conversions: Of one source; they may differ in where their output goes and how its codes are found.
+
+    Returns:
+        The report of each, as JSON values.
+
+    Raises:
+        QuantError: With ``before_work`` set when a request was refused before anything was written.
+    """
+    return _convert(conversions)
+
+
+def _convert(conversions: Sequence[QuantizeParams]) -> list[dict[str, Any]]:
+    requests = [_validated(params) for params in conversions]
     # Ray loads with the first run, not when a deployment is registered or a form is drawn.
     from workers.api import open_crew
 
@@ -52,10 +84,11 @@ def quantize_model(params: QuantizeParams) -> dict[str, Any]:
         tell_listener(progress)
         bar.show(progress)
 
-    with open_crew(options) as crew:
-        report = convert(options, crew, PrefectStages(), on_progress)
-    publish_report(report)
-    return report
+    with open_crew(requests[0]) as crew:
+        reports = convert(requests, crew, PrefectStages(), on_progress)
+    for report in reports:
+        publish_report(report)
+    return reports
 
 
 def _validated(params: QuantizeParams) -> JobOptions:

@@ -26,14 +26,15 @@ from quantlib.errors import (
     UnsupportedModelError,
 )
 from quantlib.evaluation import evaluate_checkpoint
-from quantlib.inprocess import quantize
+from quantlib.inprocess import quantize_all
 from quantlib.job.accounts import account_lines
+from quantlib.job.bundle import bundle_of
 from quantlib.job.clean import clean_work, format_cleaned
-from quantlib.job.command_line import COMMANDS, build_parser, options_of, values_of
+from quantlib.job.command_line import COMMANDS, build_parser, requests_of, values_of
 from quantlib.job.estimate import describe_plan, format_plan
 from quantlib.job.memory import Room, Surroundings, budgets_from, heap_bytes, plan_memory
 from quantlib.job.options import JobOptions
-from quantlib.job.planner import build_plan, open_planned_source
+from quantlib.job.planner import build_plan, open_model, open_planned_source
 from quantlib.job.progress_bar import progress_bar
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_text import format_report, format_summary
@@ -78,27 +79,34 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _plan(parsed: argparse.Namespace) -> int:
-    options = options_of(parsed)
+    requests = requests_of(parsed)
+    options = requests[0]
     if parsed.cluster is not None:
         return _predict(parsed, options)
     if is_shipped(options.source):
         raise RecipeError(f"{options.source} has no weights: it can only be predicted; name a --cluster")
     num_workers = options.workers or 1
-    plan, _ = build_plan(options, default_threads(num_workers))
+    model, threads = open_model(options), default_threads(num_workers)
+    bundle = bundle_of([build_plan(request, threads, model=model)[0] for request in requests])
     is_here = options.runner == "inprocess"
     surroundings = Surroundings(
         workers=num_workers,
         idle_bytes=memory_bytes(),
-        kept_bytes=heap_bytes(plan, options),
-        has_device=plan.device_kind.startswith("cuda"),
+        kept_bytes=heap_bytes(bundle, options),
+        has_device=bundle.shared.device_kind.startswith("cuda"),
         store_workers=0 if is_here else num_workers,
     )
     room = Room(worker_bytes=machine_memory_bytes() if is_here else None)
-    memory = plan_memory(plan, surroundings, budgets_from(options, room))
-    described = describe_plan(
-        plan, memory, num_workers=num_workers, flops_per_second=measured_flops_per_second(plan.threads)
-    )
-    print(json.dumps(described, indent=1) if parsed.json else format_plan(described))
+    memory = plan_memory(bundle, surroundings, budgets_from(options, room))
+    flops_per_second = measured_flops_per_second(bundle.shared.threads)
+    described = [
+        describe_plan(plan, memory, num_workers=num_workers, flops_per_second=flops_per_second)
+        for plan in bundle.outputs
+    ]
+    if parsed.json:
+        print(json.dumps(described[0] if len(described) == 1 else described, indent=1))
+    else:
+        print("\n\n".join(map(format_plan, described)))
     return 0
 
 
@@ -124,11 +132,13 @@ def _shape_of_source(options: JobOptions) -> ModelShape:
 
 
 def _quantize(parsed: argparse.Namespace) -> int:
-    options = options_of(parsed)
     with progress_bar() as on_progress:
-        report = quantize(options, on_progress)
-    print(json.dumps(report) if parsed.json else format_summary(report))
-    if not parsed.json:
+        reports = quantize_all(requests_of(parsed), on_progress)
+    if parsed.json:
+        print(json.dumps(reports[0] if len(reports) == 1 else reports))
+        return 0
+    for report in reports:
+        print(format_summary(report))
         print(f"Report: {join_uri(report['output'], HTML_NAME)}")
     return 0
 

@@ -19,27 +19,17 @@ from quantlib.block_statistics import BlockStatistics
 from quantlib.calibration.totals import BandSum, Total
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
-from quantlib.checkpoint.writer import ShardReceipt, write_shard
 from quantlib.errors import WorkerError
-from quantlib.group_solver import GroupSolver, TileRows
+from quantlib.group_solver import TileRows
 from quantlib.job import activations, planner
 from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.bands import Band
+from quantlib.job.bundle import Bundle
 from quantlib.job.expert_groups import GroupTokens
-from quantlib.job.finished import check_unit, read_unit
 from quantlib.job.group_tiles import GroupTile
-from quantlib.job.lease import refuse_taken_over
-from quantlib.job.manifest import (
-    DoneRecord,
-    device_kinds,
-    record_device_kind,
-    remove_record,
-    store_record,
-)
-from quantlib.job.memory import heap_bytes
+from quantlib.job.manifest import DoneRecord, device_kinds, record_device_kind
 from quantlib.job.options import JobOptions
-from quantlib.job.plan import Groups, Plan, UnitPlan
-from quantlib.job.publish import publish
+from quantlib.job.plan import Groups
 from quantlib.machine import device_bytes, refuse_other_device
 from quantlib.memory_watch import (
     give_back_free_memory,
@@ -50,22 +40,13 @@ from quantlib.memory_watch import (
 )
 from quantlib.model.late_weights import LateWeight, stored_weight
 from quantlib.model.skeleton import OuterModel, Skeleton, load_skeleton
-from quantlib.packing import FORMATS
-from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
-from quantlib.steps import (
-    corrected_biases,
-    dequantized_weights,
-    late_levels,
-    score_streams,
-    split_biases,
-    stream_error,
-)
-from quantlib.storage import join_uri, open_store
+from quantlib.steps import score_streams, stream_error
+from quantlib.storage import open_store
 from quantlib.stream_shelf import Shelf
 from quantlib.sum_exchange import SumExchange
-from quantlib.unit_converter import BegunShard, UnitConverter
 from quantlib.worker_cells import WorkerCells, following_stream
+from quantlib.worker_output import WorkerOutput
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -85,84 +66,89 @@ class BlockRunner:
         self._sums = SumExchange(share, host)
         self._stopped = threading.Event()
         self._clock = StageClock()
-        self._prepared: planner.Prepared | None = None
+        self._prepared: list[planner.Prepared] | None = None
         self._modules: dict[str, tuple[int, nn.Module]] = {}
         self._outer: OuterModel | None = None
         watch_memory()
 
-    def prepare(self, options: JobOptions, threads: int) -> dict[str, Any]:
-        """Plan the job; see `quantlib.job.planner.prepare`."""
+    def prepare(self, requests: Sequence[JobOptions], threads: int) -> dict[str, Any]:
+        """Plan the outputs of a job; see `quantlib.job.planner.prepare_all`."""
         with self._clock.computing("plan"):
-            self._prepared = planner.prepare(options, threads)
+            self._prepared = planner.prepare_all(requests, threads)
             # What tracing the model and tokenizing took would count as idle for the whole job.
             give_back_free_memory()
+            device_kind = self._prepared[0].plan.device_kind
             return {
-                "plan": self._prepared.plan,
-                "report": self._prepared.report,
+                "plans": [prepared.plan for prepared in self._prepared],
+                "reports": [prepared.report for prepared in self._prepared],
                 "idle_bytes": memory_bytes(),
-                "kept_bytes": heap_bytes(self._prepared.plan, options),
-                "device_bytes": device_bytes(self._prepared.plan.device_kind),
+                "device_bytes": device_bytes(device_kind),
             }
 
-    def begin(self, options: JobOptions, threads: int) -> dict[str, Any]:
-        """Make the work prefix ready, holding its lease; see `quantlib.job.planner.begin`."""
+    def begin(self, requests: Sequence[JobOptions], threads: int) -> dict[str, Any]:
+        """Make the work prefixes ready, holding their leases; see `quantlib.job.planner.begin`."""
         with self._clock.computing("plan"):
             # Another worker than the one that planned: it plans for itself.
-            prepared = self._prepared or planner.prepare(options, threads)
+            prepared = self._prepared or planner.prepare_all(requests, threads)
             self._prepared = None
-            return planner.begin(prepared, options)
+            return planner.begin([found for found in prepared if found.report is None])
 
     def open(
         self,
-        plan: Plan,
+        bundle: Bundle,
         run_id: str | None = None,
         activation_bytes: int | None = None,
         has_late_weights: bool = False,
     ) -> None:
-        """Take up a plan.
+        """Take up the plans of a job.
 
         Args:
-            run_id: The run that holds the lease of the work prefix; it is checked before a unit is recorded.
+            run_id: The run that holds the leases of the work prefixes; see `WorkerOutput`.
             activation_bytes: What of the streams may be in memory; None for all.
             has_late_weights: Whether the linears of a live block make their weights when they run.
 
         Raises:
             PlanMismatchError: This worker's device is of another kind than the plan's, which is not allowed.
         """
+        plan = bundle.shared
         kind = refuse_other_device(plan.device_kind, mixed_gpus=plan.options["mixed_gpus"])
         # One thread rounds as fast as a client reads; more would spin on the cores that storage needs.
-        is_light = not plan.has_streams and plan.options["scale_search"] == "minmax"
+        is_light = not bundle.has_streams and plan.options["scale_search"] == "minmax"
         torch.set_num_threads(1 if is_light else plan.threads)
         if plan.options["worker_memory"] is not None:
             give_back_what_is_freed()
-        self._run_id, self._has_late_weights = run_id, has_late_weights
+        self._has_late_weights = has_late_weights
         self._plan = plan
-        self._units = {unit.name: unit for unit in plan.units}
         self._device = torch.device("cuda" if plan.device_kind.startswith("cuda") else "cpu")
         self._dtype: torch.dtype = getattr(torch, plan.compute_dtype)
-        self._packer = FORMATS[plan.options["format"]]
         engine = plan.options["storage_engine"]
         self._source_store = open_store(plan.source, engine)
-        self._output_store = open_store(plan.output, engine)
         self._work_store = open_store(plan.work, engine)
-        record_device_kind(self._work_store, plan, kind)
         self._checkpoint: Checkpoint = planner.open_planned_source(self._source_store, plan)
         self._skeleton: Skeleton = load_skeleton(self._checkpoint.config, list(self._checkpoint.tensors))
         self._shelf = Shelf(activation_bytes)
-        self._cells = WorkerCells(plan, self._work_store, self._device, self._shelf)
-        settings = SolverSettings.from_options(plan.options)
-        self._solver = GroupSolver(self._packer, settings, self._device)
+        self._cells = WorkerCells(bundle, self._work_store, self._device, self._shelf)
         self._statistics = BlockStatistics(plan, self._cells, self._device)
-        stores = self._source_store, self._output_store
-        self._converter = UnitConverter(self._checkpoint, *stores, self._solver, self._clock, self._working)
+        self._outputs = [
+            WorkerOutput(
+                output,
+                run_id,
+                checkpoint=self._checkpoint,
+                source_store=self._source_store,
+                device=self._device,
+                clock=self._clock,
+                working=self._working,
+            )
+            for output in bundle.outputs
+        ]
+        for output in bundle.outputs:
+            record_device_kind(open_store(output.work, engine), output, kind)
         self._sums.open(self._device)
         self._modules, self._outer = {}, None
-        self._begun: dict[str, BegunShard] = {}
 
     def abort_uploads(self) -> int:
-        """Give up what lost workers were writing, and tell how many uploads; no living one may be writing."""
-        output, work = self._plan.output, self._plan.work
-        return self._output_store.abort_uploads(output) + self._work_store.abort_uploads(work)
+        """See `WorkerOutput.abort_uploads`."""
+        return sum(output.abort_uploads() for output in self._outputs)
 
     def read(self, names: Sequence[str], part: int = 0, num_parts: int = 1) -> dict[str, torch.Tensor]:
         """A part of some source tensors, in their stored dtype, on the CPU.
@@ -181,27 +167,17 @@ class BlockRunner:
             mine = [entry.name for entry, found in zip(entries, parts, strict=True) if found == part]
             return read_tensors(self._source_store, self._checkpoint, mine)
 
-    def read_packed(self, unit_name: str) -> dict[str, torch.Tensor]:
+    def read_packed(self, output: int, unit_name: str) -> dict[str, torch.Tensor]:
         """The tensors of a finished unit, from the output."""
         with self._clock.storage("read"):
-            return read_unit(self._output_store, self._plan, self._units[unit_name])
+            return self._outputs[output].read_packed(unit_name)
 
-    def check_finished(self, records: Sequence[DoneRecord]) -> tuple[dict[str, DoneRecord], dict[str, str]]:
-        """Of units an earlier start finished: the records that stand, and what is wrong with the others.
-
-        A record that does not stand is removed, so that its unit is done again.
-        """
-        intact, damaged = {}, {}
+    def check_finished(
+        self, output: int, records: Sequence[DoneRecord]
+    ) -> tuple[dict[str, DoneRecord], dict[str, str]]:
+        """See `WorkerOutput.check_finished`."""
         with self._clock.storage("check"):
-            for record in records:
-                unit = self._units[record.unit]
-                standing, problem = check_unit(self._output_store, self._plan, unit, record)
-                if standing is None:
-                    remove_record(self._work_store, self._plan.work, record.unit)
-                    damaged[record.unit] = problem
-                else:
-                    intact[record.unit] = standing
-        return intact, damaged
+            return self._outputs[output].check_finished(records)
 
     def embed(self, parts: Sequence[Tensors], keys: Sequence[str]) -> None:
         """Have some more cells: their token ids as inputs of block 0."""
@@ -234,7 +210,7 @@ class BlockRunner:
     def complete_checkpoint(self, checkpoint: ActivationCheckpoint) -> None:
         """Declare a checkpoint whole, once every worker has saved its cells."""
         with self._clock.computing("checkpoint"):
-            self._refuse_taken_over()
+            self._outputs[0].refuse_taken_over()
             activations.complete_checkpoint(self._work_store, self._plan.work, checkpoint)
 
     def restore_activations(self, checkpoint: ActivationCheckpoint, keys: Sequence[str]) -> None:
@@ -254,17 +230,18 @@ class BlockRunner:
             late = self._stored_weights(block, tensors) if self._has_late_weights else {}
             self._modules[_ORIGINAL] = (block, self._built(block, tensors, late))
 
-    def load_quantized(self, block: int, parts: Sequence[Tensors], packed: Sequence[Tensors]) -> None:
-        """Make a block live as it was packed, in place of the one before."""
+    def load_quantized(
+        self, block: int, parts: Sequence[Tensors], packed: Sequence[Tensors], output: int
+    ) -> None:
+        """Make a block live as it was packed for an output, in place of the one before."""
         with self._computing("load"):
             self._modules.pop(_QUANTIZED, None)
-            plan, tensors, made = self._plan.blocks[block], _merged(parts), _merged(packed)
+            tensors, made = _merged(parts), _merged(packed)
             late: dict[str, LateWeight] = {}
             if self._has_late_weights:
                 late = self._stored_weights(block, tensors)
-                late |= late_levels(plan, made, self._packer, self._device)
-            tensors |= dequantized_weights(plan, made, self._packer, is_late=late)
-            tensors |= corrected_biases(plan, made)
+                late |= self._outputs[output].late_levels(block, made)
+            tensors |= self._outputs[output].levels(block, made, late)
             self._modules[_QUANTIZED] = (block, self._built(block, tensors, late))
 
     def unload(self, block: int) -> None:
@@ -341,6 +318,7 @@ class BlockRunner:
     def solve(
         self,
         block: int,
+        output: int,
         group: int,
         parts: Sequence[Tensors],
         statistics: Sequence[Any],
@@ -354,13 +332,16 @@ class BlockRunner:
             tokens: Behind the sums.
         """
         with self._working("solve"):
-            planned, totals = self._plan.blocks[block], _totals(statistics)
-            packed, rows = self._solver.solve(planned, group, _merged(parts), totals, tokens)
+            self._forget_prepared(but=output)
+            mine, totals = self._outputs[output], _totals(statistics)
+            planned = mine.plan.blocks[block]
+            packed, rows = mine.solver.solve(planned, group, _merged(parts), totals, tokens)
             return {"packed": self._share(packed), "linears": rows}
 
     def solve_tile(
         self,
         block: int,
+        output: int,
         tile: GroupTile,
         parts: Sequence[Tensors],
         statistics: Sequence[Any],
@@ -371,85 +352,79 @@ class BlockRunner:
         What its group shares is kept for the next tile, until `forget_prepared`.
         """
         with self._working("solve"):
-            planned, totals = self._plan.blocks[block], _totals(statistics)
-            solved = self._solver.solve_tile(planned, tile, _merged(parts), totals, tokens)
+            self._forget_prepared(but=output)
+            mine, totals = self._outputs[output], _totals(statistics)
+            solved = mine.solver.solve_tile(mine.plan.blocks[block], tile, _merged(parts), totals, tokens)
             return {"rows": self._share(solved)}
 
     def forget_prepared(self) -> None:
         """No tile follows."""
-        self._solver.forget()
+        self._forget_prepared()
 
-    def pack(self, block: int, group: int, tiles: Sequence[TileRows], tokens: GroupTokens) -> dict[str, Any]:
+    def pack(
+        self, block: int, output: int, group: int, tiles: Sequence[TileRows], tokens: GroupTokens
+    ) -> dict[str, Any]:
         """Pack an input group from all its tiles, in order; gives what `solve` gives."""
         with self._working("solve"):
-            packed, rows = self._solver.pack(self._plan.blocks[block], group, tiles, tokens)
+            mine = self._outputs[output]
+            packed, rows = mine.solver.pack(mine.plan.blocks[block], group, tiles, tokens)
             return {"packed": self._share(packed), "linears": rows}
 
     def write(
         self,
+        output: int,
         unit_name: str,
         parts: Sequence[Tensors],
         linears: Sequence[Mapping[str, Any]] = (),
         excluded_rows: Sequence[int] = (),
         seconds: Mapping[str, float] | None = None,
     ) -> DoneRecord:
-        """Stream a unit's shard to its final place and record it.
-
-        Raises:
-            LeaseError: Another run has taken over; the shard is written, with the bytes that run would write.
-        """
+        """See `WorkerOutput.write`."""
         with self._clock.storage("write"):
-            unit = self._units[unit_name]
-            given, promised = _merged(parts), {spec.name for spec in unit.tensors}
-            given |= split_biases(None if unit.block is None else self._plan.blocks[unit.block], given)
-            tensors = {name: tensor for name, tensor in given.items() if name in promised}
-            uri = join_uri(self._plan.output, unit.shard)
-            receipt = write_shard(self._output_store, uri, unit.tensors, tensors)
-            return self._record(unit, receipt, linears, excluded_rows, seconds)
+            tensors = _merged(parts)
+            return self._outputs[output].write(unit_name, tensors, linears, excluded_rows, seconds or {})
 
-    def advance(self, block: int, key: str, _needed: Sequence[Any]) -> dict[str, float] | None:
-        """Move the quantized stream of a cell through the block as packed.
+    def advance(self, block: int, key: str, _needed: Sequence[Any], output: int) -> dict[str, float] | None:
+        """Move the quantized stream of a cell through the block as packed for an output.
 
         Returns:
             Of an evaluation cell, the sums of `stream_error`.
         """
         with self._working("evaluate"):
             cell, module = self._cells[key], self._module(_QUANTIZED, block)
-            stream = cell.quantized or cell.main
+            stream = cell.quantized[output] if cell.quantized else cell.main
             assert stream is not None
             self._cells.move(stream, cell, module, block)
-            if cell.quantized is None:
+            if not cell.quantized:
                 return None
-            original, quantized = cell.streams
+            original, quantized = cell.streams(output)
             return stream_error(original.hidden_BTD, quantized.hidden_BTD)
 
-    def score(self, _block: int, key: str, _needed: Sequence[Any]) -> dict[str, float]:
-        """Losses of both streams of an evaluation cell."""
+    def score(self, _block: int, key: str, _needed: Sequence[Any]) -> list[dict[str, float]]:
+        """Losses of the original stream of an evaluation cell and of every output's."""
         with self._working("head"):
             assert self._outer is not None
-            cell = self._cells[key]
-            hidden = [stream.hidden_BTD for stream in cell.streams]
-            return score_streams(self._outer, cell.ids_BT, *hidden)
+            cell, scores = self._cells[key], []
+            for output in range(len(self._outputs)):
+                hidden = [stream.hidden_BTD for stream in cell.streams(output)]
+                scores.append(score_streams(self._outer, cell.ids_BT, *hidden))
+            return scores
 
     def convert_unit(self, unit_name: str) -> None:
-        """Read and quantize one unit without data; what is left to write of it is for `finish_unit`."""
-        unit = self._units[unit_name]
-        block = None if unit.block is None else self._plan.blocks[unit.block]
-        uri = join_uri(self._plan.output, unit.shard)
-        self._begun[unit_name] = self._converter.convert(unit, block, uri)
+        """See `WorkerOutput.convert_unit`; where several are made, blocks are read once for all."""
+        (output,) = self._outputs
+        output.convert_unit(unit_name)
 
     def finish_unit(self, unit_name: str) -> DoneRecord:
-        """Wait until a converted unit is written, and record it."""
-        begun = self._begun.pop(unit_name)
-        receipt = begun.receipt.result()
-        with self._clock.storage("write"):
-            return self._record(self._units[unit_name], receipt, begun.rows)
+        """See `WorkerOutput.finish_unit`."""
+        (output,) = self._outputs
+        return output.finish_unit(unit_name)
 
-    def publish(self, report: Mapping[str, Any]) -> None:
-        """Finish the output; see `quantlib.job.publish.publish`."""
+    def publish(self, reports: Sequence[Mapping[str, Any]]) -> None:
+        """Finish the outputs; then no checkpoint is needed any more."""
         with self._clock.computing("publish"):
-            self._refuse_taken_over()
-            publish(self._source_store, self._output_store, self._plan, self._checkpoint, report)
+            for output, report in zip(self._outputs, reports, strict=True):
+                output.publish(report)
             activations.remove_checkpoints(self._work_store, self._plan.work)
 
     def stop(self) -> None:
@@ -458,7 +433,12 @@ class BlockRunner:
 
     def telemetry(self) -> dict[str, Any]:
         """What this worker spent so far."""
-        stores = {id(s): s for s in (self._source_store, self._output_store, self._work_store)}.values()
+        every = (
+            self._source_store,
+            self._work_store,
+            *(s for output in self._outputs for s in output.stores),
+        )
+        stores = {id(store): store for store in every}.values()
         return {
             "stages": self._clock.stages,
             "timeline": self._clock.timeline(),
@@ -471,30 +451,10 @@ class BlockRunner:
             "device_kinds": device_kinds(self._work_store, self._plan),
         }
 
-    def _record(
-        self,
-        unit: UnitPlan,
-        receipt: ShardReceipt,
-        linears: Sequence[Mapping[str, Any]],
-        excluded_rows: Sequence[int] = (),
-        seconds: Mapping[str, float] | None = None,
-    ) -> DoneRecord:
-        record = DoneRecord(
-            unit=unit.name,
-            identity=self._plan.identity(),
-            sha256=receipt.sha256,
-            size_bytes=receipt.size_bytes,
-            etag=receipt.etag,
-            linears=tuple(linears),
-            excluded_rows=tuple(excluded_rows),
-            seconds=dict(seconds or {}),
-        )
-        self._refuse_taken_over()
-        return store_record(self._work_store, self._plan.work, record)
-
-    def _refuse_taken_over(self) -> None:
-        if self._run_id is not None:
-            refuse_taken_over(self._work_store, self._plan.work, self._run_id)
+    def _forget_prepared(self, but: int | None = None) -> None:
+        for number, output in enumerate(self._outputs):
+            if number != but:
+                output.solver.forget()
 
     def _refuse_if_stopped(self) -> None:
         if self._stopped.is_set():

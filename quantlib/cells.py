@@ -62,7 +62,7 @@ class Cell:
         ids_BT: Token ids, int32.
         shelf: Where its streams wait.
         main: The stream that calibrates, or of an evaluation cell the original stream.
-        quantized: The other stream of an evaluation cell.
+        quantized: The other streams of an evaluation cell, one for each output.
         reference: The original stream of a calibration cell whose main stream is the quantized one.
     """
 
@@ -71,39 +71,49 @@ class Cell:
     ids_BT: torch.Tensor
     shelf: Shelf
     main: Stream | None = None
-    quantized: Stream | None = None
+    quantized: tuple[Stream, ...] = ()
     reference: Stream | None = None
 
-    def start(self, hidden_BTD: torch.Tensor, *, compares: bool, has_reference: bool = False) -> None:
+    def start(self, hidden_BTD: torch.Tensor, *, num_quantized: int, has_reference: bool = False) -> None:
         """Stand before block 0.
 
         Args:
             hidden_BTD: Its input.
-            compares: Whether a second, quantized stream runs beside the first.
+            num_quantized: How many quantized streams run beside the main one.
             has_reference: Whether a second, original stream does.
         """
         self.clear()
         self.main = Stream(hidden_BTD, self.shelf)
-        self.quantized = Stream(hidden_BTD, self.shelf) if compares else None
+        self.quantized = tuple(Stream(hidden_BTD, self.shelf) for _ in range(num_quantized))
         self.reference = Stream(hidden_BTD, self.shelf) if has_reference else None
 
     def clear(self) -> None:
         """Have no streams any more."""
         for _, stream in self.named_streams:
             stream.end()
-        self.main = self.quantized = self.reference = None
+        self.main = self.reference = None
+        self.quantized = ()
 
     @property
     def named_streams(self) -> list[tuple[str, Stream]]:
-        """All its streams: ``main``, and ``quantized`` and ``reference`` where they are."""
-        named = (("main", self.main), ("quantized", self.quantized), ("reference", self.reference))
+        """All its streams: ``main``, those of `quantized_name`, and ``reference``, where they are."""
+        quantized = [(quantized_name(number), stream) for number, stream in enumerate(self.quantized)]
+        named = (("main", self.main), *quantized, ("reference", self.reference))
         return [(name, stream) for name, stream in named if stream is not None]
 
-    @property
-    def streams(self) -> tuple[Stream, Stream]:
-        """Original and quantized stream of an evaluation cell."""
-        assert self.main is not None and self.quantized is not None
-        return self.main, self.quantized
+    def streams(self, output: int) -> tuple[Stream, Stream]:
+        """Original stream of an evaluation cell, and the quantized one of an output."""
+        assert self.main is not None
+        return self.main, self.quantized[output]
+
+
+def quantized_name(output: int) -> str:
+    """What the stream through the quantized blocks of an output is called.
+
+    >>> quantized_name(0), quantized_name(2)
+    ('quantized', 'quantized-2')
+    """
+    return f"quantized-{output}" if output else "quantized"
 
 
 def cut_into_cells(rows_BT: torch.Tensor, sequences_per_cell: int, shelf: Shelf) -> list[Cell]:

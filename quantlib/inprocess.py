@@ -130,7 +130,19 @@ def quantize(options: JobOptions, on_progress: Callable[[Progress], None] = lamb
     Raises:
         QuantError: With ``before_work`` set when the request was refused before anything was written.
     """
-    here = dataclasses.replace(options, runner="inprocess")
+    (report,) = quantize_all([options], on_progress)
+    return report
+
+
+def quantize_all(
+    requests: Sequence[JobOptions], on_progress: Callable[[Progress], None] = lambda _: None
+) -> list[dict[str, Any]]:
+    """Make several outputs of one checkpoint here and now, from one reading; gives the report of each.
+
+    Raises:
+        QuantError: With ``before_work`` set when a request was refused before anything was written.
+    """
+    here = [dataclasses.replace(options, runner="inprocess") for options in requests]
     transport, stages, waits = LocalTransport(), DirectStages(), True
     try:
         return convert(here, Crew(transport, default_threads(1)), stages, on_progress)

@@ -11,10 +11,10 @@ from torch import nn
 
 from quantlib.batches import Batch, BatchInputs, run_in_batches
 from quantlib.cell_store import read_cell, write_cell
-from quantlib.cells import Cell, Stream, cut_into_cells
+from quantlib.cells import Cell, Stream, cut_into_cells, quantized_name
 from quantlib.job.activations import CALIBRATION, EVALUATION, ActivationCheckpoint, cell_key, corpus_of
+from quantlib.job.bundle import Bundle
 from quantlib.job.manifest import tokens_uri
-from quantlib.job.plan import Plan
 from quantlib.model.skeleton import OuterModel
 from quantlib.storage import Store
 from quantlib.stream_shelf import Shelf
@@ -22,15 +22,16 @@ from quantlib.tokens import read_rows
 
 
 class WorkerCells:
-    """The cells of a plan's rows that a worker has.
+    """The cells of a job's rows that a worker has.
 
     Args:
-        store: Of the work prefix.
+        store: Of the shared work prefix.
         shelf: Where their streams wait.
     """
 
-    def __init__(self, plan: Plan, store: Store, device: torch.device, shelf: Shelf) -> None:
-        self._plan, self._store, self._device, self._shelf = plan, store, device, shelf
+    def __init__(self, bundle: Bundle, store: Store, device: torch.device, shelf: Shelf) -> None:
+        self._plan, self._store, self._device, self._shelf = bundle.shared, store, device, shelf
+        plan, self._identities = bundle.shared, [output.identity() for output in bundle.outputs]
         digests = {CALIBRATION: plan.calibration_digest, EVALUATION: plan.evaluation_digest}
         self._all = {
             cell_key(corpus, cell.number): cell
@@ -50,7 +51,8 @@ class WorkerCells:
             hidden_BTD = self._inputs.embed(outer, cell.ids_BT)
             is_evaluation = corpus_of(key) == EVALUATION
             has_reference = self._plan.options["correct_targets"] and not is_evaluation
-            cell.start(hidden_BTD, compares=is_evaluation, has_reference=has_reference)
+            num_quantized = len(self._identities) if is_evaluation else 0
+            cell.start(hidden_BTD, num_quantized=num_quantized, has_reference=has_reference)
             self._mine[key] = cell
         # Any cell may come here later, and with it only its streams.
         for cell in self._all.values():
@@ -72,7 +74,8 @@ class WorkerCells:
         """Have a cell that another worker gave."""
         cell = self._all[key]
         main_BTD, _ = streams["main"]
-        cell.start(main_BTD, compares="quantized" in streams, has_reference="reference" in streams)
+        num_quantized = sum(name.startswith(quantized_name(0)) for name in streams)
+        cell.start(main_BTD, num_quantized=num_quantized, has_reference="reference" in streams)
         for name, stream in cell.named_streams:
             hidden_BTD, position = streams[name]
             # What was given may be mapped from memory that others read too.
@@ -100,11 +103,14 @@ class WorkerCells:
         Raises:
             ChecksumError: What is stored is not what was recorded; the streams are as they were.
         """
+        # It may hold the streams of more outputs, in another order.
+        places = [checkpoint.identities.index(identity) for identity in self._identities]
+        stored_as = {quantized_name(mine): quantized_name(theirs) for mine, theirs in enumerate(places)}
         for key in keys:
             cell = self._mine[key]
             stored = read_cell(self._store, self._plan.work, checkpoint, key)
             for name, stream in cell.named_streams:
-                stream.place(stored[name].to(self._device), checkpoint.block)
+                stream.place(stored[stored_as.get(name, name)].to(self._device), checkpoint.block)
 
     def batches_of(self, cell: Cell, block: int) -> list[Batch]:
         """The batches of a cell, with what a block is called with beside their hidden states."""

@@ -1,14 +1,15 @@
 """Checkpoints of the activations: where streams stood, so that a resumed job need not run from the start.
 
 Below the work prefix: ``activations/block-00012/calibration-00003.safetensors`` holds what cell 3 of the
-calibration rows feeds into block 12 (``main``, and ``quantized`` where two streams run), and
-``activations/block-00012.json`` is written last, once all cells are there, with their digests. Cells do not
-depend on the number of workers, so any crew can take them up. The newest complete checkpoint is kept.
+calibration rows feeds into block 12 (``main``, and ``quantized`` where two streams run, ``quantized-1`` and
+so on for further outputs), and ``activations/block-00012.json`` is written last, once all cells are there,
+with their digests. Cells do not depend on the number of workers, so any crew can take them up. The newest
+complete checkpoint is kept.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,7 +17,7 @@ from quantlib.errors import PlanMismatchError
 from quantlib.job.plan import Plan
 from quantlib.storage import Store, join_uri, uri_name
 
-SCHEMA = 1
+SCHEMA = 2
 CALIBRATION, EVALUATION = "calibration", "evaluation"
 _MANIFEST = re.compile(r"block-(\d{5,})\.json")
 
@@ -26,20 +27,20 @@ class ActivationCheckpoint:
     """A complete set of streams.
 
     Attributes:
-        identity: Of the plan whose streams these are.
+        identities: Of the plans whose streams these are, in the order of the quantized ones.
         evaluation_digest: Of the evaluation rows that ran beside; it is not part of the identity.
         block: The block the streams stand before.
         cells: Cell key -> [sha256, size in bytes] of its object.
-        block_errors: Block -> errors of the quantized stream, for the blocks before.
+        block_errors: Identity -> block -> errors of the quantized stream, for the blocks before.
         excluded_rows: Calibration rows left out so far.
     """
 
     schema: int = SCHEMA
-    identity: str
+    identities: tuple[str, ...]
     evaluation_digest: str | None
     block: int
     cells: Mapping[str, tuple[str, int]]
-    block_errors: Mapping[int, Mapping[str, Any]]
+    block_errors: Mapping[str, Mapping[int, Mapping[str, Any]]]
     excluded_rows: tuple[int, ...]
 
 
@@ -82,18 +83,21 @@ def complete_checkpoint(store: Store, work: str, checkpoint: ActivationCheckpoin
     remove_checkpoints(store, work, before=checkpoint.block)
 
 
-def newest_checkpoint(store: Store, plan: Plan) -> ActivationCheckpoint | None:
-    """The last complete checkpoint of this plan and these evaluation rows, or None.
+def newest_checkpoint(store: Store, plans: Sequence[Plan]) -> ActivationCheckpoint | None:
+    """The last complete checkpoint of these plans and their evaluation rows, or None.
+
+    Args:
+        plans: Of outputs that are made together; the checkpoints lie in the work prefix of the first.
 
     Raises:
         PlanMismatchError: A checkpoint of another plan, or written under another schema, lies there.
     """
-    found = {}
-    for info in store.list(join_uri(plan.work, "activations"), recursive=False):
+    first, found = plans[0], {}
+    for info in store.list(join_uri(first.work, "activations"), recursive=False):
         named = _MANIFEST.fullmatch(uri_name(info.uri))
         if named is None:
             raise PlanMismatchError(
-                f"{info.uri} is no checkpoint of this job; remove it, or {plan.work} to start over",
+                f"{info.uri} is no checkpoint of this job; remove it, or {first.work} to start over",
                 uri=info.uri,
             )
         found[int(named[1])] = info.uri
@@ -102,25 +106,32 @@ def newest_checkpoint(store: Store, plan: Plan) -> ActivationCheckpoint | None:
     uri = found[max(found)]
     try:
         values = json.loads(store.read(uri))
-        written_by = (values["schema"], values["identity"])
+        schema, identities = values["schema"], values.get("identities", ())
         evaluation_digest = values["evaluation_digest"]
     except (ValueError, TypeError, KeyError) as error:
         raise PlanMismatchError(
             f"{uri} is no checkpoint of activations; remove it, and the job goes on without", uri=uri
         ) from error
-    if written_by != (SCHEMA, plan.identity()):
+    if schema != SCHEMA or first.identity() not in identities:
+        names = ", ".join(str(identity)[:12] for identity in identities)
         raise PlanMismatchError(
-            f"{uri} was written by another plan or version (schema {written_by[0]!r}, plan"
-            f" {str(written_by[1])[:12]}); remove {plan.work} to start over",
+            f"{uri} was written by another plan or version (schema {schema!r}, plans {names}); remove"
+            f" {first.work} to start over",
             uri=uri,
         )
-    if evaluation_digest != plan.evaluation_digest:
+    # Made together with fewer recipes than now, it lacks the streams of some.
+    is_whole = all(plan.identity() in identities for plan in plans)
+    if not is_whole or evaluation_digest != first.evaluation_digest:
         return None
     return ActivationCheckpoint(
         **{
             **values,
             "cells": {key: (cell[0], cell[1]) for key, cell in values["cells"].items()},
-            "block_errors": {int(block): errors for block, errors in values["block_errors"].items()},
+            "identities": tuple(identities),
+            "block_errors": {
+                identity: {int(block): found for block, found in errors.items()}
+                for identity, errors in values["block_errors"].items()
+            },
             "excluded_rows": tuple(values["excluded_rows"]),
         }
     )

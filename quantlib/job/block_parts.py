@@ -3,8 +3,9 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
+from quantlib.job.bundle import Bundle
 from quantlib.job.holdings import Held, Holdings
-from quantlib.job.plan import Groups, Plan
+from quantlib.job.plan import Groups
 from quantlib.job.transport import Handle, Transport
 
 # In the place of an input group: a whole block, read back from the output.
@@ -16,14 +17,16 @@ class BlockParts:
 
     Args:
         transport: To the workers.
-        plan: Of the job.
+        bundle: Of the job.
         holdings: Where it is noted who has what.
     """
 
-    def __init__(self, transport: Transport, plan: Plan, holdings: Holdings) -> None:
-        self._transport, self._plan, self._holdings = transport, plan, holdings
-        # What a worker has live, by the method that makes it: the block, and the handle of its making.
-        self._live: dict[tuple[int, str], tuple[int, Handle]] = {}
+    def __init__(self, transport: Transport, bundle: Bundle, holdings: Holdings) -> None:
+        self._transport, self._bundle, self._holdings = transport, bundle, holdings
+        self._plan = bundle.shared
+        # What a worker has live, by the method that makes it: the block, of which output (0 of all), and the
+        # handle of its making.
+        self._live: dict[tuple[int, str], tuple[tuple[int, int], Handle]] = {}
 
     def read(self, names: Iterable[str]) -> list[Handle]:
         """Source tensors, each worker its part."""
@@ -50,39 +53,51 @@ class BlockParts:
         self.prefetch(block)
         return [part.handle for part in self._holdings.sources[block] if part is not None]
 
-    def is_solved(self, block: int, groups: Groups | None = None) -> bool:
-        """Whether input groups, all by default, were packed and are there."""
-        wanted = range(len(self._plan.blocks[block].input_groups)) if groups is None else groups
-        return self._holdings.packed.get(block, {}).keys() >= set(wanted)
+    def is_solved(self, block: int, groups: Groups, outputs: Iterable[int]) -> bool:
+        """Whether shared input groups were packed for some outputs and are there."""
+        return not any(self.unsolved(output, block, groups) for output in outputs)
 
-    def packed(self, block: int) -> list[Handle]:
+    def unsolved(self, output: int, block: int, groups: Groups) -> list[int]:
+        """An output's input groups that want sums of shared ones and are not packed."""
+        packed = self._holdings.outputs[output].packed.get(block, {})
+        wanted = enumerate(self._bundle.sums[output][block])
+        return [group for group, number in wanted if number in groups and group not in packed]
+
+    def packed(self, output: int, block: int) -> list[Handle]:
         """A block's packed tensors: as solved, or from the output where it was finished before."""
-        packed = self._holdings.packed.setdefault(block, {})
-        if not self.is_solved(block) and _STORED not in packed:
+        packed = self._holdings.outputs[output].packed.setdefault(block, {})
+        groups = range(len(self._bundle.outputs[output].blocks[block].input_groups))
+        if not packed.keys() >= set(groups) and _STORED not in packed:
             worker = self._transport.workers[0]
-            handle = self._transport.submit(worker, "read_packed", self._plan.block_units[block].name)
+            unit = self._bundle.outputs[output].block_units[block].name
+            handle = self._transport.submit(worker, "read_packed", output, unit)
             self._transport.result(handle)
             packed[_STORED] = Held(worker, handle)
         return [group.handle for group in packed.values()]
 
-    def live(self, worker: int, method: str, block: int, *arguments: Any) -> Handle:
-        """Have a worker make a block live, unless it has; whoever is given the handle raises its error."""
+    def live(self, worker: int, method: str, block: int, *arguments: Any, output: int = 0) -> Handle:
+        """Have a worker make a block live, unless it has; whoever is given the handle raises its error.
+
+        Args:
+            arguments: Of the method, behind the block and its source tensors.
+            output: As which it is made live.
+        """
         made, handle = self._live.get((worker, method), (None, None))
-        if made != block:
+        if made != (block, output):
             handle = self._transport.submit(worker, method, block, self.sources(block), *arguments)
-            self._live[worker, method] = (block, handle)
+            self._live[worker, method] = ((block, output), handle)
         return handle
 
     def live_head(self, worker: int, parts: Sequence[Handle]) -> Handle:
         """The same of what stands after the last block, which takes the place of all blocks."""
         key, last = (worker, "load_head"), len(self._plan.blocks)
         if key not in self._live:
-            self._live[key] = (last, self._transport.submit(worker, "load_head", parts))
+            self._live[key] = ((last, 0), self._transport.submit(worker, "load_head", parts))
         return self._live[key][1]
 
     def unload(self, block: int) -> None:
         """Have no worker keep a block live."""
-        for worker, method in [key for key, (made, _) in self._live.items() if made == block]:
+        for worker, method in [key for key, (made, _) in self._live.items() if made[0] == block]:
             self._transport.submit(worker, "unload", block)
             del self._live[worker, method]
 

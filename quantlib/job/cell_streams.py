@@ -14,8 +14,8 @@ from quantlib.job.activations import (
     cells_of,
     corpus_of,
 )
+from quantlib.job.bundle import Bundle
 from quantlib.job.holdings import Holdings
-from quantlib.job.plan import Plan
 from quantlib.job.schedule import Piece, PieceId
 from quantlib.job.transport import Handle, Transport, results
 
@@ -29,7 +29,7 @@ class CellStreams:
 
     Args:
         transport: To the workers.
-        plan: Of the job.
+        bundle: Of the job.
         holdings: Where it is noted who has what.
 
     Attributes:
@@ -38,8 +38,8 @@ class CellStreams:
         num_moved: How often a worker that had nothing to do took over a cell of a busy one.
     """
 
-    def __init__(self, transport: Transport, plan: Plan, holdings: Holdings) -> None:
-        self._transport, self._holdings = transport, holdings
+    def __init__(self, transport: Transport, bundle: Bundle, holdings: Holdings) -> None:
+        self._transport, self._holdings, plan = transport, holdings, bundle.shared
         cells = cells_of(plan)
         self.calibration, self.evaluation = cells[CALIBRATION], cells[EVALUATION]
         self.num_moved = 0
@@ -100,7 +100,8 @@ class CellStreams:
         """Blocks before which some stream stands."""
         held = self._holdings
         following = {held.follows[key] for key in held.homes if self.follows(key)}
-        return following | {held.quantized[key] for key in held.homes if self._runs_quantized(key)}
+        quantized = [key for key in held.homes if self._runs_quantized(key)]
+        return following | {output.quantized[key] for output in held.outputs for key in quantized}
 
     def follows(self, key: str) -> bool:
         """Whether a cell has a stream that follows the original blocks."""
@@ -110,15 +111,16 @@ class CellStreams:
         """Whether that stream stands before a block."""
         return self.follows(key) and self._holdings.follows[key] == block
 
-    def waits(self, key: str, block: int) -> bool:
-        """Whether a cell's quantized stream, if it has one, stands before a block."""
-        return self._runs_quantized(key) and self._holdings.quantized[key] == block
+    def waits(self, key: str, block: int, output: int) -> bool:
+        """Whether a cell's quantized stream of an output, if it has one, stands before a block."""
+        return self._runs_quantized(key) and self._holdings.outputs[output].quantized[key] == block
 
-    def pieces(self, block: int, stage: str, keys: Sequence[str]) -> list[Piece]:
+    def pieces(self, block: int, stage: str, keys: Sequence[str], output: int = 0) -> list[Piece]:
         """A piece for every cell, numbered as the cells are; what belongs to an earlier block goes first."""
         homes = self._holdings.homes
         return [
-            Piece(id=PieceId(block, stage, cell_number(key)), rank=block, home=homes[key]) for key in keys
+            Piece(id=PieceId(block, stage, cell_number(key), output), rank=block, home=homes[key])
+            for key in keys
         ]
 
     def forwards(self, block: int, *, after_evaluation: bool) -> list[Piece]:
@@ -128,11 +130,14 @@ class CellStreams:
             after_evaluation: Whether they wait until the block before was compared.
         """
         keys = [key for key in self.evaluation if self.stands(key, block)]
+        outputs = range(len(self._holdings.outputs)) if after_evaluation else ()
+
+        def before(piece: Piece) -> frozenset[PieceId]:
+            waiting = [output for output in outputs if self.waits(key_of(piece), block - 1, output)]
+            return frozenset(PieceId(block - 1, "evaluate", piece.id.part, output) for output in waiting)
+
         return [
-            dataclasses.replace(piece, after=frozenset({PieceId(block - 1, "evaluate", piece.id.part)}))
-            if after_evaluation and self.waits(key_of(piece), block - 1)
-            else piece
-            for piece in self.pieces(block, "forward", keys)
+            dataclasses.replace(piece, after=before(piece)) for piece in self.pieces(block, "forward", keys)
         ]
 
     def begin(self, worker: int, piece: Piece, method: str, needs: Handle, *arguments: Any) -> Handle:

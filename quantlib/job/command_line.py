@@ -6,8 +6,10 @@ the Prefect form, so that every front end says the same.
 """
 
 import argparse
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NoReturn
 
 from quantlib.errors import RecipeError
@@ -17,6 +19,7 @@ from quantlib.job.provenance import with_replayed_values
 from quantlib.job.text_sources import JOIN, is_mix
 from quantlib.recipe import NOT_IN_RECIPES, read_recipe
 from quantlib.simulation.hardware import DEFAULT_NETWORK, DEFAULT_STORAGE
+from quantlib.storage.uris import join_uri
 
 _JOB_OPTIONS = tuple(
     name for name in option_fields() if name not in NOT_IN_RECIPES and name != "rules"
@@ -25,7 +28,15 @@ _JOB_OPTIONS = tuple(
 _NO_ADDRESSES = ("text_column", "ray_address", "gpu_model", "worker_resources", "worker_labels")
 # Each time with a weight.
 _SEVERAL = ("calibration",)
-_RECIPE = ("--recipe", {"metavar": "FILE.toml", "help": "Recipe file; options given here win over it."})
+_RECIPE = (
+    "--recipe",
+    {
+        "metavar": "FILE.toml",
+        "action": "append",
+        "help": "Recipe file; options given here win over it. Several make an output each, OUTPUT/FILE,"
+        " from one reading.",
+    },
+)
 # What `quantlib.simulation` takes; it reads these values itself.
 _CLUSTER = (
     (
@@ -248,23 +259,55 @@ def _settings(name: str) -> dict[str, Any]:
 
 
 def options_of(arguments: argparse.Namespace) -> JobOptions:
-    """The request behind ``plan`` or ``quantize``: recorded run, recipe file over it, command line over both.
+    """The request behind ``plan`` or ``quantize`` with at most one recipe; see `requests_of`."""
+    (options,) = requests_of(arguments)
+    return options
 
-    With ``--cluster`` output and calibration text need not be named.
+
+def requests_of(arguments: argparse.Namespace) -> tuple[JobOptions, ...]:
+    """The requests behind ``plan`` or ``quantize``: recorded run, recipe over it, command line over both.
+
+    Of several recipes there is one request for each, whose output and work prefix are those named with the
+    recipe's file name below them. With ``--cluster`` output and calibration text need not be named.
 
     Raises:
         RecipeError: With ``before_work`` set; see `read_recipe`, `with_replayed_values`, `options_from`; or
-            something is said of a cluster that is not named.
+            something is said of a cluster that is not named, or two recipes have one name.
         StorageError: The provenance to be replayed cannot be read; likewise.
     """
     try:
-        values = {} if arguments.recipe is None else read_recipe(arguments.recipe)
-        given = {name: getattr(arguments, name) for name in option_fields() if hasattr(arguments, name)}
-        values = with_replayed_values({**values, **given})
-        return options_from({**_not_needed(arguments), **values})
+        files = [Path(file) for file in arguments.recipe or ()]
+        if len(files) < 2:
+            return (_request(arguments, read_recipe(files[0]) if files else {}),)
+        _refuse_ambiguous(arguments, files)
+        return tuple(_placed(_request(arguments, read_recipe(file)), file.stem) for file in files)
     except RecipeError as error:
         error.before_work = True
         raise
+
+
+def _request(arguments: argparse.Namespace, recipe: Mapping[str, Any]) -> JobOptions:
+    given = {name: getattr(arguments, name) for name in option_fields() if hasattr(arguments, name)}
+    values = with_replayed_values({**recipe, **given})
+    return options_from({**_not_needed(arguments), **values})
+
+
+def _placed(options: JobOptions, name: str) -> JobOptions:
+    """Below the output that was named, and below the work prefix if one was."""
+    work = None if options.work is None else join_uri(options.work, name)
+    return dataclasses.replace(options, output=join_uri(options.output, name), work=work)
+
+
+def _refuse_ambiguous(arguments: argparse.Namespace, files: Sequence[Path]) -> None:
+    names = [file.stem for file in files]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise RecipeError(
+            f"two recipes are named {twice}, and so would their outputs be; rename one of the files",
+            recipe=twice,
+        )
+    if getattr(arguments, "cluster", None) is not None:
+        raise RecipeError("a prediction is of one recipe; leave the others out", option="cluster")
 
 
 def _not_needed(arguments: argparse.Namespace) -> Mapping[str, str]:

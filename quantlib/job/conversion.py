@@ -27,12 +27,12 @@ from quantlib.job.crew import Crew
 from quantlib.job.expert_groups import TokenCounts
 from quantlib.job.failures import delay_s, policy_for
 from quantlib.job.history import History
-from quantlib.job.lease import Lease, LeaseRecord, new_record
+from quantlib.job.lease import LeaseRecord, Leases, new_record
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.options import JobOptions
-from quantlib.job.plan import BlockPlan, Groups, Plan, UnitPlan
+from quantlib.job.plan import BlockPlan, Groups, Plan
 from quantlib.job.report import build_report
-from quantlib.job.run import STAGE_WEIGHTS, Begun, Run, counting
+from quantlib.job.run import STAGE_WEIGHTS, Begun, OutputState, Run, counting
 from quantlib.job.stages import Progress, StageRunner
 from quantlib.storage import open_store
 
@@ -43,37 +43,47 @@ _LAST_WRITE_S = 3.0
 
 
 def convert(
-    options: JobOptions, crew: Crew, stages: StageRunner, on_progress: Callable[[Progress], None]
-) -> dict[str, Any]:
-    """Do the whole job, or finish it; gives the report.
+    requests: Sequence[JobOptions],
+    crew: Crew,
+    stages: StageRunner,
+    on_progress: Callable[[Progress], None],
+) -> list[dict[str, Any]]:
+    """Make outputs of one source, or finish them; gives the report of each.
+
+    The source is read once and runs once for all of them; their options may differ in `OWN_OPTIONS` of
+    `quantlib.job.bundle`.
 
     Raises:
-        QuantError: With ``before_work`` set when the request was refused before anything was written.
+        QuantError: With ``before_work`` set when a request was refused before anything was written.
     """
     history = History()
     on_progress(Progress(done=0.0, total=1.0, label="plan"))
     with _before_work(QuantError):
-        prepared = stages.submit("plan", counting(history, "plan", crew.prepare), options).result()
-    if prepared["report"] is not None:
-        return _finished_before(prepared["report"], on_progress)
-    plan: Plan = prepared["plan"]
+        prepared = stages.submit("plan", counting(history, "plan", crew.prepare), requests).result()
+    reports, bundle = prepared["reports"], prepared["bundle"]
+    if bundle is None:
+        return _finished_before(reports, on_progress)
 
     def tell(holder: LeaseRecord) -> None:
         label = f"waiting to see whether {holder.holder} is alive"
         on_progress(Progress(done=0.0, total=1.0, label=label))
 
     with _before_work(QuantError):
-        store = open_store(plan.work, options.storage_engine)
-        acquire = counting(history, "lease", Lease.acquire)
-        lease = stages.submit("lease", acquire, store, plan.work, tell, new_record()).result()
+        engine = requests[0].storage_engine
+        prefixes = [(open_store(plan.work, engine), plan.work) for plan in bundle.outputs]
+        acquire = counting(history, "lease", Leases.acquire)
+        lease = stages.submit("lease", acquire, prefixes, tell, new_record()).result()
     with lease, closing(crew):
-        run = Run(plan, prepared["memory"], crew, stages, on_progress, lease, history)
+        outputs = [OutputState(plan) for plan in bundle.outputs]
+        run = Run(bundle, prepared["memory"], crew, stages, on_progress, lease, history, outputs)
         # What an earlier start left is another job's: this one has not begun.
         with _before_work(PlanMismatchError):
             began = run.submit("begin", crew.begin).result()
-        if began["report"] is not None:
-            return _finished_before(began["report"], on_progress)
-        return _carry_out(run, began)
+        made = None if any(began["reports"]) else iter(_carry_out(run, began))
+    if made is None:
+        # Another run finished some of them since they were planned.
+        return convert(requests, crew, stages, on_progress)
+    return [next(made) if report is None else report for report in reports]
 
 
 @contextmanager
@@ -85,19 +95,21 @@ def _before_work(refusal: type[QuantError]) -> Iterator[None]:
         raise
 
 
-def _finished_before(report: dict[str, Any], on_progress: Callable[[Progress], None]) -> dict[str, Any]:
+def _finished_before(
+    reports: list[dict[str, Any]], on_progress: Callable[[Progress], None]
+) -> list[dict[str, Any]]:
     on_progress(Progress(done=1.0, total=1.0, label="finished before, nothing to do"))
-    return report
+    return reports
 
 
-def _carry_out(run: Run, began: dict[str, Any]) -> dict[str, Any]:
-    """Everything that is done while the lease is held; gives the report."""
+def _carry_out(run: Run, began: dict[str, Any]) -> list[dict[str, Any]]:
+    """Everything that is done while the leases are held; gives the reports."""
     started, clock = datetime.now(UTC), time.monotonic()
     run.history.aborted_uploads = began["aborted_uploads"]
     run.checkpoint = began["checkpoint"]
     try:
-        records = list(began["records"].values())
-        report = _with_renewals(run, partial(_attempt, run, records, started, clock))
+        records = [list(found.values()) for found in began["records"]]
+        reports = _with_renewals(run, partial(_attempt, run, records, started, clock))
     except QuantError:
         run.settle()
         raise
@@ -105,44 +117,54 @@ def _carry_out(run: Run, began: dict[str, Any]) -> dict[str, Any]:
         run.settle(_LAST_WRITE_S)
         raise
     run.on_progress(Progress(done=run.total, total=run.total, label="done"))
-    return report
+    return reports
 
 
-def _attempt(run: Run, records: Sequence[DoneRecord], started: datetime, clock: float) -> dict[str, Any]:
-    """From finished units to the published output; what an earlier attempt came to is not done again."""
+def _attempt(
+    run: Run, records: Sequence[Sequence[DoneRecord]], started: datetime, clock: float
+) -> list[dict[str, Any]]:
+    """From finished units to published outputs; what an earlier attempt came to is not done again."""
     if not run.is_taken_up:
         _take_up(run, records)
         run.is_taken_up = True
     if not run.is_converted:
-        run.figures = _with_streams(run) if run.plan.has_streams else _without_streams(run)
+        if run.bundle.has_streams:
+            _with_streams(run)
+        else:
+            _without_streams(run)
         run.is_converted = True
-    excluded = {row for record in run.records.values() for row in record.excluded_rows}
     run.history.moved_cells = run.crew.moved_cells
     run.history.exchanges = run.crew.exchanges
     run.history.exchange_fallbacks = run.crew.exchange_fallbacks
-    report = build_report(
-        plan=run.plan,
-        memory=asdict(run.memory),
-        records=run.records,
-        history=asdict(run.history),
-        figures=run.figures,
-        block_errors=run.errors,
-        block_seconds=run.seconds,
-        excluded_rows=sorted(excluded.union(run.excluded_rows)),
-        telemetry=run.crew.telemetry(),
-        started=started,
-        seconds=time.monotonic() - clock,
-    )
-    run.call("publish", run.crew.publish, report)
-    return report
+    telemetry, seconds = run.crew.telemetry(), time.monotonic() - clock
+    reports = [
+        build_report(
+            plan=output.plan,
+            memory=asdict(run.memory),
+            records=output.records,
+            history={**asdict(run.history), "reused_units": output.reused, "redone_units": output.redone},
+            figures=output.figures,
+            block_errors=output.errors,
+            block_seconds=run.seconds,
+            excluded_rows=sorted(output.excluded_rows().union(run.excluded_rows)),
+            telemetry=telemetry,
+            made_with=[other.plan.output for other in run.outputs if other is not output],
+            started=started,
+            seconds=seconds,
+        )
+        for output in run.outputs
+    ]
+    run.call("publish", run.crew.publish, reports)
+    return reports
 
 
-def _take_up(run: Run, records: Sequence[DoneRecord]) -> None:
+def _take_up(run: Run, records: Sequence[Sequence[DoneRecord]]) -> None:
     """Check what an earlier start finished; what does not stand is done again."""
-    if not records:
-        return
-    run.records, run.history.redone_units = run.call("check finished units", run.crew.check_finished, records)
-    run.history.reused_units = sorted(run.records)
+    for number, (output, found) in enumerate(zip(run.outputs, records, strict=True)):
+        if found:
+            check = (run.crew.check_finished, number, found)
+            output.records, output.redone = run.call("check finished units", *check)
+            output.reused = sorted(output.records)
 
 
 def _with_renewals(run: Run, work: Callable[[], T]) -> T:
@@ -152,14 +174,14 @@ def _with_renewals(run: Run, work: Callable[[], T]) -> T:
     while True:
         try:
             if lost is None:
-                run.submit("open workers", run.crew.open, run.plan, run.lease.run_id).result()
+                run.submit("open workers", run.crew.open, run.bundle, run.lease.run_id).result()
             else:
                 _go_on_after(run, lost)
             return work()
         except WorkerLostError as error:
             run.settle()
-            attempts = 1 if len(run.records) > finished else attempts + 1
-            finished, lost = len(run.records), error
+            attempts = 1 if run.num_finished > finished else attempts + 1
+            finished, lost = run.num_finished, error
             policy = policy_for(error)
             if attempts > policy.attempts:
                 raise
@@ -177,8 +199,8 @@ def _go_on_after(run: Run, lost: WorkerLostError) -> None:
     run.history.renewals.append(renewal)
 
 
-def _with_streams(run: Run) -> list[dict[str, float]] | None:
-    """Blocks in order, activations flowing; gives the held-out figures of every cell."""
+def _with_streams(run: Run) -> None:
+    """Blocks in order, activations flowing."""
     plan, crew = run.plan, run.crew
     first = _place_streams(run)
     blocks = [block for block in _blocks_to_run(run) if block.index >= first]
@@ -197,9 +219,10 @@ def _with_streams(run: Run) -> list[dict[str, float]] | None:
     run.finish_writing()
     if blocks:
         crew.release(blocks[-1].index)
-    head = run.call("head", crew.head, _pending(run, "tail"))
-    run.records.update({record.unit: record for record in head["records"]})
-    return head["figures"]
+    head = run.call("head", crew.head, [output.pending_units("tail") for output in run.outputs])
+    for number, output in enumerate(run.outputs):
+        run.note(number, *head["records"][number])
+        output.figures = None if head["figures"] is None else head["figures"][number]
 
 
 def _place_streams(run: Run) -> int:
@@ -212,8 +235,9 @@ def _place_streams(run: Run) -> int:
     first = checkpoint.block if checkpoint else 0
     if not run.crew.positions and any(block.index == first for block in _blocks_to_run(run)):
         run.crew.prefetch(first)
-    records = run.call("embed", run.crew.prelude, _pending(run, "prelude"))
-    run.records.update({record.unit: record for record in records})
+    written = run.call("embed", run.crew.prelude, [o.pending_units("prelude") for o in run.outputs])
+    for number, records in enumerate(written):
+        run.note(number, *records)
     run.excluded_rows = []
     if checkpoint is not None:
         try:
@@ -225,14 +249,21 @@ def _place_streams(run: Run) -> int:
             return _place_streams(run)
         run.history.from_checkpoint = checkpoint.block
         run.excluded_rows = list(checkpoint.excluded_rows)
-        run.errors.update({block: dict(errors) for block, errors in checkpoint.block_errors.items()})
-    pending = [index for index, unit in run.plan.block_units.items() if unit.name not in run.records]
+        for output in run.outputs:
+            kept = checkpoint.block_errors[output.plan.identity()]
+            output.errors.update({block: dict(errors) for block, errors in kept.items()})
+    pending = [block.index for block in run.plan.blocks if run.pending(block)]
     reached = min([*run.crew.positions, *pending])
-    passed = [run.records[run.plan.block_units[block.index].name] for block in run.plan.blocks[:reached]]
-    run.excluded_rows = sorted(
-        {row for record in passed for row in record.excluded_rows}.union(run.excluded_rows)
-    )
+    for block in run.plan.blocks[:reached]:
+        _leave_out_as_recorded(run, block.index)
     return reached
+
+
+def _leave_out_as_recorded(run: Run, block: int) -> None:
+    """Rows that were left out when a block was solved stay so."""
+    records = [output.records[output.plan.block_units[block].name] for output in run.outputs]
+    recorded = {row for record in records for row in record.excluded_rows}
+    run.excluded_rows = sorted(recorded.union(run.excluded_rows))
 
 
 def _welcome(run: Run) -> None:
@@ -247,15 +278,15 @@ def _can_start_from(run: Run, checkpoint: ActivationCheckpoint | None) -> bool:
     """A checkpoint serves when nothing before it is left to do."""
     if checkpoint is None:
         return False
-    passed = run.plan.blocks[: checkpoint.block]
-    return all(run.plan.block_units[block.index].name in run.records for block in passed)
+    return not any(run.pending(block) for block in run.plan.blocks[: checkpoint.block])
 
 
 def _keep_activations(run: Run, block: int) -> float:
     """Checkpoint the streams that stand before a block; gives the seconds it took."""
     started = time.monotonic()
     run.finish_writing()
-    notes = {"block_errors": dict(run.errors), "excluded_rows": tuple(run.excluded_rows)}
+    errors = {output.plan.identity(): dict(output.errors) for output in run.outputs}
+    notes = {"block_errors": errors, "excluded_rows": tuple(run.excluded_rows)}
     name = run.name_of(block - 1, "keep activations")
     run.checkpoint = run.call(name, run.crew.save_activations, block, notes)
     run.history.checkpoints.append(block)
@@ -263,30 +294,33 @@ def _keep_activations(run: Run, block: int) -> float:
 
 
 def _convert_block(run: Run, block: BlockPlan, following: BlockPlan | None) -> None:
-    """One block, from the streams before it to its shard.
+    """One block, from the streams before it to its shard, or one shard for each output.
 
     Args:
         following: The next block, if it may be begun while workers are left over; `Run.ahead` is then its
             first stage.
     """
-    crew, index, unit = run.crew, block.index, run.plan.block_units[block.index]
-    is_finished = unit.name in run.records
-    linears: list[dict[str, Any]] = []
+    crew, index = run.crew, block.index
+    pending = run.pending(block)
+    linears: dict[int, list[dict[str, Any]]] = {}
     passes = _passes(run, block)
     for groups in passes:
         tokens = _end_moving(run, block, groups)
-        if not is_finished:
+        if pending:
             ahead = following if groups == passes[-1] and _overlaps(run) else None
             linears = _solve(run, block, groups, tokens, share=1.0 / len(passes), ahead=ahead)
-    if is_finished:
+    if not pending:
         run.history.replayed_blocks.append(index)
-        run.excluded_rows = sorted({*run.excluded_rows, *run.records[unit.name].excluded_rows})
-    else:
-        notes = (list(run.excluded_rows), dict(run.seconds[index]))
-        run.writing = run.submit(run.name_of(index, "write"), crew.write, unit, linears, *notes)
+        _leave_out_as_recorded(run, index)
+    for number in pending:
+        unit = run.outputs[number].plan.block_units[index]
+        notes = (linears[number], list(run.excluded_rows), dict(run.seconds[index]))
+        write = run.submit(run.name_of(index, "write"), crew.write, number, unit, *notes)
+        run.outputs[number].writing = write
     if _runs_quantized(run.plan):
         errors = run.stage(index, "evaluate", crew.advance, index)
-        run.errors[index] = run.errors.get(index, {}) if errors is None else errors
+        for output, found in zip(run.outputs, errors, strict=True):
+            output.errors[index] = output.errors.get(index, {}) if found is None else found
     if not run.memory.pipelines:
         run.finish_writing()
         crew.release(index)
@@ -313,14 +347,17 @@ def _solve(
     *,
     share: float,
     ahead: BlockPlan | None,
-) -> list[dict[str, Any]]:
-    """Find the codes of some input groups; gives the report rows of all linears that have them by now.
+) -> dict[int, list[dict[str, Any]]]:
+    """Find the codes of some input groups.
+
+    Returns:
+        Output that lacks this block -> the report rows of all its linears that have codes by now.
 
     Args:
         share: Of the block's input groups.
         ahead: The next block, if workers that are left over are to begin it.
     """
-    arguments = (block.index, groups, tokens)
+    arguments = (block.index, run.pending(block), groups, tokens)
     solving = run.start(block.index, "solve", run.crew.solve, *arguments, share=share)
     if ahead is not None:
         run.ahead = _move_streams(run, ahead, _passes(run, ahead)[0], is_ahead=True)
@@ -329,9 +366,10 @@ def _solve(
 
 def _passes(run: Run, block: BlockPlan) -> list[Groups]:
     """Input groups to go through a block for, one time after the other; the streams go on with the last."""
-    is_pending = run.plan.block_units[block.index].name not in run.records
-    passes = run.crew.passes(block.index)
-    return passes if is_pending and _needs_statistics(block) else passes[-1:]
+    passes = run.crew.passes(block.index, run.pending(block))
+    if run.wants_statistics(block):
+        return passes
+    return [tuple(group for groups in passes for group in groups)]
 
 
 def _move_streams(
@@ -344,9 +382,8 @@ def _move_streams(
         is_ahead: Whether the block before is not evaluated yet.
     """
     after_evaluation = is_ahead and run.plan.evaluation_digest is not None
-    is_pending = run.plan.block_units[block.index].name not in run.records
-    if is_pending and _needs_statistics(block):
-        arguments = (block.index, groups, run.excluded_rows, after_evaluation)
+    if run.wants_statistics(block):
+        arguments = (block.index, run.pending(block), groups, run.excluded_rows, after_evaluation)
         share = 1.0 / len(_passes(run, block))
         return run.start(block.index, "capture", run.crew.capture, *arguments, share=share)
     return run.start(block.index, "forward", run.crew.forward, block.index, after_evaluation)
@@ -360,7 +397,8 @@ def _overlaps(run: Run) -> bool:
 
 def _without_streams(run: Run) -> None:
     """Every unit on its own; a worker converts one while it still writes the one before."""
-    pending = [unit for unit in run.plan.units if unit.name not in run.records]
+    (output,) = run.outputs
+    pending = [unit for unit in output.plan.units if unit.name not in output.records]
     run.total = float(max(1, len(pending)))
     for unit in pending:
         _welcome(run)
@@ -374,25 +412,17 @@ def _without_streams(run: Run) -> None:
 def _note_unit(run: Run) -> None:
     record = run.units[0].result()
     run.units.pop(0)
-    run.note(record)
+    run.note(0, record)
     run.done += 1.0
     run.on_progress(Progress(done=run.done, total=run.total, label=f"unit {record.unit}"))
-
-
-def _pending(run: Run, stage: str) -> list[UnitPlan]:
-    return [u for u in run.plan.units if u.stage == stage and u.name not in run.records]
 
 
 def _blocks_to_run(run: Run) -> Sequence[BlockPlan]:
     """With evaluation all blocks; otherwise those up to the last one that is not finished."""
     if run.plan.evaluation_digest is not None:
         return run.plan.blocks
-    pending = [b.index for b in run.plan.blocks if run.plan.block_units[b.index].name not in run.records]
+    pending = [block.index for block in run.plan.blocks if run.pending(block)]
     return run.plan.blocks[: max(pending, default=-1) + 1]
-
-
-def _needs_statistics(block: BlockPlan) -> bool:
-    return any(linear.method == "gptq" for linear in block.linears)
 
 
 def _runs_quantized(plan: Plan) -> bool:
@@ -400,7 +430,6 @@ def _runs_quantized(plan: Plan) -> bool:
 
 
 def _block_weight(run: Run, block: BlockPlan) -> float:
-    pending = run.plan.block_units[block.index].name not in run.records
-    first = "capture" if pending and _needs_statistics(block) else "forward"
+    first = "capture" if run.wants_statistics(block) else "forward"
     evaluates = STAGE_WEIGHTS["evaluate"] if _runs_quantized(run.plan) else 0.0
-    return STAGE_WEIGHTS[first] + (STAGE_WEIGHTS["solve"] if pending else 0.0) + evaluates
+    return STAGE_WEIGHTS[first] + (STAGE_WEIGHTS["solve"] if run.pending(block) else 0.0) + evaluates

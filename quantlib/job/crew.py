@@ -6,29 +6,29 @@ object.
 
 import dataclasses
 import math
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from quantlib.errors import NumericsError, QuantError, WorkerLostError
 from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.bands import MAX_DIRECT_BATCHES, cut_into_bands, sum_shapes
 from quantlib.job.block_parts import BlockParts
+from quantlib.job.bundle import Bundle, bundle_of
 from quantlib.job.cell_streams import CellStreams, after_first_cell, key_of
 from quantlib.job.dispatch import Dispatcher
-from quantlib.job.expert_groups import TokenCounts, group_tokens, readers_of
-from quantlib.job.group_tiles import GroupTile, group_tiles
-from quantlib.job.holdings import Held, Holdings
+from quantlib.job.expert_groups import TokenCounts, readers_of
+from quantlib.job.holdings import Held, Holdings, OutputHoldings
 from quantlib.job.manifest import DoneRecord
-from quantlib.job.memory import MemoryPlan, Surroundings, budgets_from, plan_memory
+from quantlib.job.memory import MemoryPlan, Surroundings, budgets_from, heap_bytes, plan_memory
 from quantlib.job.options import JobOptions
-from quantlib.job.plan import BlockPlan, Groups, Plan, UnitPlan
+from quantlib.job.output_solve import OutputSolve
+from quantlib.job.plan import Groups, UnitPlan
 from quantlib.job.reduction import Batch, Reduction
 from quantlib.job.schedule import Piece, PieceId
 from quantlib.job.shares import share_by_cost
-from quantlib.job.solve_pieces import GroupWork, solve_pieces
+from quantlib.job.solve_pieces import solve_pieces
 from quantlib.job.text_sources import with_addresses
 from quantlib.job.transport import Handle, Transport, ask_all, ask_one, results
-from quantlib.row_tiles import device_type_of, tile_rows
 from quantlib.storage import normalize_uri
 
 # Place of the sums over all experts' tokens beside those of X^T X and X_ref^T X.
@@ -51,9 +51,9 @@ class Crew:
     def __init__(self, transport: Transport, threads: int) -> None:
         self._transport = transport
         self._threads = threads
-        self._options: JobOptions | None = None
+        self._requests: list[JobOptions] = []
         self._memory: MemoryPlan | None = None
-        self._plan: tuple[Plan, str | None] | None = None
+        self._plans: tuple[Bundle, str | None] | None = None
         self._job: _Job | None = None
         self._num_moved = 0
         self._reduction = Reduction(transport)
@@ -88,49 +88,49 @@ class Crew:
         """Whether workers are there that do not take part yet."""
         return self._transport.has_newcomers
 
-    def prepare(self, options: JobOptions) -> dict[str, Any]:
-        """Plan the job in a worker process; see `quantlib.job.planner.prepare`.
+    def prepare(self, requests: Sequence[JobOptions]) -> dict[str, Any]:
+        """Plan outputs of one source in a worker process; see `quantlib.job.planner.prepare_all`.
 
         Paths are made absolute here: a worker may run in another folder.
 
         Returns:
-            ``plan``; its ``memory``, or the ``report`` of an output that is finished, the other being None.
+            ``plans``; the ``reports`` of those outputs that are finished, the others being None; ``bundle``
+            and ``memory`` of these others, None where nothing is left.
         """
-        given = {name: getattr(options, name) for name in _ADDRESSES}
-        absolute = {name: normalize_uri(uri) for name, uri in given.items() if uri is not None}
-        if options.calibration is not None:
-            absolute["calibration"] = with_addresses(options.calibration, normalize_uri)
-        self._options = dataclasses.replace(options, **absolute)
-        prepared = self._one("prepare", self._options, self._threads)
-        if prepared["report"] is not None:
-            return {**prepared, "memory": None}
+        self._requests = [_with_absolute_paths(options) for options in requests]
+        prepared = self._one("prepare", self._requests, self._threads)
+        plans, reports = prepared["plans"], prepared["reports"]
+        left = [plan for plan, report in zip(plans, reports, strict=True) if report is None]
+        if not left:
+            return {"plans": plans, "reports": reports, "bundle": None, "memory": None}
+        bundle, options = bundle_of(left), self._requests[0]
         room = dataclasses.replace(self._transport.room, device_bytes=prepared["device_bytes"])
         surroundings = Surroundings(
             workers=self.num_workers,
             idle_bytes=prepared["idle_bytes"],
-            kept_bytes=prepared["kept_bytes"],
-            has_device=prepared["plan"].device_kind.startswith("cuda"),
+            kept_bytes=heap_bytes(bundle, options),
+            has_device=bundle.shared.device_kind.startswith("cuda"),
             store_workers=room.store_workers,
         )
-        self._memory = plan_memory(prepared["plan"], surroundings, budgets_from(options, room))
-        return {**prepared, "memory": self._memory}
+        self._memory = plan_memory(bundle, surroundings, budgets_from(options, room))
+        return {"plans": plans, "reports": reports, "bundle": bundle, "memory": self._memory}
 
     def begin(self) -> dict[str, Any]:
-        """Make the work prefix ready, holding its lease; see `quantlib.job.planner.begin`."""
-        assert self._options is not None, "prepare(options) comes first"
-        return self._one("begin", self._options, self._threads)
+        """Make the work prefixes ready, holding their leases; see `quantlib.job.planner.begin`."""
+        assert self._requests, "prepare(requests) comes first"
+        return self._one("begin", self._requests, self._threads)
 
-    def open(self, plan: Plan, run_id: str | None = None) -> None:
-        """Give every worker the plan.
+    def open(self, bundle: Bundle, run_id: str | None = None) -> None:
+        """Give every worker the plans.
 
         Args:
-            run_id: The run that holds the lease; units are recorded only while it does.
+            run_id: The run that holds the leases; units are recorded only while it does.
         """
-        self._plan = (plan, run_id)
+        self._plans = (bundle, run_id)
         memory = self._memory
-        assert memory is not None, "prepare(options) comes first"
-        self._all("open", plan, run_id, memory.activation_bytes, memory.has_late_weights)
-        self._job = _Job(self._transport, plan, run_id, memory)
+        assert memory is not None, "prepare(requests) comes first"
+        self._all("open", bundle, run_id, memory.activation_bytes, memory.has_late_weights)
+        self._job = _Job(self._transport, bundle, run_id, memory)
         self._job.employ(self._transport.workers)
 
     def drop_waiting(self) -> None:
@@ -145,14 +145,14 @@ class Crew:
 
     def renew(self) -> None:
         """Start the workers anew after one was lost; what they held is gone, the plan is given again."""
-        assert self._plan is not None, "open(plan) comes first"
+        assert self._plans is not None, "open(bundle) comes first"
         self._reduction.forget_groups()
         if self._job is not None:
             self._job.dispatcher.close()
             self._num_moved += self._job.cells.num_moved
             self._job = None
         self._transport.renew()
-        self.open(*self._plan)
+        self.open(*self._plans)
 
     def carry_on(self) -> bool:
         """Go on with the workers that are left; what the lost ones held is brought up again by `prelude`.
@@ -189,8 +189,8 @@ class Crew:
         """
         job, came, problems = self._opened, self._transport.newcomers(), []
         given = (job.memory.activation_bytes, job.memory.has_late_weights)
-        calls: list[tuple[Any, ...]] = [("open", job.plan, job.run_id, *given)]
-        if came and job.plan.has_streams:
+        calls: list[tuple[Any, ...]] = [("open", job.bundle, job.run_id, *given)]
+        if came and job.bundle.has_streams:
             calls.append(("embed", job.parts.read(job.plan.prelude_tensors), []))
         for call in calls:
             handles = {worker: self._transport.submit(worker, *call) for worker in came}
@@ -206,11 +206,13 @@ class Crew:
         job.employ(came)
         return len(came), problems
 
-    def check_finished(self, records: Sequence[DoneRecord]) -> tuple[dict[str, DoneRecord], dict[str, str]]:
+    def check_finished(
+        self, output: int, records: Sequence[DoneRecord]
+    ) -> tuple[dict[str, DoneRecord], dict[str, str]]:
         """Compare finished shards with their records, the workers sharing them; see `BlockRunner`."""
         shares = share_by_cost([record.size_bytes for record in records], self.num_workers)
         handles = [
-            self._transport.submit(worker, "check_finished", [records[index] for index in share])
+            self._transport.submit(worker, "check_finished", output, [records[index] for index in share])
             for worker, share in zip(self._transport.workers, shares, strict=True)
             if share
         ]
@@ -225,15 +227,19 @@ class Crew:
         """Start reading a block's weights, each worker its part; does nothing past the last block."""
         self._opened.parts.prefetch(block)
 
-    def prelude(self, units: Sequence[UnitPlan]) -> list[DoneRecord]:
-        """Embed the cells that nobody has, and write the units of what stands before the blocks."""
+    def prelude(self, units: Sequence[Sequence[UnitPlan]]) -> list[list[DoneRecord]]:
+        """Embed the cells that nobody has, and write the units of what stands before the blocks.
+
+        Args:
+            units: Of every output.
+        """
         job = self._opened
-        names = {n for u in units for n in u.copied}
+        names = {n for mine in units for u in mine for n in u.copied}
         names |= set(job.plan.prelude_tensors) if job.cells.missing else set()
         parts = job.parts.read(names) if names else []
         if job.cells.missing:
             job.cells.deal(parts)
-        return [self._one("write", unit.name, parts) for unit in units]
+        return self._written(units, parts)
 
     def activation_bytes(self) -> int:
         """What a checkpoint of the worker with most activations would hold."""
@@ -245,11 +251,11 @@ class Crew:
         Args:
             notes: ``block_errors`` and ``excluded_rows`` of the blocks before.
         """
-        plan = self._opened.plan
+        bundle = self._opened.bundle
         cells = {key: cell for saved in self._all("save_activations", block) for key, cell in saved.items()}
         checkpoint = ActivationCheckpoint(
-            identity=plan.identity(),
-            evaluation_digest=plan.evaluation_digest,
+            identities=tuple(plan.identity() for plan in bundle.outputs),
+            evaluation_digest=bundle.shared.evaluation_digest,
             block=block,
             cells=cells,
             **notes,
@@ -265,17 +271,22 @@ class Crew:
         """Have `prelude` embed those cells anew."""
         self._opened.cells.give_up_restoring()
 
-    def passes(self, block: int) -> list[Groups]:
+    def passes(self, block: int, outputs: Sequence[int]) -> list[Groups]:
         """Input groups that are summed and solved together, each time in a pass over all cells.
 
         Those that are packed are left out, but for the last ones: with them the streams go on.
+
+        Args:
+            outputs: For which the block is to be quantized.
         """
         *others, last = self._opened.memory.slices[block]
-        return [*(groups for groups in others if not self._opened.parts.is_solved(block, groups)), last]
+        is_solved = self._opened.parts.is_solved
+        return [*(groups for groups in others if not is_solved(block, groups, outputs)), last]
 
     def capture(
         self,
         block: int,
+        outputs: Sequence[int],
         groups: Groups,
         excluded_rows: Sequence[int],
         after_evaluation: bool = False,
@@ -283,13 +294,14 @@ class Crew:
         """One forward of every cell through a block: statistics and, in the last pass, the next inputs.
 
         Args:
+            outputs: For which the block is to be quantized.
             groups: One of `passes`.
             excluded_rows: Calibration rows left out so far.
             after_evaluation: Whether the evaluation cells of the block before are still to be compared.
         """
         job, held = self._opened, self._opened.holdings
         is_last = groups == job.memory.slices[block][-1]
-        if job.parts.is_solved(block, groups):
+        if job.parts.is_solved(block, groups, outputs):
             # It is all there but for its shard: only streams that were lost are left to move.
             self.forward(block, after_evaluation)
             return held.captured[block]
@@ -344,45 +356,31 @@ class Crew:
         job.run(pieces + job.cells.forwards(block, after_evaluation=after_evaluation), begin, heard)
         job.parts.unload(block)
 
-    def solve(self, block: int, groups: Groups, counts: TokenCounts) -> list[dict[str, Any]]:
+    def solve(
+        self, block: int, outputs: Sequence[int], groups: Groups, counts: TokenCounts
+    ) -> dict[int, list[dict[str, Any]]]:
         """Quantize the linears of some input groups, a row tile at a time.
 
         Args:
+            outputs: For which it is to be done.
+            groups: Shared ones.
             counts: ``tokens`` of `capture`.
 
         Returns:
-            Report rows of all that are quantized by now, in the plan's order.
+            Output -> report rows of all that are quantized by now, in its plan's order.
         """
-        job, plan = self._opened, self._opened.plan.blocks[block]
-        packed = job.holdings.packed.setdefault(block, {})
-        solved = job.holdings.solved.setdefault(block, {})
-        tiles_of = group_tiles(plan, device_type_of(job.plan.device_kind))
-        tiles = {tile.number: tile for group in groups for tile in tiles_of[group]}
+        job = self._opened
+        shared = (job.bundle, job.holdings, job.parts)
         statistics = job.statistics.get(block, {})
-        tokens = group_tokens(job.plan, plan, counts)
+        solves = {n: OutputSolve(*shared, n, block, groups, statistics, counts) for n in outputs}
 
         def begin(worker: int, piece: Piece) -> Handle:
-            if piece.id.stage == "pack":
-                codes = [solved[tile.number].handle for tile in tiles_of[piece.id.part]]
-                return self._transport.submit(
-                    worker, "pack", block, piece.id.part, codes, tokens[piece.id.part]
-                )
-            tile = tiles[piece.id.part]
-            is_whole = len(tiles_of[tile.group]) == 1
-            method, part = ("solve", tile.group) if is_whole else ("solve_tile", tile)
-            given, sources = statistics.get(tile.group, [[], [], []]), job.parts.sources(block)
-            return self._transport.submit(worker, method, block, part, sources, given, tokens[tile.group])
+            return self._transport.submit(worker, *solves[piece.id.output].call(piece.id))
 
         def heard(worker: int, piece: Piece, result: Any) -> None:
-            if "rows" in result:
-                solved[piece.id.part] = Held(worker, result["rows"])
-                return
-            group = piece.id.part if piece.id.stage == "pack" else tiles[piece.id.part].group
-            packed[group] = Held(worker, result["packed"], result["linears"])
-            for tile in tiles_of[group]:
-                solved.pop(tile.number, None)
+            solves[piece.id.output].heard(worker, piece.id, result)
 
-        works = [_group_work(plan, tiles_of[group], solved) for group in groups if group not in packed]
+        works = [work for solve in solves.values() for work in solve.works]
         try:
             job.run(solve_pieces(block, works, self._transport.workers), begin, heard)
         finally:
@@ -395,11 +393,11 @@ class Crew:
             # are lost can be made again.
             job.holdings.observed.get(block, {}).pop(groups, None)
             self._forget_totals(block, groups)
-        rows = {row["name"]: row for group in packed.values() for row in group.told}
-        return [rows[linear.name] for linear in plan.linears if linear.name in rows]
+        return {output: solve.report_rows() for output, solve in solves.items()}
 
     def write(
         self,
+        output: int,
         unit: UnitPlan,
         linears: Sequence[dict[str, Any]],
         excluded_rows: Sequence[int],
@@ -411,39 +409,46 @@ class Crew:
         handle = self._transport.submit(
             workers[unit.block % len(workers)],
             "write",
+            output,
             unit.name,
-            [*parts.sources(unit.block), *parts.packed(unit.block)],
+            [*parts.sources(unit.block), *parts.packed(output, unit.block)],
             list(linears),
             list(excluded_rows),
             dict(seconds),
         )
         return self._transport.result(handle)
 
-    def advance(self, block: int) -> dict[str, Any] | None:
-        """Run the quantized streams through a block as it was packed.
+    def advance(self, block: int) -> list[dict[str, Any] | None]:
+        """Run the quantized streams through a block as it was packed, those of one output after another's.
 
         Returns:
-            Errors against the original stream; None when only streams that were lost were brought up again.
+            Of every output errors against the original stream; None when only streams that were lost were
+            brought up again.
         """
-        job, packed = self._opened, self._opened.parts.packed(block)
-        compared = job.holdings.compared.setdefault(block, {})
+        job = self._opened
+        errors = [self._advance(block, output) for output in range(len(job.bundle.outputs))]
+        job.parts.unload(block)
+        return errors
+
+    def _advance(self, block: int, output: int) -> dict[str, Any] | None:
+        job, packed = self._opened, self._opened.parts.packed(output, block)
+        held = job.holdings.outputs[output]
+        compared = held.compared.setdefault(block, {})
 
         def begin(worker: int, piece: Piece) -> Handle:
-            needs = job.parts.live(worker, "load_quantized", block, packed)
-            return job.cells.begin(worker, piece, "advance", needs)
+            needs = job.parts.live(worker, "load_quantized", block, packed, output, output=output)
+            return job.cells.begin(worker, piece, "advance", needs, output)
 
         def heard(_: int, piece: Piece, result: Any) -> None:
-            job.holdings.quantized[key_of(piece)] = block + 1
+            held.quantized[key_of(piece)] = block + 1
             if result is not None:
                 compared[key_of(piece)] = result
 
-        pieces = [
-            piece
-            for stage, keys in (("move", job.cells.calibration), ("evaluate", job.cells.evaluation))
-            for piece in job.cells.pieces(block, stage, [key for key in keys if job.cells.waits(key, block)])
-        ]
+        pieces: list[Piece] = []
+        for stage, keys in (("move", job.cells.calibration), ("evaluate", job.cells.evaluation)):
+            waiting = [key for key in keys if job.cells.waits(key, block, output)]
+            pieces += job.cells.pieces(block, stage, waiting, output)
         job.run(pieces, begin, heard)
-        job.parts.unload(block)
         if len(compared) < len(job.cells.evaluation):
             return None
         return _stream_errors([compared[key] for key in sorted(compared)])
@@ -453,10 +458,17 @@ class Crew:
         self._opened.holdings.release(block)
         self._forget_totals(block)
 
-    def head(self, units: Sequence[UnitPlan]) -> dict[str, Any]:
-        """Final norm and head: held-out figures of both streams, and the units of what stands there."""
+    def head(self, units: Sequence[Sequence[UnitPlan]]) -> dict[str, Any]:
+        """Final norm and head: held-out figures of all streams, and the units of what stands there.
+
+        Args:
+            units: Of every output.
+
+        Returns:
+            Of every output ``figures``, or None for all without evaluation; ``records`` of its units.
+        """
         job, plan = self._opened, self._opened.plan
-        names = {n for u in units for n in u.copied}
+        names = {n for mine in units for u in mine for n in u.copied}
         if plan.evaluation_digest is not None:
             names |= set(plan.tail_tensors)
         parts = job.parts.read(names) if names else []
@@ -466,9 +478,9 @@ class Crew:
             def begin(worker: int, piece: Piece) -> Handle:
                 return job.cells.begin(worker, piece, "score", job.parts.live_head(worker, parts))
 
-            figures = job.run(job.cells.pieces(len(plan.blocks), "score", job.cells.evaluation), begin)
-        records = [self._one("write", unit.name, parts) for unit in units]
-        return {"figures": figures, "records": records}
+            scores = job.run(job.cells.pieces(len(plan.blocks), "score", job.cells.evaluation), begin)
+            figures = [list(cells) for cells in zip(*scores, strict=True)]
+        return {"figures": figures, "records": self._written(units, parts)}
 
     def convert_unit(self, unit: UnitPlan) -> DoneRecord:
         """Read, quantize and write one unit, for methods that need no activations.
@@ -487,9 +499,9 @@ class Crew:
         self._opened.run([Piece(id=PieceId(number, "unit", 0), rank=number)], begin, heard)
         return self._transport.result(writing[0])
 
-    def publish(self, report: dict[str, Any]) -> None:
-        """Side files and report, then the index, then config.json."""
-        self._one("publish", report)
+    def publish(self, reports: Sequence[dict[str, Any]]) -> None:
+        """Of every output side files and report, then the index, then config.json."""
+        self._one("publish", reports)
 
     def telemetry(self) -> list[dict[str, Any]]:
         """Seconds, traffic and peak memory of every worker."""
@@ -497,7 +509,7 @@ class Crew:
 
     @property
     def _opened(self) -> "_Job":
-        assert self._job is not None, "open(plan) comes first"
+        assert self._job is not None, "open(bundle) comes first"
         return self._job
 
     def _one(self, method: str, *arguments: Any) -> Any:
@@ -505,6 +517,13 @@ class Crew:
 
     def _all(self, method: str, *arguments: Any) -> list[Any]:
         return ask_all(self._transport, method, *arguments)
+
+    def _written(self, units: Sequence[Sequence[UnitPlan]], parts: list[Handle]) -> list[list[DoneRecord]]:
+        """Units of copied tensors, of every output."""
+        return [
+            [self._one("write", output, unit.name, parts) for unit in mine]
+            for output, mine in enumerate(units)
+        ]
 
     def _take_totals(self, block: int, groups: Groups) -> None:
         """Have the observers share their sums, and others add them: what `BlockRunner.solve` wants."""
@@ -557,14 +576,23 @@ class Crew:
             )
 
 
-class _Job:
-    """A plan, and what its workers have and do."""
+def _with_absolute_paths(options: JobOptions) -> JobOptions:
+    given = {name: getattr(options, name) for name in _ADDRESSES}
+    absolute = {name: normalize_uri(uri) for name, uri in given.items() if uri is not None}
+    if options.calibration is not None:
+        absolute["calibration"] = with_addresses(options.calibration, normalize_uri)
+    return dataclasses.replace(options, **absolute)
 
-    def __init__(self, transport: Transport, plan: Plan, run_id: str | None, memory: MemoryPlan) -> None:
-        self.plan, self.run_id, self.memory = plan, run_id, memory
-        self.holdings = Holdings()
-        self.parts = BlockParts(transport, plan, self.holdings)
-        self.cells = CellStreams(transport, plan, self.holdings)
+
+class _Job:
+    """Plans, and what their workers have and do."""
+
+    def __init__(self, transport: Transport, bundle: Bundle, run_id: str | None, memory: MemoryPlan) -> None:
+        self.bundle, self.run_id, self.memory = bundle, run_id, memory
+        self.plan = bundle.shared
+        self.holdings = Holdings(outputs=[OutputHoldings(sums=sums) for sums in bundle.sums])
+        self.parts = BlockParts(transport, bundle, self.holdings)
+        self.cells = CellStreams(transport, bundle, self.holdings)
         # Block -> input group -> kind of sum -> totals that are to be added -> handles of their bands.
         self.statistics: dict[int, dict[int, list[list[list[Handle]]]]] = {}
         self.dispatcher = Dispatcher(transport)
@@ -591,19 +619,6 @@ class _Job:
         except QuantError:
             self.parts.read_anew({piece.id.block for piece in pieces})
             raise
-
-
-def _group_work(block: BlockPlan, tiles: Sequence[GroupTile], solved: Container[int]) -> GroupWork:
-    """What is left of an input group; costs in multiply-adds."""
-    (columns,) = {linear.columns for linear in block.linears if linear.name == tiles[0].runs[0].name}
-    rows = sum(tile_rows(tile.runs) for tile in tiles)
-    return GroupWork(
-        group=tiles[0].group,
-        tiles=tuple(tile.number for tile in tiles if tile.number not in solved),
-        is_cut=len(tiles) > 1,
-        prepare_cost=columns**3 / 3,
-        tile_cost=rows * columns**2 / len(tiles),
-    )
 
 
 def _stream_errors(cells: Sequence[dict[str, float]]) -> dict[str, Any]:

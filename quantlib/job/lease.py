@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -201,6 +201,53 @@ class Lease:
             self._record, self._etag = found, info.etag
         else:
             self._lost = _taken_over(self._work, found)
+
+
+class Leases:
+    """Leases on several work prefixes, of one run; held all or none. Use as a context manager."""
+
+    def __init__(self, held: Sequence[Lease]) -> None:
+        self._held = held
+
+    @classmethod
+    def acquire(
+        cls,
+        prefixes: Sequence[tuple[Store, str]],
+        on_wait: Callable[[LeaseRecord], None],
+        record: LeaseRecord,
+    ) -> "Leases":
+        """Take the lease of every prefix; see `Lease.acquire`.
+
+        Raises:
+            LeaseError: Another run holds one of them and is alive; none is held then.
+        """
+        held: list[Lease] = []
+        try:
+            # In one order, so that two runs that want the same do not each get some.
+            for store, work in sorted(prefixes, key=lambda prefix: prefix[1]):
+                held.append(Lease.acquire(store, work, on_wait, record))
+        except BaseException:
+            for lease in held:
+                lease.release()
+            raise
+        return cls(held)
+
+    @property
+    def run_id(self) -> str:
+        """Id of this run."""
+        return self._held[0].run_id
+
+    def check(self) -> None:
+        """Raises LeaseError once another run has taken one of them over."""
+        for lease in self._held:
+            lease.check()
+
+    def __enter__(self) -> "Leases":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for lease in self._held:
+            lease.release()
 
 
 def _take_over(store: Store, work: str, mine: LeaseRecord, on_wait: Callable[[LeaseRecord], None]) -> None:

@@ -10,10 +10,11 @@ from itertools import chain, pairwise
 
 from quantlib.errors import RecipeError
 from quantlib.job.bands import MAX_DIRECT_BATCHES
+from quantlib.job.bundle import Bundle
 from quantlib.job.memory_needs import (
     GroupNeeds,
     UnitNeeds,
-    block_needs,
+    bundled_needs,
     cell_needs,
     head_needs,
     prelude_needs,
@@ -22,7 +23,7 @@ from quantlib.job.memory_needs import (
     writing_needs,
 )
 from quantlib.job.options import JobOptions
-from quantlib.job.plan import Groups, Plan
+from quantlib.job.plan import Groups
 from quantlib.memory_watch import KEPT_BYTES
 from quantlib.units import format_bytes, parse_bytes
 
@@ -80,9 +81,9 @@ def budgets_from(options: JobOptions, room: Room) -> Budgets:
     )
 
 
-def heap_bytes(plan: Plan, options: JobOptions) -> int:
+def heap_bytes(bundle: Bundle, options: JobOptions) -> int:
     """Freed memory that a worker keeps: one without streams frees little, a named budget forbids it."""
-    return KEPT_BYTES if plan.has_streams and options.worker_memory is None else 0
+    return KEPT_BYTES if bundle.has_streams and options.worker_memory is None else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,7 +132,7 @@ class MemoryPlan:
     unsliced_bytes: int
 
 
-def plan_memory(plan: Plan, surroundings: Surroundings, budgets: Budgets) -> MemoryPlan:
+def plan_memory(bundle: Bundle, surroundings: Surroundings, budgets: Budgets) -> MemoryPlan:
     """The least frugal way in which a job fits.
 
     First streams leave memory, then one block is worked on at a time, then its linears make their weights as
@@ -140,10 +141,10 @@ def plan_memory(plan: Plan, surroundings: Surroundings, budgets: Budgets) -> Mem
     Raises:
         RecipeError: A budget is too small for one input group alone; says what would do.
     """
-    needs = _Needs(plan, surroundings)
+    needs = _Needs(bundle, surroundings)
     at_once = needs.peak(needs.unsliced(), pipelines=True, is_late=False, resident=needs.streams)
     unsliced_bytes = sum(at_once.worker.values()) + sum(at_once.device.values())
-    unsliced_bytes -= surroundings.idle_bytes + surroundings.kept_bytes + records_needs(plan)
+    unsliced_bytes -= surroundings.idle_bytes + surroundings.kept_bytes + needs.records
     for slices, pipelines, is_late in _ways(needs, budgets):
         found, room, resident = needs.fitted(slices, budgets, pipelines=pipelines, is_late=is_late)
         if found.fits(budgets):
@@ -201,10 +202,11 @@ class _Peak:
 class _Needs:
     """What a job takes, as a function of how it is done."""
 
-    def __init__(self, plan: Plan, surroundings: Surroundings) -> None:
+    def __init__(self, bundle: Bundle, surroundings: Surroundings) -> None:
+        plan = bundle.shared
         self._surroundings = surroundings
-        self._blocks = [block_needs(plan, block) for block in plan.blocks]
-        cells = cell_needs(plan, surroundings.workers)
+        self._blocks = [bundled_needs(bundle, block) for block in range(len(plan.blocks))]
+        cells = cell_needs(plan, surroundings.workers, num_outputs=len(bundle.outputs))
         self.streams, self._working = cells.streams, cells.working
         is_original = plan.options["propagation"] == "original"
         self._num_merged = _num_merged(surroundings)
@@ -214,11 +216,11 @@ class _Needs:
         self.late_helps = all(
             block.late + block.unpacked * self._runs_quantized < block.live for block in self._blocks
         )
-        self._has_streams = plan.has_streams
+        self._has_streams = bundle.has_streams
         self._prelude, self._head = prelude_needs(plan), head_needs(plan)
-        self._units = [] if plan.has_streams else unit_needs(plan)
-        self._writing = writing_needs(plan)
-        self._records = records_needs(plan)
+        self._units = [] if bundle.has_streams else unit_needs(plan)
+        self._writing = max(writing_needs(output) for output in bundle.outputs)
+        self.records = len(bundle.outputs) * records_needs(plan)
 
     def unsliced(self) -> Slices:
         """Every block in one slice."""
@@ -318,7 +320,7 @@ class _Needs:
         """A moment by the places where things are."""
         around = self._surroundings
         needs = {**moment, "activations": resident}
-        worker = {"idle": around.idle_bytes, "kept": around.kept_bytes, "records": self._records}
+        worker = {"idle": around.idle_bytes, "kept": around.kept_bytes, "records": self.records}
         device, store = {}, {}
         if around.has_device:
             worker["waiting activations"] = self.streams - resident

@@ -3,6 +3,7 @@
 R rows (out features), C columns (in features).
 """
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from quantlib.checkpoint.header import DTYPE_BYTES
 from quantlib.checkpoint.layout import spec_bytes
 from quantlib.job.activations import CALIBRATION, EVALUATION, cells_of
+from quantlib.job.bundle import Bundle
 from quantlib.job.expert_groups import readers_of
 from quantlib.job.group_tiles import group_tiles
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec
@@ -27,6 +29,8 @@ _WRITTEN_BYTES = 160 << 20
 _RECORD_BYTES, _BLOCK_RECORD_BYTES = 4 << 20, 24 << 10
 # Parts of a unit without data that are there at a time; see `quantlib.unit_converter`.
 _PARTS_AT_A_TIME = 3
+# Of outputs that are made together the largest is there, and not the sum.
+_ONE_AT_A_TIME = ("source", "live", "late", "levels", "unpacked")
 # A code while it is unpacked: a byte, a copy of its word, and what one of several passes makes of it.
 _CODE_BYTES = 2.5
 # A solve holds a row tile in fp32 and so many buffers of its size; a factor takes a little more than its size
@@ -161,12 +165,38 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
     )
 
 
-def cell_needs(plan: Plan, num_workers: int) -> CellNeeds:
+def bundled_needs(bundle: Bundle, index: int) -> BlockNeeds:
+    """What a block takes where several outputs are made of it: their codes are all there at a time."""
+    shared = block_needs(bundle.shared, bundle.shared.blocks[index])
+    if len(bundle.outputs) == 1:
+        return shared
+    each = [block_needs(plan, plan.blocks[index]) for plan in bundle.outputs]
+    wanting: list[list[GroupNeeds]] = [[] for _ in shared.groups]
+    for needs, sums in zip(each, bundle.sums, strict=True):
+        for group, number in zip(needs.groups, sums[index], strict=True):
+            wanting[number].append(group)
+    return dataclasses.replace(
+        shared,
+        # What one copies another may quantize: only the plans themselves tell a block's size.
+        **{name: max(getattr(needs, name) for needs in each) for name in _ONE_AT_A_TIME},
+        packed=sum(needs.packed for needs in each),
+        groups=tuple(
+            dataclasses.replace(
+                group,
+                solve=max(other.solve for other in others),
+                codes=sum(other.codes for other in others),
+            )
+            for group, others in zip(shared.groups, wanting, strict=True)
+        ),
+    )
+
+
+def cell_needs(plan: Plan, num_workers: int, num_outputs: int = 1) -> CellNeeds:
     """What cells take on the worker that has most of them."""
     wide = _WIDE_BYTES[plan.compute_dtype]
     hidden, length = plan.blocks[0].linears[0].columns, plan.options["sequence_length"]
     corrects: bool = plan.options["correct_targets"]
-    streams = {CALIBRATION: 1 + corrects, EVALUATION: 2}
+    streams = {CALIBRATION: 1 + corrects, EVALUATION: 1 + num_outputs}
     rows = {CALIBRATION: plan.options["sequences"], EVALUATION: plan.options["evaluation_sequences"]}
     share, cell, batch = 0, 0, 0
     for corpus, keys in cells_of(plan).items():

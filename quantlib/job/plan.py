@@ -94,6 +94,11 @@ class BlockPlan:
     input_groups: tuple[tuple[str, ...], ...]
 
     @property
+    def is_calibrated(self) -> bool:
+        """Whether statistics are wanted of it."""
+        return any(linear.method == "gptq" for linear in self.linears)
+
+    @property
     def centered_groups(self) -> frozenset[int]:
         """Numbers of the input groups whose means are gathered too, for biases that are corrected."""
         corrected = {linear.name for linear in self.linears if linear.corrects_bias}

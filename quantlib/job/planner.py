@@ -1,7 +1,7 @@
 """From a request and headers to a plan: no weight byte is read, nothing impossible is begun.
 
-`prepare` is the first stage of every run: it plans, compares with what an earlier start left behind, and
-refuses what cannot be done. `begin` is the second, under the lease of the work prefix: it stores plan and
+`prepare_all` is the first stage of every run: it plans, compares with what an earlier start left behind, and
+refuses what cannot be done. `begin` is the second, under the leases of the work prefixes: it stores plans and
 tokens and tells what is there already.
 """
 
@@ -23,6 +23,7 @@ from quantlib.checkpoint.source import open_source
 from quantlib.errors import CheckpointError, PlanMismatchError, UnsupportedModelError
 from quantlib.job.accounting import account
 from quantlib.job.activations import newest_checkpoint
+from quantlib.job.bundle import bundle_of
 from quantlib.job.expert_groups import merged_groups
 from quantlib.job.fused_sets import refuse_split_sets
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
@@ -50,22 +51,52 @@ class Prepared:
     """A request that can be done.
 
     Attributes:
+        options: The request.
         plan: What will be done.
         rows: Token rows by digest.
         report: Of a finished output, which leaves nothing to do; else None.
     """
 
+    options: JobOptions
     plan: Plan
     rows: Mapping[str, torch.Tensor]
     report: Mapping[str, Any] | None
 
 
-def prepare(options: JobOptions, threads: int) -> Prepared:
-    """Plan a job and compare it with what an earlier start left; only reads.
+# A source that is open, and its model without weights.
+Model = tuple[Checkpoint, Skeleton]
+
+
+def open_model(options: JobOptions) -> Model:
+    """The source of a request; reads headers and configuration only.
+
+    Raises:
+        QuantError: It is no checkpoint, or none that can be converted.
+    """
+    source = normalize_uri(options.source)
+    checkpoint = open_source(open_store(source, options.storage_engine), source)
+    return checkpoint, load_skeleton(checkpoint.config, list(checkpoint.tensors))
+
+
+def prepare_all(requests: Sequence[JobOptions], threads: int) -> list[Prepared]:
+    """Plan outputs of one source; see `prepare`.
+
+    Raises:
+        QuantError: One of the requests cannot be done, or not together with another.
+    """
+    model = open_model(requests[0])
+    prepared = [prepare(options, threads, model) for options in requests]
+    bundle_of([found.plan for found in prepared])
+    return prepared
+
+
+def prepare(options: JobOptions, threads: int, model: Model | None = None) -> Prepared:
+    """Plan an output and compare it with what an earlier start left; only reads.
 
     Args:
         options: The request.
         threads: CPU threads a worker has, unless the options or an earlier start say otherwise.
+        model: The source, where it is open already.
 
     Raises:
         QuantError: The request cannot be done.
@@ -73,7 +104,7 @@ def prepare(options: JobOptions, threads: int) -> Prepared:
     work_store = open_store(work_uri(options), options.storage_engine)
     output_store = open_store(normalize_uri(options.output), options.storage_engine)
     stored = read_plan(work_store, work_uri(options))
-    plan, rows = build_plan(options, threads, stored)
+    plan, rows = build_plan(options, threads, stored, model)
     if stored is None:
         _refuse_occupied(output_store, plan.output)
     elif stored.identity() != plan.identity():
@@ -85,38 +116,44 @@ def prepare(options: JobOptions, threads: int) -> Prepared:
     else:
         _refuse_mixed_start(device_kinds(work_store, stored), options)
     report = _finished_report(output_store, plan) if stored else None
-    return Prepared(plan=plan, rows=rows, report=report)
+    return Prepared(options=options, plan=plan, rows=rows, report=report)
 
 
-def begin(prepared: Prepared, options: JobOptions) -> dict[str, Any]:
-    """Make the work prefix ready for a run that holds its lease.
+def begin(prepared: Sequence[Prepared]) -> dict[str, Any]:
+    """Make the work prefixes of outputs ready for a run that holds their leases.
 
     Returns:
-        ``report``, of an output that another run finished meanwhile, or None; ``records`` of finished units,
-        not yet checked; ``checkpoint`` of the activations, or None; ``aborted_uploads``, how many uploads of
-        runs that died were given up.
+        Of every output ``reports``, of one that another run finished meanwhile, or None, and ``records`` of
+        finished units, not yet checked; ``checkpoint`` of the activations, or None; ``aborted_uploads``, how
+        many uploads of runs that died were given up.
 
     Raises:
         PlanMismatchError: What is stored belongs to another job.
     """
-    plan = prepared.plan
-    work_store = open_store(plan.work, options.storage_engine)
-    output_store = open_store(plan.output, options.storage_engine)
-    store_plan(work_store, plan)
-    report = _finished_report(output_store, plan)
-    aborted = output_store.abort_uploads(plan.output) + work_store.abort_uploads(plan.work)
-    for digest, rows_BT in prepared.rows.items():
-        store_rows(work_store, tokens_uri(plan.work, digest), rows_BT)
+    plans = [found.plan for found in prepared]
+    # Cells are cut from the rows in the first work prefix, whichever output wants them.
+    every = {digest: rows_BT for found in prepared for digest, rows_BT in found.rows.items()}
+    reports, records, aborted = [], [], 0
+    for number, found in enumerate(prepared):
+        plan, engine = found.plan, found.options.storage_engine
+        work_store, output_store = open_store(plan.work, engine), open_store(plan.output, engine)
+        store_plan(work_store, plan)
+        reports.append(_finished_report(output_store, plan))
+        aborted += output_store.abort_uploads(plan.output) + work_store.abort_uploads(plan.work)
+        for digest, rows_BT in (found.rows if number else every).items():
+            store_rows(work_store, tokens_uri(plan.work, digest), rows_BT)
+        records.append(read_records(work_store, plan))
+    home = open_store(plans[0].work, prepared[0].options.storage_engine)
     return {
-        "report": report,
-        "records": read_records(work_store, plan),
-        "checkpoint": newest_checkpoint(work_store, plan),
+        "reports": reports,
+        "records": records,
+        "checkpoint": newest_checkpoint(home, plans),
         "aborted_uploads": aborted,
     }
 
 
 def build_plan(
-    options: JobOptions, threads: int, stored: Plan | None = None
+    options: JobOptions, threads: int, stored: Plan | None = None, model: Model | None = None
 ) -> tuple[Plan, dict[str, torch.Tensor]]:
     """The plan of a request, and the token rows it names by digest; only reads.
 
@@ -124,14 +161,14 @@ def build_plan(
         threads: CPU threads a worker has, unless the options or an earlier start say otherwise.
         stored: The plan of an earlier start: what depends on the machine is taken from it, or else from the
             run that the options repeat.
+        model: The source, where it is open already.
 
     Raises:
         PlanMismatchError: The options repeat a run, and this would be another one.
     """
     replayed = read_provenance(options.replay, options.storage_engine) if options.replay else None
     source = normalize_uri(options.source)
-    checkpoint = open_source(open_store(source, options.storage_engine), source)
-    skeleton = load_skeleton(checkpoint.config, list(checkpoint.tensors))
+    checkpoint, skeleton = model or open_model(options)
     packer = FORMATS[options.format]
     blocks = tuple(
         _plan_block(skeleton.block_spec(index), options, packer) for index in range(skeleton.num_blocks)

@@ -32,6 +32,7 @@ def build_report(
     block_seconds: Mapping[int, Mapping[str, float]],
     excluded_rows: Sequence[int],
     telemetry: Sequence[Mapping[str, Any]],
+    made_with: Sequence[str],
     started: datetime,
     seconds: float,
 ) -> dict[str, Any]:
@@ -40,6 +41,7 @@ def build_report(
     Units: seconds are wall seconds, ``cpu_seconds`` user + system of the worker processes, bytes are bytes,
     ``kl_divergence`` is nats a token (original against quantized); ``history`` is a
     `quantlib.job.history.History`. ``device_kind`` is the plan's, ``device_kinds`` are those that took part.
+    ``made_with`` are outputs made from the same reading: seconds, traffic and memory are those of all.
 
     ``timeline.workers`` holds for every worker the second it ``began`` and for each of its lanes the
     [stage, start, end] of what it did, to the millisecond and in seconds from ``started``: planning comes
@@ -56,6 +58,7 @@ def build_report(
         "source": plan.source,
         "source_format": plan.source_format,
         "output": plan.output,
+        "made_with": list(made_with),
         "model_type": plan.model_type,
         "options": dict(plan.options),
         "started": started.isoformat(timespec="seconds"),

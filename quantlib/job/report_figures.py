@@ -294,9 +294,12 @@ def largest(values: Sequence[float | None]) -> float | None:
 
 
 def history_sentences(report: Mapping[str, Any]) -> list[str]:
-    """What an earlier start left and what went wrong on the way, a sentence each; empty for a calm run."""
+    """What a run was not alone in, took over, and what went wrong on the way, a sentence each; else empty."""
     history = report.get("history") or {}
     found = []
+    if others := report.get("made_with"):
+        names = ", ".join(uri.rstrip("/").rpartition("/")[2] for uri in others)
+        found.append(f"Made from one reading with {names}: time, traffic and memory are those of all")
     if reused := history.get("reused_units"):
         found.append(f"Found finished from an earlier start and intact: {len(reused)} units")
     for unit, reason in (history.get("redone_units") or {}).items():

@@ -8,12 +8,13 @@ from typing import Any, Generic, TypeVar
 
 from quantlib.errors import QuantError
 from quantlib.job.activations import ActivationCheckpoint
+from quantlib.job.bundle import Bundle
 from quantlib.job.crew import Crew
 from quantlib.job.history import History
-from quantlib.job.lease import Lease
+from quantlib.job.lease import Leases
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.memory import MemoryPlan
-from quantlib.job.plan import Plan
+from quantlib.job.plan import BlockPlan, Plan, UnitPlan
 from quantlib.job.stages import Progress, StageFuture, StageRunner
 
 T = TypeVar("T")
@@ -34,29 +35,79 @@ class Begun(Generic[T]):
 
 
 @dataclass(slots=True)
+class OutputState:
+    """What has come of one output so far.
+
+    Attributes:
+        records: Unit -> record of those that are finished.
+        errors: Block -> errors of its quantized stream.
+        figures: Of every evaluation cell.
+        writing: The shard of a block that is being written.
+        reused: Units that an earlier start finished.
+        redone: Units likewise -> what was wrong with their shards.
+    """
+
+    plan: Plan
+    records: dict[str, DoneRecord] = field(default_factory=dict)
+    errors: dict[int, dict[str, Any]] = field(default_factory=dict)
+    figures: list[dict[str, float]] | None = None
+    writing: StageFuture[DoneRecord] | None = None
+    reused: list[str] = field(default_factory=list)
+    redone: dict[str, str] = field(default_factory=dict)
+
+    def is_pending(self, block: int) -> bool:
+        """Whether a block is still to be quantized."""
+        return self.plan.block_units[block].name not in self.records
+
+    def pending_units(self, stage: str) -> list[UnitPlan]:
+        """Units of a stage that are still to be written."""
+        return [unit for unit in self.plan.units if unit.stage == stage and unit.name not in self.records]
+
+    def excluded_rows(self) -> set[int]:
+        """Calibration rows that were left out of what is recorded."""
+        return {row for record in self.records.values() for row in record.excluded_rows}
+
+
+@dataclass(slots=True)
 class Run:
     """What the loop keeps while it runs."""
 
-    plan: Plan
+    bundle: Bundle
     memory: MemoryPlan
     crew: Crew
     stages: StageRunner
     on_progress: Callable[[Progress], None]
-    lease: Lease
+    lease: Leases
     history: History
+    outputs: list[OutputState]
     checkpoint: ActivationCheckpoint | None = None
-    records: dict[str, DoneRecord] = field(default_factory=dict)
     total: float = 1.0
     done: float = 0.0
     excluded_rows: list[int] = field(default_factory=list)
     seconds: dict[int, dict[str, float]] = field(default_factory=dict)
-    errors: dict[int, dict[str, Any]] = field(default_factory=dict)
-    writing: StageFuture[DoneRecord] | None = None
     ahead: Begun[dict[str, Any] | None] | None = None
     units: list[StageFuture[DoneRecord]] = field(default_factory=list)
     is_taken_up: bool = False
     is_converted: bool = False
-    figures: list[dict[str, float]] | None = None
+
+    @property
+    def plan(self) -> Plan:
+        """What is read, run and summed."""
+        return self.bundle.shared
+
+    def pending(self, block: BlockPlan) -> list[int]:
+        """Outputs for which a block is still to be quantized."""
+        return [n for n, output in enumerate(self.outputs) if output.is_pending(block.index)]
+
+    def wants_statistics(self, block: BlockPlan) -> bool:
+        """Whether some output needs sums to quantize a block."""
+        plans = [self.outputs[number].plan for number in self.pending(block)]
+        return any(plan.blocks[block.index].is_calibrated for plan in plans)
+
+    @property
+    def num_finished(self) -> int:
+        """Units that are finished."""
+        return sum(len(output.records) for output in self.outputs)
 
     def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> StageFuture[T]:
         """Start a stage, as long as this run holds the lease."""
@@ -94,28 +145,32 @@ class Run:
         return f"block {block + 1}/{len(self.plan.blocks)}: {kind}"
 
     def finish_writing(self) -> None:
-        """Wait for the shard that is being written, if one is."""
-        if self.writing is not None:
-            self.note(self.writing.result())
-            self.writing = None
+        """Wait for the shards that are being written."""
+        for number, output in enumerate(self.outputs):
+            if output.writing is not None:
+                self.note(number, output.writing.result())
+                output.writing = None
 
-    def note(self, record: DoneRecord) -> None:
-        """A unit is finished."""
-        self.records[record.unit] = record
+    def note(self, number: int, *records: DoneRecord) -> None:
+        """Units of an output are finished."""
+        self.outputs[number].records.update({record.unit: record for record in records})
 
     def settle(self, timeout: float | None = None) -> None:
         """Let what was begun come to its end: what was solved is not to be solved again."""
         self.crew.drop_waiting()
-        begun = [*self.units, *([self.writing] if self.writing is not None else [])]
-        ahead, self.units, self.writing, self.ahead = self.ahead, [], None, None
+        begun = [(0, future) for future in self.units]
+        for number, output in enumerate(self.outputs):
+            begun += [] if output.writing is None else [(number, output.writing)]
+            output.writing = None
+        ahead, self.units, self.ahead = self.ahead, [], None
         deadline = None if timeout is None else time.monotonic() + timeout
 
         def left_s() -> float | None:
             return None if deadline is None else max(0.0, deadline - time.monotonic())
 
-        for future in begun:
+        for number, future in begun:
             with suppress(QuantError, TimeoutError):
-                self.note(future.result(left_s()))
+                self.note(number, future.result(left_s()))
         if ahead is not None:
             with suppress(QuantError, TimeoutError):
                 ahead.future.result(left_s())

@@ -23,11 +23,13 @@ class PieceId:
         block: Index of the block.
         stage: ``capture``, ``solve``, ...
         part: Number within the stage: of a cell, of an input group.
+        output: Which of several outputs it is done for; 0 for what is done for all.
     """
 
     block: int
     stage: str
     part: int
+    output: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

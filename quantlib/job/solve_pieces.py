@@ -12,6 +12,7 @@ class GroupWork:
     """What is left to do of an input group.
 
     Attributes:
+        output: Of which output.
         group: Its number.
         tiles: Numbers of the tiles that are not solved yet.
         is_cut: Whether it has several in all, which are packed in a piece of its own.
@@ -19,6 +20,7 @@ class GroupWork:
         tile_cost: Of a tile, on average.
     """
 
+    output: int = 0
     group: int
     tiles: tuple[int, ...]
     is_cut: bool
@@ -36,10 +38,16 @@ def solve_pieces(block: int, works: Sequence[GroupWork], workers: Sequence[Worke
     for work in works:
         # All of one cost, though the last tile of a linear may be smaller: a worker ends one group before the
         # next. Whoever solves a whole group keeps nothing of it.
-        setup = Setup(name=(block, work.group), cost=work.prepare_cost if work.is_cut else 0.0)
+        setup = Setup(name=(block, work.output, work.group), cost=work.prepare_cost if work.is_cut else 0.0)
         cost = work.tile_cost if work.is_cut else work.prepare_cost + work.tile_cost
         tiles = [
-            Piece(id=PieceId(block, "solve", tile), rank=block, cost=cost, home=homes[tile], setup=setup)
+            Piece(
+                id=PieceId(block, "solve", tile, work.output),
+                rank=block,
+                cost=cost,
+                home=homes[work.output, tile],
+                setup=setup,
+            )
             for tile in work.tiles
         ]
         pieces += tiles
@@ -50,7 +58,7 @@ def solve_pieces(block: int, works: Sequence[GroupWork], workers: Sequence[Worke
 
 def _packing(block: int, work: GroupWork, tiles: Sequence[Piece], otherwise: Worker) -> Piece:
     return Piece(
-        id=PieceId(block, "pack", work.group),
+        id=PieceId(block, "pack", work.group, work.output),
         rank=block,
         # That of a tile, so that codes do not wait for the tiles of other groups.
         cost=work.tile_cost,
@@ -59,8 +67,8 @@ def _packing(block: int, work: GroupWork, tiles: Sequence[Piece], otherwise: Wor
     )
 
 
-def _homes(works: Sequence[GroupWork], workers: Sequence[Worker]) -> dict[int, Worker]:
-    """Tile -> worker."""
+def _homes(works: Sequence[GroupWork], workers: Sequence[Worker]) -> dict[tuple[int, int], Worker]:
+    """(output, tile) -> worker."""
     costs = [work.prepare_cost + work.tile_cost * len(work.tiles) for work in works]
     loads = [
         _Load(worker, {work: list(work.tiles) for work in (works[index] for index in share) if work.tiles})
@@ -71,7 +79,12 @@ def _homes(works: Sequence[GroupWork], workers: Sequence[Worker]) -> dict[int, W
         taker.tiles.setdefault(work, []).append(giver.tiles[work].pop())
         if not giver.tiles[work]:
             del giver.tiles[work]
-    return {tile: load.worker for load in loads for tiles in load.tiles.values() for tile in tiles}
+    return {
+        (work.output, tile): load.worker
+        for load in loads
+        for work, tiles in load.tiles.items()
+        for tile in tiles
+    }
 
 
 @dataclass(slots=True)

@@ -65,6 +65,7 @@ LAYERS = {
     "quantlib.group_solver": 6,
     "quantlib.unit_converter": 6,
     "quantlib.worker_cells": 6,
+    "quantlib.worker_output": 6,
     "quantlib.rail_group": 6,
     "quantlib.sum_exchange": 6,
     "quantlib.job.planner": 6,

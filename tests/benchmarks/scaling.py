@@ -49,7 +49,7 @@ def seconds_of_a_job(folder: Path, propagation: str, workers: int, arguments: ar
             marks.append(time.monotonic())
 
     with open_crew(options) as crew:
-        convert(options, crew, DirectStages(), on_progress)
+        convert([options], crew, DirectStages(), on_progress)
     return marks[-1] - marks[0]
 
 

@@ -51,7 +51,7 @@ for _, shared in itertools.groupby(jobs, lambda job: job.workers):
     shared = list(shared)
     with open_crew(shared[0]) as crew:
         for options in shared:
-            report = convert(options, crew, DirectStages(), lambda _: None)
+            (report,) = convert([options], crew, DirectStages(), lambda _: None)
             assert report["workers"] == options.workers
             assert report["evaluation"] is not None
 """

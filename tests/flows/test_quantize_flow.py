@@ -192,3 +192,20 @@ def test_run_created_through_the_api_is_executed_by_serve(
     }
     wanted = {shard["name"]: shard["sha256"] for shard in converted["shards"]}
     assert shard_digests(tmp_path / "out") == wanted
+
+
+def test_two_recipes_are_one_flow_run_and_two_outputs(prefect_server, converted, inputs, tmp_path):
+    for name, text in {"four": "", "eight": 'scheme = "W8A16"\nmethod = "rtn"\n'}.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    words = command(request(inputs, tmp_path / "out"), "--json")
+    recipes = [f"--recipe={tmp_path / name}.toml" for name in ("four", "eight")]
+    ended = run([*words, *recipes], prefect_server.environment)
+    assert ended.returncode == 0, ended.stderr
+    four, eight = json.loads(ended.stdout)
+    assert four["shards"] == converted["shards"], "as by itself"
+    assert [uri.rpartition("/")[2] for uri in eight["made_with"]] == ["four"]
+    with prefect_server.client() as client:
+        query = {"flows": {"name": {"any_": ["quantize-recipes"]}}}
+        (found,) = client.post("/flow_runs/filter", json=query).json()
+    assert found["state"]["type"] == "COMPLETED"
+    assert found["name"] == "tiny to W4A16 g32 compressed-tensors, tiny to W8A16 g32 compressed-tensors"

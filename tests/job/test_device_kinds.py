@@ -9,6 +9,7 @@ import torch
 from quantlib.block_runner import BlockRunner
 from quantlib.errors import PlanMismatchError
 from quantlib.inprocess import quantize
+from quantlib.job.bundle import bundle_of
 from quantlib.job.manifest import device_kinds, record_device_kind
 from quantlib.job.planner import begin, prepare
 from quantlib.job.provenance import PROVENANCE_NAME
@@ -57,7 +58,7 @@ def _started_on(gpu, kind: str, root: Path):
     options = tiny_options(root, device="cuda", method="rtn", evaluation=None)
     gpu[kind]()
     prepared = prepare(options, 1)
-    begin(prepared, options)
+    begin([prepared])
     return options, prepared.plan
 
 
@@ -73,14 +74,14 @@ def test_resume_on_another_gpu_is_refused_unless_gpus_may_be_mixed(tmp_path, gpu
 
 def test_worker_on_another_gpu_takes_part_only_where_they_may_be_mixed_and_is_noted(tmp_path, gpu):
     options, plan = _started_on(gpu, H100, tmp_path)
-    BlockRunner().open(plan)
+    BlockRunner().open(bundle_of([plan]))
     assert device_kinds(STORE, plan) == [H100]
     gpu[A100]()
     with pytest.raises(PlanMismatchError, match=f"planned for {H100}, this worker has {A100}.*mixed_gpus"):
-        BlockRunner().open(plan)
+        BlockRunner().open(bundle_of([plan]))
     mixed = tiny_options(tmp_path, device="cuda", method="rtn", evaluation=None, mixed_gpus=True)
     worker = BlockRunner()
-    worker.open(prepare(mixed, 1).plan)
+    worker.open(bundle_of([prepare(mixed, 1).plan]))
     assert worker.telemetry()["device_kinds"] == [A100, H100]
     # The H100 would do again, but some of the work is an A100's now.
     gpu[H100]()
@@ -93,14 +94,14 @@ def test_worker_on_another_cpu_is_refused_in_any_case(tmp_path, monkeypatch):
     plan = prepare(options, 1).plan
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX1024")
     with pytest.raises(PlanMismatchError, match="this worker has cpu-avx1024; use one kind") as caught:
-        BlockRunner().open(plan)
+        BlockRunner().open(bundle_of([plan]))
     assert "mixed_gpus" not in str(caught.value)
 
 
 def test_report_and_provenance_say_which_kinds_took_part(tmp_path):
     options = tiny_options(tmp_path, method="rtn", evaluation=None, mixed_gpus=True)
     prepared = prepare(options, 1)
-    begin(prepared, options)
+    begin([prepared])
     record_device_kind(STORE, prepared.plan, "another-kind")
     report = quantize(options)
     kinds = sorted(["another-kind", prepared.plan.device_kind])

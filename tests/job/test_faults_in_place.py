@@ -131,7 +131,7 @@ def test_writer_lost_while_others_have_evaluated_the_block(root, calm, way):
     evaluated = threading.Event()
 
     def fault(cluster: ThreadCluster, worker: int, method: str, arguments: tuple[Any, ...]) -> None:
-        if method == "write" and arguments[0].endswith("00001") and not cluster.dead:
+        if method == "write" and arguments[1].endswith("00001") and not cluster.dead:
             evaluated.wait(timeout=5)
             cluster.kill(worker)
         elif method == "advance" and arguments[0] == 2 or (method == "totals" and arguments[0] == 2):

@@ -21,7 +21,7 @@ def held() -> Holdings:
 
 def test_a_cell_is_lost_with_its_home_and_stays_in_the_sum_of_whoever_observed_it(held):
     held.lose({1})
-    assert set(held.homes) == set(held.follows) == set(held.quantized) == {A}
+    assert set(held.homes) == set(held.follows) == set(held.outputs[0].quantized) == {A}
     # To observe c again would count it twice.
     assert set(held.observed[3][GROUPS]) == {A, C}
     assert held.sources[3] == [Held(0, "first"), None]
@@ -40,9 +40,9 @@ def test_a_cell_on_its_way_is_nowhere(held):
 
 
 def test_codes_of_a_lost_worker_are_gone_and_those_of_others_stay(held):
-    held.packed[3] = {0: Held(0, "q"), 1: Held(1, "down")}
+    held.outputs[0].packed[3] = {0: Held(0, "q"), 1: Held(1, "down")}
     held.lose({1})
-    assert held.packed[3] == {0: Held(0, "q")}
+    assert held.outputs[0].packed[3] == {0: Held(0, "q")}
 
 
 def test_row_tiles_of_a_lost_worker_are_gone_and_need_no_cell(held):
@@ -50,9 +50,9 @@ def test_row_tiles_of_a_lost_worker_are_gone_and_need_no_cell(held):
     held.captured[3] = {}
     held.observed[3] = {GROUPS: {A: Held(0, None), C: Held(0, None)}}
     held.homes = {A: 0, C: 0}
-    held.solved[3] = {0: Held(0, "first rows"), 1: Held(1, "last rows")}
+    held.outputs[0].solved[3] = {0: Held(0, "first rows"), 1: Held(1, "last rows")}
     held.lose({1})
-    assert held.solved[3] == {0: Held(0, "first rows")}
+    assert held.outputs[0].solved[3] == {0: Held(0, "first rows")}
     assert set(held.homes) == {A, C}
 
 
@@ -60,7 +60,7 @@ def test_cells_that_passed_a_block_unobserved_come_back_when_its_codes_are_lost(
     # An earlier loss took a cell out of the sums; as all codes were there, it was only moved on.
     del held.observed[3][GROUPS][A]
     held.captured[3] = {}
-    held.packed[3] = {0: Held(0, "q"), 1: Held(1, "down")}
+    held.outputs[0].packed[3] = {0: Held(0, "q"), 1: Held(1, "down")}
     held.lose({1})
     assert A not in held.homes
 
@@ -72,15 +72,16 @@ def test_cells_that_passed_a_block_whose_sums_are_not_kept_come_back_when_its_co
     held.place(held.homes, position)
     held.observed[3] = {(1,): {}}
     held.captured[3] = {}
-    held.packed[3] = {0: Held(1, "q")}
+    held.outputs[0].packed[3] = {0: Held(1, "q")}
     held.lose({1})
     assert set(held.homes) == homes
 
 
 def test_release_keeps_nothing_of_a_block(held):
-    held.packed[3], held.compared[3], held.captured[3], held.exponents[3] = {}, {}, {}, {}
-    held.solved[3] = {}
+    (output,) = held.outputs
+    output.packed[3], output.compared[3], output.solved[3] = {}, {}, {}
+    held.captured[3], held.exponents[3] = {}, {}
     held.release(3)
-    kinds = (held.observed, held.sources, held.packed, held.solved, held.compared, held.captured)
-    for kept in (*kinds, held.exponents):
+    kinds = (held.observed, held.sources, held.captured, held.exponents)
+    for kept in (*kinds, output.packed, output.solved, output.compared):
         assert not kept

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from quantlib.checkpoint.layout import spec_bytes
 from quantlib.errors import RecipeError
+from quantlib.job.bundle import bundle_of
 from quantlib.job.memory import Budgets, MemoryPlan, Room, Surroundings, budgets_from, plan_memory
 from quantlib.job.memory_needs import (
     block_needs,
@@ -79,13 +80,13 @@ def _sizes(found: MemoryPlan) -> tuple[int, ...]:
 @given(job=_jobs(), around=st.sampled_from(_AROUND), share=st.floats(0.0, 1.2))
 def test_every_group_is_in_one_slice_and_no_budget_exceeded(tiny, job, around, share):
     plan = _with_blocks(tiny, *job)
-    roomy = plan_memory(plan, around, Budgets())
+    roomy = plan_memory(bundle_of([plan]), around, Budgets())
     assert roomy.pipelines
     assert max(len(passes) for passes in roomy.slices) == 1
     worker, device, store = (max(1, int(share * size)) for size in _sizes(roomy))
     budgets = Budgets(worker=worker, device=device, store=store)
     try:
-        found = plan_memory(plan, around, budgets)
+        found = plan_memory(bundle_of([plan]), around, budgets)
     except RecipeError as refused:
         needed, option = refused.facts["needed_bytes"], refused.facts["option"]
         assert isinstance(needed, int)
@@ -95,11 +96,11 @@ def test_every_group_is_in_one_slice_and_no_budget_exceeded(tiny, job, around, s
         assert needed > getattr(budgets, place)
         # That much will do, as far as this budget goes.
         try:
-            plan_memory(plan, around, dataclasses.replace(budgets, **{place: needed}))
+            plan_memory(bundle_of([plan]), around, dataclasses.replace(budgets, **{place: needed}))
         except RecipeError as other:
             assert other.facts["option"] != option
         with pytest.raises(RecipeError) as still:
-            plan_memory(plan, around, dataclasses.replace(budgets, **{place: needed - 1}))
+            plan_memory(bundle_of([plan]), around, dataclasses.replace(budgets, **{place: needed - 1}))
         assert still.value.facts["option"] == option
         return
     for block, passes in zip(plan.blocks, found.slices, strict=True):
@@ -116,11 +117,11 @@ def test_every_group_is_in_one_slice_and_no_budget_exceeded(tiny, job, around, s
 @given(job=_jobs(), shares=st.tuples(st.floats(0.2, 1.0), st.floats(0.2, 1.0)))
 def test_more_memory_never_means_more_passes(tiny, job, shares):
     plan, around = _with_blocks(tiny, *job), _AROUND[0]
-    size = _sizes(plan_memory(plan, around, Budgets()))[0]
+    size = _sizes(plan_memory(bundle_of([plan]), around, Budgets()))[0]
     passes = []
     for share in sorted(shares):
         try:
-            found = plan_memory(plan, around, Budgets(worker=int(share * size)))
+            found = plan_memory(bundle_of([plan]), around, Budgets(worker=int(share * size)))
         except RecipeError:
             continue
         passes.append(sum(len(block) for block in found.slices))
@@ -134,7 +135,7 @@ def test_object_store_holds_what_was_observed_and_what_it_comes_to(tiny, workers
     """Of more than two workers: on a node its sum, and with other nodes what the sums of all come to."""
     plan = _with_blocks(tiny, [[(96, 64)]], "original")
     around = Surroundings(workers=workers, idle_bytes=0, store_workers=store_workers)
-    store = plan_memory(plan, around, Budgets()).store
+    store = plan_memory(bundle_of([plan]), around, Budgets()).store
     total = block_needs(plan, plan.blocks[0]).groups[0].total
     assert store["sums"] + store["merged sums"] == sums * total
 
@@ -199,7 +200,7 @@ def test_embedding_that_outgrows_all_blocks_is_planned_for(tiny):
         return dataclasses.replace(unit, tensors=specs) if unit.stage == "prelude" else unit
 
     plan = dataclasses.replace(tiny, units=tuple(map(grown, tiny.units)))
-    found = plan_memory(plan, Surroundings(workers=1, idle_bytes=0), Budgets())
+    found = plan_memory(bundle_of([plan]), Surroundings(workers=1, idle_bytes=0), Budgets())
     assert found.worker["ends"] == 4 * 10**6 * 64
 
 
@@ -207,7 +208,7 @@ def test_units_without_data_have_no_block_live(tiny):
     """Rounding holds three parts of a block, and two shards; nothing is run."""
     none = {"calibration_digest": None, "evaluation_digest": None}
     plan = dataclasses.replace(tiny, **none)
-    found = plan_memory(plan, _AROUND[0], Budgets()).worker
+    found = plan_memory(bundle_of([plan]), _AROUND[0], Budgets()).worker
     assert not {"block", "working", "statistics", "activations"} & {
         name for name, size in found.items() if size
     }

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from quantlib.checkpoint.header import read_header
 from quantlib.errors import PackingError, PlanMismatchError, UnsupportedModelError
 from quantlib.inprocess import quantize
+from quantlib.job.bundle import bundle_of
 from quantlib.job.estimate import describe_plan, format_plan
 from quantlib.job.finished import check_unit
 from quantlib.job.manifest import DoneRecord, read_plan, read_records, store_plan, store_record
@@ -193,7 +194,7 @@ def test_manifest_unit_counts_as_finished_only_while_its_shard_is_what_was_recor
 
 
 def test_estimate_counts_bytes_as_they_are_written(root, plan):
-    memory = plan_memory(plan, Surroundings(workers=1, idle_bytes=0), Budgets())
+    memory = plan_memory(bundle_of([plan]), Surroundings(workers=1, idle_bytes=0), Budgets())
     described = describe_plan(plan, memory, num_workers=1, flops_per_second=1e9)
     written = sum(path.stat().st_size for path in (root / "written").glob("*.safetensors"))
     assert described["bytes_out"] == written

@@ -158,7 +158,7 @@ def test_resume_checkpoint_holds_the_streams_themselves(root):
     _interrupt(options, "block 3/6: capture")
     plan, _ = build_plan(options, 1)
     store = open_store(plan.work)
-    checkpoint = newest_checkpoint(store, plan)
+    checkpoint = newest_checkpoint(store, [plan])
     assert checkpoint is not None
     assert checkpoint.block == 2
     assert {key.split("-")[0] for key in checkpoint.cells} == {"calibration", "evaluation"}
@@ -189,7 +189,7 @@ def test_resume_takes_streams_out_of_the_bytes_whose_digest_was_checked(root):
     _interrupt(options, "block 3/6: capture")
     plan, _ = build_plan(options, 1)
     store = open_store(plan.work)
-    checkpoint = newest_checkpoint(store, plan)
+    checkpoint = newest_checkpoint(store, [plan])
     assert checkpoint is not None
     for key in checkpoint.cells:
         damaging = cast(Store, _DamagesSecondReads(store))
@@ -305,7 +305,7 @@ def test_resume_checkpoint_of_another_plan_is_refused_by_name(tmp_path):
     options = tiny_options(tmp_path, checkpoint_every=1)
     _interrupt(options, "block 3/3: capture")
     (path,) = (tmp_path / "output.quantmill" / "activations").glob("*.json")
-    path.write_text(json.dumps({**json.loads(path.read_text()), "identity": "f" * 64}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "identities": ["f" * 64]}))
     with pytest.raises(PlanMismatchError, match=r"block-00002\.json"):
         quantize(options)
 
@@ -315,7 +315,7 @@ def test_resume_damaged_cell_is_told_by_its_digest(tmp_path):
     _interrupt(options, "block 3/3: capture")
     plan, _ = build_plan(options, 1)
     store = open_store(plan.work)
-    checkpoint = newest_checkpoint(store, plan)
+    checkpoint = newest_checkpoint(store, [plan])
     assert checkpoint is not None
     wrong = dataclasses.replace(
         checkpoint, cells={k: ("0" * 64, n) for k, (_, n) in checkpoint.cells.items()}

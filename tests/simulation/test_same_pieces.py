@@ -75,7 +75,7 @@ def test_stages_add_the_pieces_of_a_real_job(root, stages, tmp_path, workers, ch
     source = root / given.pop("source", "source")
     options = tiny_options(tmp_path, source=str(source), **{**texts, **given})
     crew, runner = ThreadCluster(workers), DirectStages()
-    convert(options, Crew(crew, 1), runner, lambda _: None)
+    convert([options], Crew(crew, 1), runner, lambda _: None)
     runner.close()
     crew.close()
     real = _sorted(stages)

@@ -74,7 +74,7 @@ class WorkerChaos:
 
         try:
             crew = Crew(RayTransport(self._pool), self._pool.threads)
-            outcome.note(convert(options, crew, DirectStages(), disturb)["history"])
+            outcome.note(convert([options], crew, DirectStages(), disturb)[0]["history"])
         except WorkerLostError as error:
             outcome.failed("WorkerLostError", error.message)
             return False

@@ -176,11 +176,21 @@ def convert_on(
     cluster: ThreadCluster, options: JobOptions, on_progress: Callable[[Progress], None] = lambda _: None
 ) -> dict[str, Any]:
     """A job that may not hang; gives its report or raises its error, and closes the cluster."""
+    (report,) = convert_all_on(cluster, [options], on_progress)
+    return report
+
+
+def convert_all_on(
+    cluster: ThreadCluster,
+    requests: Sequence[JobOptions],
+    on_progress: Callable[[Progress], None] = lambda _: None,
+) -> list[dict[str, Any]]:
+    """The same of several outputs from one reading."""
     stages, found = DirectStages(), {}
 
     def run() -> None:
         try:
-            found["report"] = convert(options, Crew(cluster, 1), stages, on_progress)
+            found["reports"] = convert(requests, Crew(cluster, 1), stages, on_progress)
         except Exception as error:  # noqa: BLE001 - raised again below
             found["error"] = error
 
@@ -192,7 +202,7 @@ def convert_on(
     assert not thread.is_alive(), "the job hangs"
     if "error" in found:
         raise found["error"]
-    return found["report"]
+    return found["reports"]
 
 
 def _lane_of(method: str) -> str:

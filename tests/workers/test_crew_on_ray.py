@@ -15,7 +15,7 @@ pytestmark = pytest.mark.slow
 
 def _convert(options):
     with open_crew(options) as crew:
-        return convert(options, crew, DirectStages(), lambda _: None)
+        return convert([options], crew, DirectStages(), lambda _: None)
 
 
 def test_crew_without_data_writes_the_same_bytes(tmp_path, ray_cluster):

@@ -77,7 +77,7 @@ def test_sums_between_nodes_give_the_bytes_of_one_process(
     with WorkerPool(options) as pool:
         assert len({pool.node_of(number) for number in pool.actors}) == 3
         crew = Crew(transport(pool), pool.threads)
-        history = convert(options, crew, DirectStages(), lambda _: None)["history"]
+        history = convert([options], crew, DirectStages(), lambda _: None)[0]["history"]
     assert shard_digests(Path(options.output)) == expected
     assert history["exchanges"][path] >= 1
     assert bool(history["exchange_fallbacks"]) == (path == "object store")

@@ -72,7 +72,8 @@ def _convert(
     def on_progress(progress: Progress) -> None:
         disturb(pool, progress.label)
 
-    return convert(options, Crew(RayTransport(pool), pool.threads), DirectStages(), on_progress)
+    crew = Crew(RayTransport(pool), pool.threads)
+    return convert([options], crew, DirectStages(), on_progress)[0]
 
 
 def _where(pool: WorkerPool, place: int) -> dict[str, Any]:

@@ -133,7 +133,8 @@ def test_job_stays_on_nodes_with_label_and_resource_and_takes_in_those_that_join
 
     with WorkerPool(options) as pool:
         assert _homes(pool) == homes
-        report = convert(options, Crew(RayTransport(pool), pool.threads), DirectStages(), on_progress)
+        crew = Crew(RayTransport(pool), pool.threads)
+        (report,) = convert([options], crew, DirectStages(), on_progress)
         assert _homes(pool) == homes
     assert (report["workers"], report["history"]["joined_workers"]) == (2, 1)
     assert shard_digests(Path(options.output)) == shard_digests(Path(alone.output))

@@ -1,0 +1,160 @@
+"""Outputs that are made from one reading of a source: what they share, and what each has of its own.
+
+The source is read once, the original model runs once, and its statistics are summed once, for the input
+groups of all; each output then has its linears solved, written and evaluated as its own plan says. The bytes
+are those that each would have by itself.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quantlib.errors import PlanMismatchError, RecipeError
+from quantlib.job.plan import BlockPlan, LinearPlan, Plan
+from quantlib.job.provenance import MACHINE_SETTINGS
+
+# Options in which outputs of one reading may differ: where they go, and how their codes are found.
+OWN_OPTIONS = (
+    "output",
+    "work",
+    "scheme",
+    "group_size",
+    "method",
+    "format",
+    "scale_search",
+    "column_order",
+    "descent_passes",
+    "refit_scales",
+    "rules",
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """Plans of outputs that are made together.
+
+    Attributes:
+        shared: What is read, run and summed: the plan itself where there is one output; else one whose blocks
+            have the input groups of all, and whose work prefix is that of the first.
+        outputs: Their plans.
+        sums: Of every output and every block, the shared input group whose sums each of its own wants.
+    """
+
+    shared: Plan
+    outputs: tuple[Plan, ...]
+    sums: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether blocks are gone through one after the other: for data, or to read them once for all."""
+        return self.shared.has_streams or len(self.outputs) > 1
+
+
+def bundle_of(plans: Sequence[Plan]) -> Bundle:
+    """Plans of one source, to be carried out together.
+
+    Raises:
+        RecipeError: They differ in what is to be done once for all of them; names the option.
+        PlanMismatchError: Some were begun before, with other settings than the rest would have here.
+    """
+    first, *others = plans
+    if not others:
+        numbers = tuple(tuple(range(len(block.input_groups))) for block in first.blocks)
+        return Bundle(shared=first, outputs=(first,), sums=(numbers,))
+    for plan in others:
+        _refuse_differences(first, plan)
+    calibrated = next((plan for plan in plans if plan.calibration_digest is not None), first)
+    blocks = tuple(_merged_block(alike) for alike in zip(*(plan.blocks for plan in plans), strict=True))
+    shared = dataclasses.replace(calibrated, output=first.output, work=first.work, blocks=blocks)
+    sums = tuple(
+        tuple(_shared_groups(mine, all_) for mine, all_ in zip(plan.blocks, blocks, strict=True))
+        for plan in plans
+    )
+    bundle = Bundle(shared=shared, outputs=tuple(plans), sums=sums)
+    _refuse_other_sums(bundle)
+    return bundle
+
+
+def _refuse_differences(first: Plan, plan: Plan) -> None:
+    for name, value in first.options.items():
+        if name in OWN_OPTIONS or plan.options[name] == value:
+            continue
+        raise RecipeError(
+            f"{plan.output} wants {name} {_word(plan.options[name])}, {first.output} {_word(value)}; what is"
+            " read and run once must be the same for all recipes: choose one value, or convert one by itself",
+            option=name,
+        )
+    if first.options["propagation"] != "original":
+        raise RecipeError(
+            "several recipes need propagation original, found quantized: every output would need a run of its"
+            ' own; set propagation = "original" (3 bits choose quantized unless told), or convert one by'
+            " itself",
+            option="propagation",
+        )
+    if first.options["replay"] is not None:
+        raise RecipeError("a replay repeats one run; leave out either replay or recipes", option="replay")
+    for name in (*MACHINE_SETTINGS, "device_kind"):
+        before, now = getattr(first, name), getattr(plan, name)
+        if before != now:
+            raise PlanMismatchError(
+                f"{first.output} goes with {name} {before}, {plan.output} with {now}, as they were not begun"
+                " together; finish the one that was begun by itself",
+                setting=name,
+            )
+
+
+def _word(value: Any) -> str:
+    return "unset" if value is None else str(value)
+
+
+def _merged_block(blocks: Sequence[BlockPlan]) -> BlockPlan:
+    """With every linear that any of them quantizes, and groups of all that read one tensor."""
+    linears = tuple(_merged_linear(alike) for alike in zip(*(block.linears for block in blocks), strict=True))
+    groups: list[tuple[str, ...]] = []
+    for names in (group for block in blocks for group in block.input_groups):
+        touching = [group for group in groups if set(group).intersection(names)]
+        merged = dict.fromkeys((*(name for group in touching for name in group), *names))
+        groups = [group for group in groups if group not in touching]
+        groups.append(tuple(merged))
+    order = {linear.name: number for number, linear in enumerate(linears)}
+    groups = [tuple(sorted(group, key=order.__getitem__)) for group in groups]
+    return dataclasses.replace(
+        blocks[0],
+        linears=linears,
+        input_groups=tuple(sorted(groups, key=lambda group: order[group[0]])),
+    )
+
+
+def _merged_linear(linears: Sequence[LinearPlan]) -> LinearPlan:
+    quantized = [linear for linear in linears if linear.scheme is not None]
+    calibrated = [linear for linear in quantized if linear.method == "gptq"]
+    found = next(iter([*calibrated, *quantized]), linears[0])
+    return dataclasses.replace(found, corrects_bias=any(linear.corrects_bias for linear in linears))
+
+
+def _shared_groups(mine: BlockPlan, merged: BlockPlan) -> tuple[int, ...]:
+    numbers = {name: number for number, group in enumerate(merged.input_groups) for name in group}
+    return tuple(numbers[group[0]] for group in mine.input_groups)
+
+
+def _refuse_other_sums(bundle: Bundle) -> None:
+    """Sums that biases are corrected by are others: whoever corrects none would not get its own bytes."""
+    for plan, block, group, number in _calibrated_groups(bundle):
+        shared = bundle.shared.blocks[block.index]
+        if (group in block.centered_groups) != (number in shared.centered_groups):
+            raise RecipeError(
+                f"{plan.output} corrects biases of {shared.input_groups[number][0]} otherwise than another"
+                " recipe; what is summed once must be the same for all: convert one by itself",
+                option="correct_biases",
+                linear=shared.input_groups[number][0],
+            )
+
+
+def _calibrated_groups(bundle: Bundle) -> Iterator[tuple[Plan, BlockPlan, int, int]]:
+    """Of outputs that use sums: plan, block, input group and the shared one."""
+    for plan, sums in zip(bundle.outputs, bundle.sums, strict=True):
+        if plan.calibration_digest is not None:
+            for block, numbers in zip(plan.blocks, sums, strict=True):
+                for group, number in enumerate(numbers):
+                    yield plan, block, group, number
