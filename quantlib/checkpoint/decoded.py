@@ -33,8 +33,8 @@ class MakeRows(Protocol):
 ROW_STEP = 128
 # Values made at a time: 16 MiB in fp32.
 RUN_VALUES = 4 << 20
-# Buffers, each as large in fp32 as what is made at a time, that making it takes: 2.2 to 7.5 were measured of
-# runs of rows (most of NF4), 1.5 to 2.0 of tensors that are made at once.
+# Buffers, each as large as what is made at a time is in fp32, that making it takes: of runs of rows up to 7.5
+# were measured (NF4; FP8 3), of tensors that are made at once up to 2 (GGUF).
 _RUN_BUFFERS, _WHOLE_BUFFERS = 8, 2
 
 
