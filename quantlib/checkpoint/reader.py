@@ -17,8 +17,6 @@ from quantlib.checkpoint.index import Checkpoint
 from quantlib.errors import CheckpointError
 from quantlib.storage import Store
 
-# Values decoded at a time: 16 MiB in fp32.
-_RUN_VALUES = 4 << 20
 _CLONED_BYTES = 1 << 20
 
 
@@ -34,9 +32,9 @@ def read_tensors(store: Store, checkpoint: Checkpoint, names: Collection[str]) -
 
     Numerics: what is decoded is worked out in fp32 and rounded once, half to even, to the entry's dtype.
 
-    Cost: memory of the tensors, of the codes of those that are decoded, and of what lies between them where
-    that is at most 256 KiB. A tensor that is kept keeps alive what was fetched with it (at most 32 MiB):
-    clone what outlives its block.
+    Cost: memory of the tensors, of what lies between them where that is at most 256 KiB, and for what is
+    decoded `quantlib.checkpoint.decoded.decoding_bytes`. A tensor that is kept keeps alive what was fetched
+    with it (at most 32 MiB): clone what outlives its block.
     """
     unknown = [name for name in names if name not in checkpoint.tensors]
     if unknown:
@@ -98,10 +96,8 @@ def _decoded(made: DecodedTensor, parts: Mapping[str, torch.Tensor], entry: Tens
     if made.row_step is None:
         return made.make_rows(parts, 0, rows).to(dtype).contiguous()
     tensor = torch.empty(made.shape, dtype=dtype)
-    step_values = max(1, made.row_step * entry.num_values // max(1, rows))
-    run = made.row_step * max(1, _RUN_VALUES // step_values)
-    for start in range(0, rows, run):
-        end = min(start + run, rows)
+    for start in range(0, rows, made.run_rows):
+        end = min(start + made.run_rows, rows)
         tensor[start:end] = made.make_rows(parts, start, end)
     return tensor
 

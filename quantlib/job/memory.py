@@ -12,6 +12,8 @@ from quantlib.errors import RecipeError
 from quantlib.job.bands import MAX_DIRECT_BATCHES
 from quantlib.job.bundle import Bundle
 from quantlib.job.memory_needs import (
+    BlockNeeds,
+    EndNeeds,
     GroupNeeds,
     UnitNeeds,
     bundled_needs,
@@ -268,19 +270,27 @@ class _Needs:
 
     def _conversions(self) -> Iterator[dict[str, int]]:
         """What is there while a unit without data is converted and the one before is written."""
-        for before, unit in pairwise([UnitNeeds(source=0, made=0, solve=0), *self._units]):
-            yield {"parts": unit.source, "made": before.made + unit.made, "solve": unit.solve}
+        for before, unit in pairwise([UnitNeeds(source=0, decoding=0, made=0, solve=0), *self._units]):
+            made = before.made + unit.made
+            yield {"parts": unit.source, "reading": unit.decoding, "made": made, "solve": unit.solve}
 
     def _ends(self) -> Iterator[dict[str, int]]:
         """What is there before the blocks, while the first is fetched, and after them."""
-        for end, block in ((self._prelude, self._blocks[0].source), (self._head, 0)):
-            always = {"source": end.source + block, "writing": self._writing}
-            yield {**always, "reading": self._reading(end.source)}
+        for end, block in ((self._prelude, self._blocks[0]), (self._head, None)):
+            source = end.source + (0 if block is None else block.source)
+            always = {"source": source, "writing": self._writing}
+            yield {**always, "reading": self._reading(end)}
             yield {**always, "reading": self._reading(block), "ends": end.live, "working": end.working}
 
-    def _reading(self, source: int) -> int:
-        """Of tensors on their way from storage to an object store: a worker's part, in its own memory."""
-        return source // self._surroundings.workers if self._surroundings.store_workers else 0
+    def _reading(self, needs: BlockNeeds | EndNeeds | None) -> int:
+        """Of tensors on their way from storage, in a worker's own memory.
+
+        That is its part of those that go to an object store, and what decoding takes.
+        """
+        if needs is None:
+            return 0
+        shared = needs.source // self._surroundings.workers if self._surroundings.store_workers else 0
+        return shared + needs.decoding
 
     def _moments(
         self, number: int, groups: Groups, *, pipelines: bool, is_late: bool
@@ -294,13 +304,14 @@ class _Needs:
             neighbours = [*self._blocks[max(0, number - 1) : number], *([following] if following else [])]
             always["source"] += sum(neighbour.source for neighbour in neighbours)
             always["packed"] += block.packed
-            always["reading"] = 0 if following is None else self._reading(following.source)
+            always["reading"] = self._reading(following)
             if following is not None and self._begins_next:
                 statistics = sum(_sums(following.groups))
                 ahead = {"block": following.live, "statistics": statistics, "working": self._working}
         mine = [block.groups[group] for group in groups]
         totals, partials = _sums(mine)
         live = block.late if is_late else block.live
+        yield {**always, "reading": self._reading(block)}
         yield {**always, "block": live, "working": self._working, "statistics": totals + partials}
         solve = max((group.solve for group in mine), default=0)
         sums = {"sums": totals, "merged sums": totals * self._num_merged}

@@ -27,8 +27,9 @@ LOGITS_BYTES = 64 << 20
 _WRITTEN_BYTES = 160 << 20
 # What a process takes beyond tensors while it works: 2 MB after 24 blocks, 8 MB after 400 were measured.
 _RECORD_BYTES, _BLOCK_RECORD_BYTES = 4 << 20, 24 << 10
-# Parts of a unit without data that are there at a time; see `quantlib.unit_converter`.
-_PARTS_AT_A_TIME = 3
+# Parts of a unit without data that are there at a time, and those of them that are being read; see
+# `quantlib.unit_converter`.
+_PARTS_AT_A_TIME, _PARTS_READ = 3, 2
 # Of outputs that are made together the largest is there, and not the sum.
 _ONE_AT_A_TIME = ("source", "live", "late", "levels", "unpacked")
 # A code while it is unpacked: a byte, a copy of its word, and what one of several passes makes of it.
@@ -65,6 +66,7 @@ class BlockNeeds:
 
     Attributes:
         source: Tensors as they are stored.
+        decoding: What reading them takes beside them, where they are made from codes.
         live: Weights in the dtype of the streams.
         late: The same where linears make their weights when they run: one run of rows at a time.
         levels: Dequantized weights, from which a block is made live as it was packed.
@@ -74,6 +76,7 @@ class BlockNeeds:
     """
 
     source: int
+    decoding: int
     live: int
     late: int
     levels: int
@@ -101,11 +104,13 @@ class EndNeeds:
 
     Attributes:
         source: Tensors as they are stored.
+        decoding: What reading them takes beside them, where they are made from codes.
         live: Those that are run, in the dtype they are run in.
         working: Hidden states of a cell, and logits.
     """
 
     source: int
+    decoding: int
     live: int
     working: int
 
@@ -116,11 +121,13 @@ class UnitNeeds:
 
     Attributes:
         source: Parts of the source that are there at a time.
+        decoding: What reading parts takes beside them, where they are made from codes.
         made: All that is written.
         solve: Of the input group that takes most.
     """
 
     source: int
+    decoding: int
     made: int
     solve: int
 
@@ -142,6 +149,7 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
     wide = _WIDE_BYTES[plan.compute_dtype]
     return BlockNeeds(
         source=elements * stored + sum(spec_bytes(spec) for spec in copied),
+        decoding=plan.decoding_bytes.get(unit.name, 0),
         live=(elements + others) * wide,
         late=(elements + others - in_linears) * wide
         + max((_late_bytes(linear, wide) for linear in own), default=0),
@@ -223,6 +231,7 @@ def prelude_needs(plan: Plan) -> EndNeeds:
     """What embedding takes, and the tensors that are written along with it."""
     return EndNeeds(
         source=_source_bytes(plan, "prelude", plan.prelude_tensors),
+        decoding=_decoding_ends(plan),
         live=_num_values(plan, plan.prelude_tensors) * _WIDE_BYTES[plan.compute_dtype],
         working=2 * _cell_bytes(plan),
     )
@@ -230,12 +239,14 @@ def prelude_needs(plan: Plan) -> EndNeeds:
 
 def head_needs(plan: Plan) -> EndNeeds:
     """What scoring takes, if there is evaluation text, and the tensors that are written along with it."""
+    decoding = _decoding_ends(plan)
     if plan.evaluation_digest is None:
-        return EndNeeds(source=_source_bytes(plan, "tail", ()), live=0, working=0)
+        return EndNeeds(source=_source_bytes(plan, "tail", ()), decoding=decoding, live=0, working=0)
     specs = _specs(plan)
     vocabulary = max(specs[name].shape[0] for name in plan.tail_tensors)
     return EndNeeds(
         source=_source_bytes(plan, "tail", plan.tail_tensors),
+        decoding=decoding,
         live=4 * _num_values(plan, plan.tail_tensors),
         working=2 * _cell_bytes(plan)
         + min(LOGITS_BYTES, 2 * 4 * vocabulary * plan.options["sequence_length"]),
@@ -248,14 +259,15 @@ def unit_needs(plan: Plan) -> list[UnitNeeds]:
     found = []
     for unit in plan.units:
         made = sum(spec_bytes(spec) for spec in unit.tensors)
+        decoding = _PARTS_READ * plan.decoding_bytes.get(unit.name, 0)
         if unit.block is None:
             # What is copied is written from where it was read to.
-            found.append(UnitNeeds(source=0, made=made, solve=0))
+            found.append(UnitNeeds(source=0, decoding=decoding, made=made, solve=0))
             continue
         block = blocks[unit.block]
         largest = sorted((group.source for group in block.groups), reverse=True)[:_PARTS_AT_A_TIME]
         solve = max((group.solve for group in block.groups), default=0)
-        found.append(UnitNeeds(source=sum(largest), made=made, solve=solve))
+        found.append(UnitNeeds(source=sum(largest), decoding=decoding, made=made, solve=solve))
     return found
 
 
@@ -283,6 +295,12 @@ def _specs(plan: Plan) -> dict[str, TensorSpec]:
 def _num_values(plan: Plan, names: Sequence[str]) -> int:
     specs = _specs(plan)
     return sum(math.prod(specs[name].shape) for name in names)
+
+
+def _decoding_ends(plan: Plan) -> int:
+    """Before the blocks or after them, where the embedding is read again if the head is tied to it."""
+    units = (unit.name for unit in plan.units if unit.block is None)
+    return max((plan.decoding_bytes.get(name, 0) for name in units), default=0)
 
 
 def _source_bytes(plan: Plan, stage: str, used: Sequence[str]) -> int:

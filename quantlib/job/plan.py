@@ -9,7 +9,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantlib.errors import PlanMismatchError
@@ -31,6 +31,7 @@ _NOT_IN_IDENTITY = (
     "calibration_texts",
     "evaluation_texts",
     "experts_per_token",
+    "decoding_bytes",
 )
 
 # Numbers of input groups of a block.
@@ -159,6 +160,8 @@ class Plan:
         calibration_texts: Where the calibration token rows come from; empty without calibration.
         evaluation_texts: Likewise for evaluation.
         experts_per_token: To how many routed experts a token goes.
+        decoding_bytes: Unit -> what reading its source tensors takes beside them, where some are stored as
+            codes.
         versions: Of this tool and of the libraries that compute.
         format_version: Layout version of the output format.
     """
@@ -190,6 +193,7 @@ class Plan:
     calibration_texts: tuple[TextRecord, ...]
     evaluation_texts: tuple[TextRecord, ...]
     experts_per_token: int
+    decoding_bytes: Mapping[str, int] = field(default_factory=dict)
     versions: Mapping[str, str]
     format_version: str
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from quantlib.calibration.corpus import rows_digest
+from quantlib.checkpoint.decoded import decoding_bytes
 from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.layout import shard_names
@@ -216,6 +217,7 @@ def build_plan(
         evaluation_texts=texts.get("evaluation", ()),
         versions={name: importlib.metadata.version(name) for name in _versioned(checkpoint)},
         experts_per_token=experts_per_token(checkpoint.config),
+        decoding_bytes=_decoding_bytes(checkpoint, blocks, units),
         format_version=packer.FORMAT_VERSION,
         device_kind=kind,
         **machine,
@@ -372,6 +374,17 @@ def _plan_units(
             )
         )
     return tuple(units)
+
+
+def _decoding_bytes(
+    checkpoint: Checkpoint, blocks: Sequence[BlockPlan], units: Sequence[UnitPlan]
+) -> dict[str, int]:
+    found = {}
+    for unit in units:
+        names = unit.copied if unit.block is None else blocks[unit.block].tensors
+        made = [checkpoint.decoded[name] for name in names if name in checkpoint.decoded]
+        found[unit.name] = decoding_bytes(made)
+    return {name: size for name, size in found.items() if size}
 
 
 def _unused_matrices(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:

@@ -13,6 +13,8 @@ from typing import Any
 
 NOTHING = "-"
 LANES = ("compute", "storage")
+# What `source_format` says of weights that are no codes.
+_PLAIN = "safetensors"
 _BLOCK_PREFIX = re.compile(r"^.*?\.\d+\.")
 _REPEATED_MODULE = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -60,8 +62,19 @@ def _size(report: Mapping[str, Any]) -> Headline:
     source, output = part(report.get("bytes"), "source"), part(report.get("bytes"), "output")
     if not source or not output:
         return Headline(name="Size", value="not recorded", note="")
-    note = f"{source / output:.2f} times smaller"
+    note = _comparison(source, output, report.get("source_format") or _PLAIN)
     return Headline(name="Size", value=f"{size(source)} -> {size(output)}", note=note)
+
+
+def _comparison(source: int, output: int, source_format: str) -> str:
+    factor = max(source, output) / min(source, output)
+    if factor < 1.005:
+        return "about the same size"
+    if output < source:
+        return f"{factor:.2f} times smaller"
+    # Codes can be smaller than the output: of tensors that are kept the levels are written.
+    why = "" if source_format == _PLAIN else f"; the source is stored as {source_format}"
+    return f"{factor:.2f} times as large{why}"
 
 
 def _time(report: Mapping[str, Any]) -> Headline:

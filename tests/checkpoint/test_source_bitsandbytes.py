@@ -37,7 +37,7 @@ def test_four_bits(tmp_path, kind, is_nested, rows, columns, size):
 
 def test_runs_of_rows_that_begin_within_a_block_of_scales_are_the_same(tmp_path, monkeypatch):
     stored, wanted = four_bit(300, 33 * 2, blocksize=4096, quant_type="nf4", compress_statistics=True)
-    monkeypatch.setattr("quantlib.checkpoint.reader._RUN_VALUES", 1)
+    monkeypatch.setattr("quantlib.checkpoint.decoded.RUN_VALUES", 1)
     assert torch.equal(read_source(write_source(tmp_path, stored, FOUR_BIT))[NAME], wanted)
 
 

@@ -15,7 +15,7 @@ LINEAR = "model.layers.0.self_attn.q_proj"
 @pytest.fixture(autouse=True)
 def _short_runs(monkeypatch):
     """Rows are decoded 128 at a time, as of a weight that is long."""
-    monkeypatch.setattr("quantlib.checkpoint.reader._RUN_VALUES", 1)
+    monkeypatch.setattr("quantlib.checkpoint.decoded.RUN_VALUES", 1)
 
 
 def scheme_of(**weights):

@@ -55,7 +55,7 @@ def test_fp32_file_gives_the_very_tensors_it_was_made_from(tmp_path, family):
     ids=lambda kind: kind.name,
 )
 def test_codes_are_read_as_transformers_reads_them(tmp_path, monkeypatch, family, kind):
-    monkeypatch.setattr("quantlib.checkpoint.reader._RUN_VALUES", 1)
+    monkeypatch.setattr("quantlib.checkpoint.decoded.RUN_VALUES", 1)
     path = tmp_path / "m.gguf"
     tiny_gguf(path, family, kind_of=lambda name: kind, file_type=15)
     model = AutoModelForCausalLM.from_config(open_config(opened(path).config))

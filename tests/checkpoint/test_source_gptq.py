@@ -46,7 +46,7 @@ def levels(codes, zeros, scales, g_idx):
 def test_columns_in_any_order_have_the_scale_of_their_group(
     tmp_path, monkeypatch, bits, convention, rows, columns, groups
 ):
-    monkeypatch.setattr("quantlib.checkpoint.reader._RUN_VALUES", 1)
+    monkeypatch.setattr("quantlib.checkpoint.decoded.RUN_VALUES", 1)
     codes, zeros, scales, g_idx = gptq_values(rows, columns, bits, groups)
     stored = stored_as(codes, zeros - int(convention == "gptq"), scales, g_idx, bits)
     quantization = {"quant_method": "gptq", "sym": False, "desc_act": True, "checkpoint_format": convention}

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantlib.job.report_figures import busy_share, hidden_storage_share, lanes_sentence
+from quantlib.job.report_figures import busy_share, headlines, hidden_storage_share, lanes_sentence
 from tests.support.report_example import example_report
 
 
@@ -86,3 +86,20 @@ def test_sentence_tells_what_there_is():
     report["timeline"]["busy_share"] = None
     assert lanes_sentence(report) is None
     assert lanes_sentence({}) is None
+
+
+@pytest.mark.parametrize(
+    ("source", "output", "source_format", "note"),
+    [
+        (300, 200, "gguf", "1.50 times smaller"),
+        (999, 998, "gguf", "about the same size"),
+        (998, 999, "gguf", "about the same size"),
+        (200, 300, "gguf", "1.50 times as large; the source is stored as gguf"),
+        (200, 300, "safetensors", "1.50 times as large"),
+        (200, 300, None, "1.50 times as large"),
+    ],
+)
+def test_size_says_which_of_the_two_is_the_smaller(source, output, source_format, note):
+    report = {"source_format": source_format, "bytes": {"source": source, "output": output}}
+    (found,) = (headline for headline in headlines(report) if headline.name == "Size")
+    assert (found.value, found.note) == (f"{source} B -> {output} B", note)
