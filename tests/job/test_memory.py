@@ -200,7 +200,7 @@ def test_decoding_is_planned_where_it_reads(tiny):
     for stage in ("prelude", "block", "tail"):
         plan = dataclasses.replace(tiny, decoding_bytes={units[stage]: 10**9})
         for around in _AROUND:
-            plain, found = (plan_memory(p, around, Budgets()).worker for p in (tiny, plan))
+            plain, found = (plan_memory(bundle_of([p]), around, Budgets()).worker for p in (tiny, plan))
             assert found["reading"] >= 10**9
             assert sum(found.values()) < sum(plain.values()) + found["reading"]
 
@@ -210,18 +210,18 @@ def test_block_is_decoded_before_it_is_live(tiny):
     shapes = [[(96, 64)], [(96, 64)]]
     plan = dataclasses.replace(_with_blocks(tiny, shapes, "original"), decoding_bytes={"block-00001": 10**9})
     with pytest.raises(RecipeError) as refused:
-        plan_memory(plan, Surroundings(workers=1, idle_bytes=0), Budgets(worker=1))
+        plan_memory(bundle_of([plan]), Surroundings(workers=1, idle_bytes=0), Budgets(worker=1))
     source = block_needs(plan, plan.blocks[1]).source
     assert refused.value.facts["needed_bytes"] == 10**9 + source + records_needs(plan)
 
 
 def test_units_without_data_are_decoded_two_parts_at_a_time(tiny):
     plan = dataclasses.replace(tiny, calibration_digest=None, evaluation_digest=None)
-    plain = plan_memory(plan, _AROUND[0], Budgets()).worker
+    plain = plan_memory(bundle_of([plan]), _AROUND[0], Budgets()).worker
     decoded = dataclasses.replace(
         plan, decoding_bytes=dict.fromkeys((unit.name for unit in plan.units), 10**9)
     )
-    found = plan_memory(decoded, _AROUND[0], Budgets()).worker
+    found = plan_memory(bundle_of([decoded]), _AROUND[0], Budgets()).worker
     assert sum(found.values()) == sum(plain.values()) + 2 * 10**9
 
 
