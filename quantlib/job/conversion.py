@@ -142,7 +142,7 @@ def _attempt(
             plan=output.plan,
             memory=asdict(run.memory),
             records=output.records,
-            history={**asdict(run.history), "reused_units": output.reused, "redone_units": output.redone},
+            history=asdict(output.history_of(run.history)),
             figures=output.figures,
             block_errors=output.errors,
             block_seconds=run.seconds,

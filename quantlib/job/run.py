@@ -1,5 +1,6 @@
 """A job under way: its stages, begun and ended under the lease, and what they have come to so far."""
 
+import dataclasses
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -54,6 +55,10 @@ class OutputState:
     writing: StageFuture[DoneRecord] | None = None
     reused: list[str] = field(default_factory=list)
     redone: dict[str, str] = field(default_factory=dict)
+
+    def history_of(self, history: History) -> History:
+        """What happened to the whole job, and to this output."""
+        return dataclasses.replace(history, reused_units=self.reused, redone_units=self.redone)
 
     def is_pending(self, block: int) -> bool:
         """Whether a block is still to be quantized."""

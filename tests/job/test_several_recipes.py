@@ -20,7 +20,7 @@ from quantlib.job.options import JobOptions
 from quantlib.job.planner import build_plan
 from quantlib.job.stages import Progress
 from quantlib.storage import open_store
-from tests.support.thread_cluster import ThreadCluster, convert_all_on
+from tests.support.thread_cluster import ThreadCluster, convert_all_on, convert_on
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
 
 # Groups of their own: one keeps what another quantizes, and one rounds what others calibrate.
@@ -146,6 +146,21 @@ def test_workers_and_slices_change_no_byte(root, alone, monkeypatch):
     reports = convert_all_on(cluster, _requests(root, "sliced"))
     assert reports[0]["memory"]["most_slices"] > 2
     assert _digests(root, "sliced") == _digests(root, "alone")
+
+
+def test_block_that_only_rounds_is_solved_whole_where_others_are_sliced(root, monkeypatch):
+    monkeypatch.setattr(block_runner, "memory_bytes", lambda: 0)
+    given = {"rules": [{"match": "*.layers.1.*", "method": "rtn"}], "evaluation": None}
+    whole, sliced = (_request(root, folder, "plain", **given) for folder in ("whole", "in slices"))
+    quantize(whole)
+    cluster = ThreadCluster(2)
+    cluster.room = Room(store_bytes=1, store_workers=2)
+    with pytest.raises(RecipeError, match="must be at least") as refused:
+        convert_on(cluster, sliced)
+    cluster = ThreadCluster(2)
+    cluster.room = Room(store_bytes=refused.value.facts["needed_bytes"], store_workers=2)
+    assert convert_on(cluster, sliced)["memory"]["most_slices"] > 2
+    assert shard_digests(Path(sliced.output)) == shard_digests(Path(whole.output))
 
 
 @pytest.mark.slow
