@@ -70,6 +70,8 @@ from quantlib.worker_cells import WorkerCells, following_stream
 Tensors = Mapping[str, torch.Tensor]
 
 _ORIGINAL, _QUANTIZED = "original", "quantized"
+# Rows of a tile that no linear reaches.
+_WHOLE_LINEARS = 1 << 62
 
 
 class BlockRunner:
@@ -151,7 +153,9 @@ class BlockRunner:
         self._shelf = Shelf(activation_bytes)
         self._cells = WorkerCells(plan, self._work_store, self._device, self._shelf)
         settings = SolverSettings.from_options(plan.options)
-        self._solver = GroupSolver(self._packer, settings, self._device)
+        # Tiles are for solves that are shared and buffers that grow with them; rounding on a CPU has neither.
+        height = None if plan.has_streams or self._device.type != "cpu" else _WHOLE_LINEARS
+        self._solver = GroupSolver(self._packer, settings, self._device, height)
         self._statistics = BlockStatistics(plan, self._cells, self._device)
         stores = self._source_store, self._output_store
         self._converter = UnitConverter(self._checkpoint, *stores, self._solver, self._clock, self._working)
