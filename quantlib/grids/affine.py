@@ -76,11 +76,7 @@ def nearest_offsets(
         here, so no two parts of it can disagree about a tie.
     """
     divided = torch.div(values, scale, out=out if quotient is None else quotient)
-    rounded = torch.round(divided, out=out)
-    if isinstance(lowest, torch.Tensor) and lowest.shape[-1:] == (1,):
-        # Two bounds at once that are broadcast along a line take eight times as long on a CPU.
-        return rounded.clamp_min_(lowest).clamp_max_(highest)
-    return rounded.clamp_(lowest, highest)
+    return torch.round(divided, out=out).clamp_(lowest, highest)
 
 
 def offset_bounds(grid: AffineGrid, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,14 +141,21 @@ def rounded_parts(weight_RC: torch.Tensor, grid: AffineGrid, codes_RC: torch.Ten
     parts = row_parts(weight_RC)
     buffers = _Buffers(weight_RC[parts[0]], grid.scheme, dtype)
     scale_RG1 = grid.scale_RG.to(dtype)[..., None]
+    lowest_RG, highest_RG = offset_bounds(grid, dtype)
+    middle, largest = grid.scheme.middle_code, grid.scheme.num_codes - 1
+    # Numbers cost least; tensors are cheaper one after the other than both at once.
+    bounds = (-middle, largest - middle) if grid.zero_RG is None else (-largest, largest)
     for part in parts:
         rows_RC = weight_RC[part]
         if len(rows_RC) != len(buffers.exact_RC):  # the last part
             buffers = _Buffers(rows_RC, grid.scheme, dtype)
         buffers.exact_RC.copy_(rows_RC)
-        zero, bounds = _zero_and_bounds(grid, part, dtype)
-        offset_RGS, quotient_RGS = buffers.offset_RGS, buffers.quotient_RGS
-        nearest_offsets(buffers.exact_RGS, scale_RG1[part], *bounds, out=offset_RGS, quotient=quotient_RGS)
+        exact_RGS, quotient_RGS, offset_RGS = buffers.exact_RGS, buffers.quotient_RGS, buffers.offset_RGS
+        nearest_offsets(exact_RGS, scale_RG1[part], *bounds, out=offset_RGS, quotient=quotient_RGS)
+        zero = middle
+        if grid.zero_RG is not None:
+            offset_RGS.clamp_min_(lowest_RG[part, :, None]).clamp_max_(highest_RG[part, :, None])
+            zero = grid.zero_RG[part, :, None].to(torch.int16)
         num_clipped_R = num_clipped_(quotient_RGS, offset_RGS, dim=(1, 2))
         # By way of int16: from floating numbers to uint8 takes four times as long.
         buffers.code_RGS.copy_(offset_RGS).add_(zero)
@@ -175,18 +178,6 @@ class _Buffers:
         self.exact_RC, self.work_RC, self.code_RC = (
             grouped.flatten(1)[:, :columns] for grouped in (self.exact_RGS, self.offset_RGS, self.code_RGS)
         )
-
-
-def _zero_and_bounds(
-    grid: AffineGrid, part: slice, dtype: torch.dtype
-) -> tuple[int | torch.Tensor, tuple[float | torch.Tensor, float | torch.Tensor]]:
-    """Zero points of some rows, int16; smallest and largest offset. Numbers where all are alike."""
-    if grid.zero_RG is None:
-        middle = grid.scheme.middle_code
-        return middle, (-middle, middle - 1)
-    zero_RG1 = grid.zero_RG[part, :, None]
-    lowest_RG1 = -zero_RG1.to(dtype)
-    return zero_RG1.to(torch.int16), (lowest_RG1, lowest_RG1 + (grid.scheme.num_codes - 1))
 
 
 def num_clipped_(quotient: torch.Tensor, offset: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
