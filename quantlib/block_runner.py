@@ -51,6 +51,8 @@ from quantlib.worker_output import WorkerOutput
 Tensors = Mapping[str, torch.Tensor]
 
 _ORIGINAL, _QUANTIZED = "original", "quantized"
+# Rows of a tile that no linear reaches.
+_WHOLE_LINEARS = 1 << 62
 
 
 class BlockRunner:
@@ -129,6 +131,8 @@ class BlockRunner:
         self._shelf = Shelf(activation_bytes)
         self._cells = WorkerCells(bundle, self._work_store, self._device, self._shelf)
         self._statistics = BlockStatistics(plan, self._cells, self._device)
+        # Tiles are for solves that are shared and buffers that grow with them; rounding on a CPU has neither.
+        height = None if bundle.has_streams or self._device.type != "cpu" else _WHOLE_LINEARS
         self._outputs = [
             WorkerOutput(
                 output,
@@ -136,6 +140,7 @@ class BlockRunner:
                 checkpoint=self._checkpoint,
                 source_store=self._source_store,
                 device=self._device,
+                height=height,
                 clock=self._clock,
                 working=self._working,
             )

@@ -5,9 +5,10 @@ R rows (out features), C columns (in features), G groups of consecutive columns,
 
 import torch
 
-# On a CPU 1 MiB of fp32: a few such buffers stay in a cache while one operation after the other passes over
-# them, and smaller ones pay more for calls than for arithmetic. Other devices want few large calls.
-_CPU_ELEMENTS = 1 << 18
+# On a CPU 2 MiB of fp32: a few such buffers stay in a cache that cores share while one operation after the
+# other passes over them; in parts that fit a core's own, calls take more than arithmetic saves. Other devices
+# want few large calls.
+_CPU_ELEMENTS = 1 << 19
 _DEVICE_ELEMENTS = 1 << 24
 
 
@@ -30,7 +31,7 @@ def row_parts(matrix_RC: torch.Tensor) -> list[slice]:
     """All rows in order, a handful at a time.
 
     >>> row_parts(torch.empty(40, 1 << 14))
-    [slice(0, 16, None), slice(16, 32, None), slice(32, 48, None)]
+    [slice(0, 32, None), slice(32, 64, None)]
     """
     rows, columns = matrix_RC.shape
     elements = _CPU_ELEMENTS if matrix_RC.device.type == "cpu" else _DEVICE_ELEMENTS

@@ -45,17 +45,23 @@ class QuantizedLinear:
             scheme=self.scheme,
         )
 
-    def dequantize(self) -> torch.Tensor:
+    def dequantize(self, out: torch.Tensor | None = None) -> torch.Tensor:
         """The levels: scale * (code - zero), fp32 [R, C].
+
+        Args:
+            out: Receives them if given; floating [R, C].
 
         Numerics: code and zero are small integers and the product is taken in fp32, so a bf16 or fp16
         scale times a code of up to 8 bits is exact.
         """
-        columns = self.codes_RC.shape[1]
-        level_RGS = by_group(self.codes_RC.float(), self.scheme.columns_per_group(columns))
+        level_RC = self.codes_RC.float() if out is None else out.copy_(self.codes_RC)
+        columns = level_RC.shape[1]
+        level_RGS = by_group(level_RC, self.scheme.columns_per_group(columns))
         zero = self.scheme.middle_code if self.zero_RG is None else self.zero_RG.float()[..., None]
         level_RGS.sub_(zero).mul_(self.scale_RG.float()[..., None])
-        return level_RGS.flatten(1)[:, :columns].contiguous()
+        if level_RGS.numel() != level_RC.numel():  # the last group is ragged: those are no views
+            level_RC.copy_(level_RGS.flatten(1)[:, :columns])
+        return level_RC
 
 
 def joined_rows(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:

@@ -34,6 +34,7 @@ class WorkerOutput:
         checkpoint: The source.
         source_store: Where it lies.
         device: Of the worker.
+        height: Most rows of a tile; by default from columns and device.
         clock: Is told what reading and writing take.
         working: A context for what a stage computes; it raises when the job was stopped.
 
@@ -50,6 +51,7 @@ class WorkerOutput:
         checkpoint: Checkpoint,
         source_store: Store,
         device: torch.device,
+        height: int | None,
         clock: StageClock,
         working: Callable[[str], AbstractContextManager[None]],
     ) -> None:
@@ -60,7 +62,8 @@ class WorkerOutput:
         engine = plan.options["storage_engine"]
         self._output_store, self._work_store = open_store(plan.output, engine), open_store(plan.work, engine)
         self.stores = (self._output_store, self._work_store)
-        self.solver = GroupSolver(self._packer, SolverSettings.from_options(plan.options), device)
+        settings = SolverSettings.from_options(plan.options)
+        self.solver = GroupSolver(self._packer, settings, device, height)
         self._converter = UnitConverter(
             checkpoint, source_store, self._output_store, self.solver, clock, working
         )

@@ -32,7 +32,7 @@ def test_rounding_and_packing_give_the_same_bits_in_handfuls_as_at_once(name, co
     weight_RC = torch.randn(37, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     scheme = scheme_from_name(name, 32)
     found = []
-    for elements in (1 << 18, 5 * columns):
+    for elements in (1 << 19, 5 * columns):
         monkeypatch.setattr(grouping, "_CPU_ELEMENTS", elements)
         grid = fit_to_extremes(weight_RC, scheme, scale_dtype=torch.bfloat16)
         codes_RC, num_clipped_R = nearest_codes(weight_RC, grid)
@@ -46,9 +46,12 @@ def test_rounding_and_packing_give_the_same_bits_in_handfuls_as_at_once(name, co
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_rounding_takes_stored_weights_as_fp32(dtype):
-    weight_RC = torch.randn(16, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-    scheme = scheme_from_name("W4A16_ASYM", 32)
+@pytest.mark.parametrize("name", ["W4A16", "W4A16_ASYM"])
+def test_rounding_takes_stored_weights_as_fp32(name, dtype):
+    weight_RC = torch.randn(16, 90, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight_RC[0, :32], weight_RC[1, 32:64], weight_RC[2, 40] = 0.0, -0.0, torch.finfo(dtype).min
+    weight_RC[3, :32] = torch.tensor(1, dtype=torch.int16).view(dtype)  # the smallest there is
+    scheme = scheme_from_name(name, 32)
     stored, wide = (fit_to_extremes(w, scheme, scale_dtype=dtype) for w in (weight_RC, weight_RC.float()))
     assert torch.equal(stored.scale_RG, wide.scale_RG)
     assert torch.equal(nearest_codes(weight_RC, stored)[0], nearest_codes(weight_RC.float(), wide)[0])

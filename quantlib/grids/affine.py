@@ -5,11 +5,13 @@ An *offset* is code - zero, an integer that may be negative; solvers work on off
 scales is `fit.py`; the bits of a stored file are the packers' business.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
-from quantlib.grouping import by_group, row_parts
+from quantlib.fresh_bytes import fresh_bytes
+from quantlib.grouping import row_parts
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
 
@@ -94,38 +96,88 @@ def nearest_codes(weight_RC: torch.Tensor, grid: AffineGrid) -> tuple[torch.Tens
     """Round every weight to its nearest level, each on its own.
 
     Shapes:
-        weight_RC: floating [R, C]; bf16 and fp16 are taken as fp32.
+        weight_RC: floating [R, C], not empty; bf16 and fp16 are taken as fp32.
 
     Returns:
         Codes, uint8 [R, C], and int64 [R], how many weights of each row lay more than half a step outside
         the grid.
 
-    Cost: eight passes in a cache; temporary memory of a handful of rows beside the codes.
+    Cost: as `rounded_parts`.
     """
-    rows, columns = weight_RC.shape
-    width = grid.scheme.columns_per_group(columns)
+    codes_RC = fresh_bytes(weight_RC.shape, weight_RC.device)
+    num_clipped = [part.num_clipped_R for part in rounded_parts(weight_RC, grid, codes_RC)]
+    return codes_RC, torch.cat(num_clipped)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedPart:
+    """A handful of rows that were rounded; the floating tensors are overwritten when the next is asked for.
+
+    Attributes:
+        rows: Which rows of the matrix.
+        num_clipped_R: int64, how many weights of each lay more than half a step outside the grid.
+        exact_RC: The weights in fp32, unless they are wider.
+        work_RC: A buffer of that shape and dtype for whoever has a use for it.
+    """
+
+    rows: slice
+    num_clipped_R: torch.Tensor
+    exact_RC: torch.Tensor
+    work_RC: torch.Tensor
+
+
+def rounded_parts(weight_RC: torch.Tensor, grid: AffineGrid, codes_RC: torch.Tensor) -> Iterator[RoundedPart]:
+    """Round every weight to its nearest level, a handful of rows at a time.
+
+    What else is wanted of the rows costs least between two parts: they are in a cache, and in fp32.
+
+    Shapes:
+        weight_RC: floating [R, C], not empty; bf16 and fp16 are taken as fp32.
+        codes_RC: uint8 [R, C], receives the codes of a part before the part is given.
+
+    Cost: eleven passes in a cache; temporary memory of a handful of rows, the same for all.
+    """
     dtype = torch.promote_types(weight_RC.dtype, torch.float32)
+    parts = row_parts(weight_RC)
+    buffers = _Buffers(weight_RC[parts[0]], grid.scheme, dtype)
     scale_RG1 = grid.scale_RG.to(dtype)[..., None]
     lowest_RG, highest_RG = offset_bounds(grid, dtype)
-    codes_RC = torch.empty(rows, columns, dtype=torch.uint8, device=weight_RC.device)
-    num_clipped_R = torch.empty(rows, dtype=torch.int64, device=weight_RC.device)
-    for part in row_parts(weight_RC):
-        quotient_RGS = by_group(weight_RC[part].to(dtype, copy=True), width)
-        if grid.scheme.is_symmetric:  # a bound that is a number costs a tenth of one that is a tensor
-            lowest, highest = -grid.scheme.middle_code, grid.scheme.middle_code - 1
-        else:
-            lowest, highest = lowest_RG[part, :, None], highest_RG[part, :, None]
-        offset_RGS = nearest_offsets(
-            quotient_RGS,
-            scale_RG1[part],
-            lowest,
-            highest,
-            out=torch.empty_like(quotient_RGS),
-            quotient=quotient_RGS,
+    middle, largest = grid.scheme.middle_code, grid.scheme.num_codes - 1
+    # Numbers cost least; tensors are cheaper one after the other than both at once.
+    bounds = (-middle, largest - middle) if grid.zero_RG is None else (-largest, largest)
+    for part in parts:
+        rows_RC = weight_RC[part]
+        if len(rows_RC) != len(buffers.exact_RC):  # the last part
+            buffers = _Buffers(rows_RC, grid.scheme, dtype)
+        buffers.exact_RC.copy_(rows_RC)
+        exact_RGS, quotient_RGS, offset_RGS = buffers.exact_RGS, buffers.quotient_RGS, buffers.offset_RGS
+        nearest_offsets(exact_RGS, scale_RG1[part], *bounds, out=offset_RGS, quotient=quotient_RGS)
+        zero = middle
+        if grid.zero_RG is not None:
+            offset_RGS.clamp_min_(lowest_RG[part, :, None]).clamp_max_(highest_RG[part, :, None])
+            zero = grid.zero_RG[part, :, None].to(torch.int16)
+        num_clipped_R = num_clipped_(quotient_RGS, offset_RGS, dim=(1, 2))
+        # By way of int16: from floating numbers to uint8 takes four times as long.
+        buffers.code_RGS.copy_(offset_RGS).add_(zero)
+        codes_RC[part] = buffers.code_RC
+        yield RoundedPart(
+            rows=part, num_clipped_R=num_clipped_R, exact_RC=buffers.exact_RC, work_RC=buffers.work_RC
         )
-        num_clipped_R[part] = num_clipped_(quotient_RGS, offset_RGS, dim=(1, 2))
-        codes_RC[part] = offset_RGS.sub_(lowest).flatten(1)[:, :columns]
-    return codes_RC, num_clipped_R
+
+
+class _Buffers:
+    """For rows like these, by columns and by groups."""
+
+    def __init__(self, like_RC: torch.Tensor, scheme: WeightScheme, dtype: torch.dtype) -> None:
+        rows, columns = like_RC.shape
+        shape = (rows, scheme.num_groups(columns), scheme.columns_per_group(columns))
+        # Zeros fill up a ragged group.
+        floating = torch.zeros((3, *shape), dtype=dtype, device=like_RC.device)
+        self.exact_RGS, self.quotient_RGS, self.offset_RGS = floating
+        self.code_RGS = torch.empty(shape, dtype=torch.int16, device=like_RC.device)
+        self.exact_RC, self.work_RC, self.code_RC = (
+            grouped.flatten(1)[:, :columns] for grouped in (self.exact_RGS, self.offset_RGS, self.code_RGS)
+        )
 
 
 def num_clipped_(quotient: torch.Tensor, offset: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:

@@ -552,14 +552,20 @@ class Crew:
             batches += [Batch(worker, shared) for shared, _ in found]
         given: dict[int, list[list[list[Handle]]]] = {group: [[], [], []] for group in groups}
         pools = readers_of(job.plan, job.plan.blocks[block]).pools
+        pooled: dict[int, list[int]] = {}
+        for group in groups:
+            if group in pools:
+                pooled.setdefault(pools[group], []).append(group)
+        shapes = sum_shapes(job.plan, block, groups)
         for sums in self._reduction.merged(bands, batches):
-            for number, shape in enumerate(sum_shapes(job.plan, block, groups)):
-                mine = [sum_ for band, sum_ in zip(bands, sums, strict=True) if band.total == number]
+            parts: list[list[Handle]] = [[] for _ in shapes]
+            for band, sum_ in zip(bands, sums, strict=True):
+                parts[band.total].append(sum_)
+            for shape, mine in zip(shapes, parts, strict=True):
                 if shape.reader in given:
                     given[shape.reader][shape.is_whole].append(mine)
-                for group in groups:
-                    if pools.get(group) == shape.reader:
-                        given[group][_POOL].append(mine)
+                for group in pooled.get(shape.reader, ()):
+                    given[group][_POOL].append(mine)
         job.statistics[block] = given
 
     def _forget_totals(self, block: int, groups: Groups | None = None) -> None:

@@ -28,24 +28,34 @@ def check_weights(weights: Mapping[str, torch.Tensor], hessian_CC: torch.Tensor 
             infinity; names the linear.
     """
     for name, weight_RC in weights.items():
-        if weight_RC.ndim != 2 or weight_RC.numel() == 0:
-            raise NumericsError(
-                f"{name}: a weight must be a matrix that is not empty, found shape {tuple(weight_RC.shape)}",
-                linear=name,
-            )
-        if hessian_CC is not None and hessian_CC.shape != (weight_RC.shape[1],) * 2:
-            raise NumericsError(
-                f"{name}: {weight_RC.shape[1]} columns need a Hessian of that size, found"
-                f" {tuple(hessian_CC.shape)}; linears of one call must read the same input",
-                linear=name,
-            )
-        lowest, highest = (bound.item() for bound in torch.aminmax(weight_RC))
-        if not (math.isfinite(lowest) and math.isfinite(highest)):
-            raise NumericsError(
-                f"{name}: weights must be finite, found values from {lowest} to {highest};"
-                " the source checkpoint is damaged or was saved from a diverged run",
-                linear=name,
-            )
+        check_shape(name, weight_RC, hessian_CC)
+        check_finite(name, weight_RC)
+
+
+def check_shape(name: str, weight_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> None:
+    """The part of `check_weights` that looks at no value."""
+    if weight_RC.ndim != 2 or weight_RC.numel() == 0:
+        raise NumericsError(
+            f"{name}: a weight must be a matrix that is not empty, found shape {tuple(weight_RC.shape)}",
+            linear=name,
+        )
+    if hessian_CC is not None and hessian_CC.shape != (weight_RC.shape[1],) * 2:
+        raise NumericsError(
+            f"{name}: {weight_RC.shape[1]} columns need a Hessian of that size, found"
+            f" {tuple(hessian_CC.shape)}; linears of one call must read the same input",
+            linear=name,
+        )
+
+
+def check_finite(name: str, weight_RC: torch.Tensor) -> None:
+    """The part of `check_weights` that looks at every value: a pass over memory."""
+    lowest, highest = (bound.item() for bound in torch.aminmax(weight_RC))
+    if not (math.isfinite(lowest) and math.isfinite(highest)):
+        raise NumericsError(
+            f"{name}: weights must be finite, found values from {lowest} to {highest};"
+            " the source checkpoint is damaged or was saved from a diverged run",
+            linear=name,
+        )
 
 
 def at_least_fp32(weight_RC: torch.Tensor) -> torch.Tensor:
@@ -91,6 +101,20 @@ def error_energy(
     )
 
 
+def plain_energies(
+    exact_RC: torch.Tensor, quantized: QuantizedLinear, work_RC: torch.Tensor
+) -> tuple[float, float]:
+    """`weight_energy` and `error_energy` of a handful of rows without a Hessian.
+
+    Shapes:
+        exact_RC: The weights, [R, C] in fp32 or wider.
+        work_RC: The same; overwritten.
+    """
+    weight = _squared_norm(exact_RC, work_RC)
+    error_RC = quantized.dequantize(out=work_RC).sub_(exact_RC)
+    return weight, _squared_norm(error_RC, work_RC)
+
+
 def expected_energy(
     scale_RG: torch.Tensor, pivots_C: torch.Tensor, order_C: torch.Tensor, width: int
 ) -> float:
@@ -123,7 +147,7 @@ def _tiles(weight_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> list[sli
 def _energy(x_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> float:
     """tr(x H x^T), or |x|**2, using each entry below the diagonal once for both sides."""
     if hessian_CC is None:
-        return (x_RC * x_RC).sum(1).sum(dtype=torch.float64).item()
+        return _squared_norm(x_RC, torch.empty_like(x_RC))
     total = 0.0
     for start in range(0, x_RC.shape[1], _COLUMN_BATCH):
         batch = slice(start, start + _COLUMN_BATCH)
@@ -132,3 +156,8 @@ def _energy(x_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> float:
             pulled_RB.addmm_(x_RC[:, :start], hessian_CC[:start, batch], alpha=2.0)
         total += torch.sum(pulled_RB.mul_(x_RC[:, batch]), dtype=torch.float64).item()
     return total
+
+
+def _squared_norm(x_RC: torch.Tensor, work_RC: torch.Tensor) -> float:
+    """|x|**2; the squares go to ``work_RC``, which may be ``x_RC``."""
+    return torch.mul(x_RC, x_RC, out=work_RC).sum(1).sum(dtype=torch.float64).item()

@@ -1,14 +1,16 @@
 """Round to nearest: each weight to its closest level, on scales of least squared error. Needs no data."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from quantlib.grids.affine import nearest_codes, with_codes
+from quantlib.fresh_bytes import fresh_bytes
+from quantlib.grids.affine import rounded_parts, with_codes
 from quantlib.grids.fit import fit_to_extremes, search_scales
 from quantlib.methods.contracts import Circumstances, SolvedRows
-from quantlib.methods.measures import check_weights, error_energy, weight_energy
+from quantlib.methods.measures import check_finite, check_shape, error_energy, plain_energies, weight_energy
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import SolverSettings
 
@@ -57,20 +59,35 @@ class Rounding:
         self, weights: Mapping[str, torch.Tensor], scheme: WeightScheme, *, scale_dtype: torch.dtype
     ) -> dict[str, SolvedRows]:
         """Round a row tile; see `contracts.Prepared`."""
-        check_weights(weights, self.hessian_CC)
-        return {name: self._rounded(weight_RC, scheme, scale_dtype) for name, weight_RC in weights.items()}
+        solved: dict[str, SolvedRows] = {}
+        for name, weight_RC in weights.items():
+            check_shape(name, weight_RC, self.hessian_CC)
+            solved[name] = self._rounded(weight_RC, scheme, scale_dtype)
+            # A weight that is not finite leaves no finite sum of squares: only then is it worth to look.
+            if not math.isfinite(solved[name].weight_energy):
+                check_finite(name, weight_RC)
+        return solved
 
     def _rounded(self, weight_RC: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype) -> SolvedRows:
         fit = fit_to_extremes if self.settings.scale_search == "minmax" else search_scales
         grid = fit(weight_RC, scheme, scale_dtype=scale_dtype)
-        codes_RC, num_clipped_R = nearest_codes(weight_RC, grid)
+        codes_RC = fresh_bytes(weight_RC.shape, weight_RC.device)
         quantized = with_codes(grid, codes_RC)
+        num_clipped, whole, lost = 0, 0.0, 0.0
+        for part in rounded_parts(weight_RC, grid, codes_RC):
+            num_clipped += int(part.num_clipped_R.sum())
+            if self.hessian_CC is None:
+                energies = plain_energies(part.exact_RC, quantized.rows(part.rows), part.work_RC)
+                whole, lost = whole + energies[0], lost + energies[1]
+        if self.hessian_CC is not None:
+            whole = weight_energy(weight_RC, self.hessian_CC)
+            lost = error_energy(weight_RC, quantized, self.hessian_CC)
         return SolvedRows(
             quantized=quantized,
             circumstances=self.circumstances,
-            weight_energy=weight_energy(weight_RC, self.hessian_CC),
-            error_energy=error_energy(weight_RC, quantized, self.hessian_CC),
+            weight_energy=whole,
+            error_energy=lost,
             expected_energy=None,
-            num_clipped=int(num_clipped_R.sum()),
+            num_clipped=num_clipped,
             num_bounded=int(grid.is_bounded_RG.sum()),
         )

@@ -19,6 +19,7 @@ import math
 import torch
 
 from quantlib.errors import PackingError
+from quantlib.fresh_bytes import fresh_bytes
 from quantlib.grouping import row_parts
 
 PACKED_BITS = (2, 3, 4, 8)
@@ -126,10 +127,16 @@ def _bytes_from_codes(lines: torch.Tensor, bits: int) -> torch.Tensor:
     pattern_codes, pattern_bytes = _pattern(bits)
     num_bytes = num_words(length, bits) * _BYTES_PER_WORD
     if pattern_bytes == 1:
-        packed = lines.new_empty(num_lines, num_bytes)
+        packed = fresh_bytes((num_lines, num_bytes), lines.device)
+        filled = num_bytes * pattern_codes
+        # Strides and not is_contiguous: of a single line torch does not care how long it is.
+        is_ready = lines.stride() == (filled, 1) and lines.storage_offset() == 0
         for part in row_parts(lines):
-            filled = torch.nn.functional.pad(lines[part], (0, num_bytes * pattern_codes - length))
-            packed[part] = _folded(filled.clone(memory_format=torch.contiguous_format), bits)
+            codes = lines[part]
+            if not is_ready:
+                padded = torch.nn.functional.pad(codes, (0, filled - length))
+                codes = padded.clone(memory_format=torch.contiguous_format)
+            _fold(codes, bits, out=packed[part])
         return packed
     padded = lines.new_zeros(num_lines, -(-num_bytes // pattern_bytes) * pattern_codes)
     padded[:, :length] = lines
@@ -146,16 +153,18 @@ def _bytes_from_codes(lines: torch.Tensor, bits: int) -> torch.Tensor:
     return packed
 
 
-def _folded(codes: torch.Tensor, bits: int) -> torch.Tensor:
+def _fold(codes: torch.Tensor, bits: int, *, out: torch.Tensor) -> None:
     """Bytes of codes that fill them without a rest: neighbours are put together until a byte is full.
 
     Four times as fast as codes put in their place by strides.
     """
     while bits < _BITS_PER_BYTE:
         pairs = codes.view(torch.int16)  # the left one is the low byte
-        codes = ((pairs >> (_BITS_PER_BYTE - bits)) | pairs).to(torch.uint8)
+        codes = (pairs >> (_BITS_PER_BYTE - bits)).bitwise_or_(pairs)
         bits *= 2
-    return codes
+        if bits < _BITS_PER_BYTE:
+            codes = codes.to(torch.uint8)
+    out.copy_(codes)
 
 
 def _codes_from_bytes(packed: torch.Tensor, bits: int, length: int) -> torch.Tensor:

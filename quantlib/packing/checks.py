@@ -1,5 +1,6 @@
 """Checks between a quantized linear, its scheme and its tensors that all formats make."""
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -60,7 +61,7 @@ def require_consistent(name: str, quantized: QuantizedLinear, scale_dtypes: tupl
         )
     if zero_RG is not None and tuple(zero_RG.shape) != grid:
         raise PackingError(f"{name}: zero points must be {grid}, got {tuple(zero_RG.shape)}", linear=name)
-    if not scale_RG.is_meta and not bool((torch.isfinite(scale_RG) & (scale_RG > 0)).all()):
+    if not scale_RG.is_meta and scale_RG.numel() and not _are_positive_and_finite(scale_RG):
         raise PackingError(
             f"{name}: a scale is zero, negative, infinite or NaN in {scale_RG.dtype}; the weight's values"
             " do not fit the dtype scales are stored in",
@@ -94,3 +95,9 @@ def require_shape(tensor_name: str, tensor: torch.Tensor, shape: tuple[int, ...]
         raise PackingError(
             f"tensor {tensor_name} must be {shape}, got {tuple(tensor.shape)}", tensor=tensor_name
         )
+
+
+def _are_positive_and_finite(scales: torch.Tensor) -> bool:
+    # A NaN is both bounds, and no comparison with it holds.
+    smallest, largest = (bound.item() for bound in torch.aminmax(scales))
+    return smallest > 0 and largest < math.inf

@@ -38,6 +38,7 @@ LAYERS = {
     "quantlib.checkpoint.dtypes": 3,
     "quantlib.column_order": 3,
     "quantlib.linalg": 3,
+    "quantlib.fresh_bytes": 3,
     "quantlib.grouping": 3,
     "quantlib.quantized": 3,
     "quantlib.machine": 3,

@@ -3,8 +3,12 @@
 import pytest
 import torch
 
+from quantlib import grouping
+from quantlib.errors import NumericsError
 from quantlib.methods import METHODS
+from quantlib.methods.rtn import prepare
 from quantlib.schemes import SCHEME_NAMES, scheme_from_name
+from quantlib.solver_settings import SolverSettings
 
 rtn = METHODS["rtn"]
 
@@ -94,3 +98,44 @@ def test_rtn_weight_of_zeros_has_no_error():
     )["w"]
     assert found.report.relative_error == 0.0
     assert (found.quantized.dequantize() == 0).all()
+
+
+def round_rows(w, scheme, *, scale_search="minmax", hessian=None):
+    solver = SolverSettings(scale_search=scale_search)
+    rounding = prepare(hessian_CC=hessian, cross_CC=None, num_tokens=0, solver=solver)
+    return rounding.solve({"w": w}, scheme, scale_dtype=torch.bfloat16)["w"]
+
+
+@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("columns", [128, 90])
+def test_rtn_energies_and_clipped_weights_equal_those_in_float64(name, columns, monkeypatch):
+    monkeypatch.setattr(grouping, "_CPU_ELEMENTS", 7 * columns)
+    w, scheme = weight(columns=columns).bfloat16(), scheme_from_name(name, 32)
+    solved = round_rows(w, scheme)
+    exact, codes = w.double(), solved.quantized.codes_RC.double()
+    scale = solved.quantized.scale_RG.double().repeat_interleave(32, 1)[:, :columns]
+    zero = 2.0 ** (scheme.bits - 1)
+    if solved.quantized.zero_RG is not None:
+        zero = solved.quantized.zero_RG.double().repeat_interleave(32, 1)[:, :columns]
+    error = exact - scale * (codes - zero)
+    assert solved.weight_energy == pytest.approx(exact.square().sum().item(), rel=1e-6)
+    assert solved.error_energy == pytest.approx(error.square().sum().item(), rel=1e-6)
+    assert solved.num_clipped == int((error.abs() > scale / 2).sum())
+
+
+@pytest.mark.parametrize("scale_search", ["minmax", "mse"])
+def test_rtn_weights_whose_squares_overflow_get_the_same_codes(scale_search):
+    w, scheme = weight(), scheme_from_name("W4A16", 32)
+    found, wanted = (round_rows(x, scheme, scale_search=scale_search) for x in (w * 2.0**100, w))
+    assert torch.equal(found.quantized.codes_RC, wanted.quantized.codes_RC)
+
+
+@pytest.mark.parametrize("scale_search", ["minmax", "mse"])
+@pytest.mark.parametrize("hessian", [None, torch.diag(torch.arange(160.0))])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_rtn_rows_with_a_weight_that_is_not_finite_are_refused(value, dtype, hessian, scale_search):
+    w = weight().to(dtype)
+    w[3, 0] = value  # a column that the Hessian does not count
+    with pytest.raises(NumericsError, match="w: weights must be finite"):
+        round_rows(w, scheme_from_name("W4A16", 32), scale_search=scale_search, hessian=hessian)
