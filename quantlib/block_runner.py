@@ -341,22 +341,26 @@ class BlockRunner:
     def solve(
         self,
         block: int,
-        group: int,
+        groups: Sequence[int],
         parts: Sequence[Tensors],
-        statistics: Sequence[Any],
-        tokens: GroupTokens,
+        statistics: Sequence[Sequence[Any]],
+        tokens: Sequence[GroupTokens],
     ) -> dict[str, Any]:
-        """Quantize and pack an input group.
+        """Quantize and pack an input group, or several that are alike as one batch.
 
         Args:
+            groups: Their numbers.
             parts: The block's source tensors.
-            statistics: What `GroupSolver.solve` takes, every total as the list of its bands.
-            tokens: Behind the sums.
+            statistics: Of each group what `GroupSolver.solve` takes, every total as the list of its bands.
+            tokens: Behind the sums of each group.
+
+        Returns:
+            ``groups``: of each in order what `pack` gives.
         """
         with self._working("solve"):
-            planned, totals = self._plan.blocks[block], _totals(statistics)
-            packed, rows = self._solver.solve(planned, group, _merged(parts), totals, tokens)
-            return {"packed": self._share(packed), "linears": rows}
+            planned, totals = self._plan.blocks[block], [_totals(sums) for sums in statistics]
+            made = self._solver.solve_batch(planned, groups, _merged(parts), totals, tokens)
+            return {"groups": [{"packed": self._share(packed), "linears": rows} for packed, rows in made]}
 
     def solve_tile(
         self,
@@ -366,7 +370,7 @@ class BlockRunner:
         statistics: Sequence[Any],
         tokens: GroupTokens,
     ) -> dict[str, Any]:
-        """Quantize a row tile of an input group that has several; arguments as for `solve`.
+        """Quantize a row tile of an input group that has several; sums and tokens are those of the group.
 
         What its group shares is kept for the next tile, until `forget_prepared`.
         """
@@ -380,7 +384,7 @@ class BlockRunner:
         self._solver.forget()
 
     def pack(self, block: int, group: int, tiles: Sequence[TileRows], tokens: GroupTokens) -> dict[str, Any]:
-        """Pack an input group from all its tiles, in order; gives what `solve` gives."""
+        """Pack an input group from all its tiles, in order: ``packed`` tensors and rows of the report."""
         with self._working("solve"):
             packed, rows = self._solver.pack(self._plan.blocks[block], group, tiles, tokens)
             return {"packed": self._share(packed), "linears": rows}

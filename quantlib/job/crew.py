@@ -11,6 +11,7 @@ from typing import Any
 
 from quantlib.errors import NumericsError, QuantError, WorkerLostError
 from quantlib.job.activations import ActivationCheckpoint
+from quantlib.job.alike_groups import Likeness, likenesses
 from quantlib.job.bands import MAX_DIRECT_BATCHES, cut_into_bands, sum_shapes
 from quantlib.job.block_parts import BlockParts
 from quantlib.job.cell_streams import CellStreams, after_first_cell, key_of
@@ -356,7 +357,8 @@ class Crew:
         job, plan = self._opened, self._opened.plan.blocks[block]
         packed = job.holdings.packed.setdefault(block, {})
         solved = job.holdings.solved.setdefault(block, {})
-        tiles_of = group_tiles(plan, device_type_of(job.plan.device_kind))
+        device_type = device_type_of(job.plan.device_kind)
+        tiles_of = group_tiles(plan, device_type)
         tiles = {tile.number: tile for group in groups for tile in tiles_of[group]}
         statistics = job.statistics.get(block, {})
         tokens = group_tokens(job.plan, plan, counts)
@@ -367,24 +369,38 @@ class Crew:
                 return self._transport.submit(
                     worker, "pack", block, piece.id.part, codes, tokens[piece.id.part]
                 )
+            sources = job.parts.sources(block)
+            if piece.id.part in work.groups:
+                batch = work.groups[piece.id.part]
+                given = [statistics.get(group, [[], [], []]) for group in batch]
+                behind = [tokens[group] for group in batch]
+                return self._transport.submit(worker, "solve", block, batch, sources, given, behind)
             tile = tiles[piece.id.part]
-            is_whole = len(tiles_of[tile.group]) == 1
-            method, part = ("solve", tile.group) if is_whole else ("solve_tile", tile)
-            given, sources = statistics.get(tile.group, [[], [], []]), job.parts.sources(block)
-            return self._transport.submit(worker, method, block, part, sources, given, tokens[tile.group])
+            given = statistics.get(tile.group, [[], [], []])
+            return self._transport.submit(
+                worker, "solve_tile", block, tile, sources, given, tokens[tile.group]
+            )
 
         def heard(worker: int, piece: Piece, result: Any) -> None:
             if "rows" in result:
                 solved[piece.id.part] = Held(worker, result["rows"])
                 return
-            group = piece.id.part if piece.id.stage == "pack" else tiles[piece.id.part].group
-            packed[group] = Held(worker, result["packed"], result["linears"])
-            for tile in tiles_of[group]:
-                solved.pop(tile.number, None)
+            is_packing = piece.id.stage == "pack"
+            done = (piece.id.part,) if is_packing else work.groups[piece.id.part]
+            for group, made in zip(done, [result] if is_packing else result["groups"], strict=True):
+                packed[group] = Held(worker, made["packed"], made["linears"])
+                for tile in tiles_of[group]:
+                    solved.pop(tile.number, None)
 
-        works = [_group_work(plan, tiles_of[group], solved) for group in groups if group not in packed]
+        alike = likenesses(plan, tiles_of, device_type) if job.memory.has_batches else {}
+        works = [
+            _group_work(plan, tiles_of[group], solved, alike.get(group))
+            for group in groups
+            if group not in packed
+        ]
+        work = solve_pieces(block, works, self._transport.workers)
         try:
-            job.run(solve_pieces(block, works, self._transport.workers), begin, heard)
+            job.run(work.pieces, begin, heard)
         finally:
             if any(work.is_cut for work in works):
                 for worker in self._transport.workers:
@@ -593,7 +609,9 @@ class _Job:
             raise
 
 
-def _group_work(block: BlockPlan, tiles: Sequence[GroupTile], solved: Container[int]) -> GroupWork:
+def _group_work(
+    block: BlockPlan, tiles: Sequence[GroupTile], solved: Container[int], likeness: Likeness | None
+) -> GroupWork:
     """What is left of an input group; costs in multiply-adds."""
     (columns,) = {linear.columns for linear in block.linears if linear.name == tiles[0].runs[0].name}
     rows = sum(tile_rows(tile.runs) for tile in tiles)
@@ -603,6 +621,7 @@ def _group_work(block: BlockPlan, tiles: Sequence[GroupTile], solved: Container[
         is_cut=len(tiles) > 1,
         prepare_cost=columns**3 / 3,
         tile_cost=rows * columns**2 / len(tiles),
+        likeness=likeness,
     )
 
 
