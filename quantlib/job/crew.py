@@ -370,8 +370,8 @@ class Crew:
                     worker, "pack", block, piece.id.part, codes, tokens[piece.id.part]
                 )
             sources = job.parts.sources(block)
-            if piece.id.part in work.groups:
-                batch = work.groups[piece.id.part]
+            if piece.id.part in shared_out.groups:
+                batch = shared_out.groups[piece.id.part]
                 given = [statistics.get(group, [[], [], []]) for group in batch]
                 behind = [tokens[group] for group in batch]
                 return self._transport.submit(worker, "solve", block, batch, sources, given, behind)
@@ -386,7 +386,7 @@ class Crew:
                 solved[piece.id.part] = Held(worker, result["rows"])
                 return
             is_packing = piece.id.stage == "pack"
-            done = (piece.id.part,) if is_packing else work.groups[piece.id.part]
+            done = (piece.id.part,) if is_packing else shared_out.groups[piece.id.part]
             for group, made in zip(done, [result] if is_packing else result["groups"], strict=True):
                 packed[group] = Held(worker, made["packed"], made["linears"])
                 for tile in tiles_of[group]:
@@ -398,9 +398,9 @@ class Crew:
             for group in groups
             if group not in packed
         ]
-        work = solve_pieces(block, works, self._transport.workers)
+        shared_out = solve_pieces(block, works, self._transport.workers)
         try:
-            job.run(work.pieces, begin, heard)
+            job.run(shared_out.pieces, begin, heard)
         finally:
             if any(work.is_cut for work in works):
                 for worker in self._transport.workers:

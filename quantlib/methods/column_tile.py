@@ -54,10 +54,14 @@ class ColumnTile:
         self._offset_EBR = torch.empty_like(self._target_EBR)
         # The groups of one linear after those of the other, so that one lookup serves all.
         self._scale_GR = torch.cat([grid.scale_RG.T for grid in grids]).to(kind["dtype"])
-        self._lowest_GR = torch.cat([offset_bounds(grid, kind["dtype"])[0].T for grid in grids])
+        bounds = [offset_bounds(grid, kind["dtype"]) for grid in grids]
+        self._lowest_GR = torch.cat([lowest_RG.T for lowest_RG, _ in bounds])
+        self._highest_GR = torch.cat([highest_RG.T for _, highest_RG in bounds])
         first_group_E1 = torch.arange(0, len(self._scale_GR), len(self._scale_GR) // count)[:, None]
         self._group_EC = torch.stack(list(orders)) // self._scheme.columns_per_group(columns)
         self._group_EC += first_group_E1.to(self._group_EC.device)
+        # Of one linear a position's group is looked up among views: nothing is copied.
+        self._groups = self._group_EC[0].tolist() if count == 1 else None
         # Views made once: making them in the loop would cost as much as the arithmetic of a small linear.
         self._errors = self.error_ECR.split(1, 1)
         self._targets = self._target_EBR.split(1, 1)
@@ -89,7 +93,7 @@ class ColumnTile:
                 the weights of these positions.
         """
         batch = slice(start, end)
-        scales = self._by_position(self._scale_GR, batch).split(1, 1)
+        scales = self._columns(self._scale_GR, batch)
         bounds = self._bounds(batch)
         for leaf_end in range(end - start, 0, -LEAF_COLUMNS):
             leaf = slice(max(0, leaf_end - LEAF_COLUMNS), leaf_end)
@@ -143,21 +147,31 @@ class ColumnTile:
         group_EB = self._group_EC[:, positions]
         return values_GR.index_select(0, group_EB.flatten()).unflatten(0, group_EB.shape)
 
+    def _columns(self, values_GR: torch.Tensor, positions: slice) -> Sequence[torch.Tensor]:
+        """The same position after position, [E, 1, R]."""
+        if self._groups is None:
+            return self._by_position(values_GR, positions).split(1, 1)
+        by_group = values_GR[None].split(1, 1)
+        return [by_group[group] for group in self._groups[positions]]
+
     def _bounds(self, positions: slice) -> list[tuple]:
         """Smallest and largest offset of every position."""
         if self._scheme.is_symmetric:  # a bound that is a number costs less than one that is a tensor
             lowest = -self._scheme.middle_code
             return [(lowest, lowest + self._scheme.num_codes - 1)] * (positions.stop - positions.start)
-        lowest_EBR = self._by_position(self._lowest_GR, positions)
-        highest_EBR = lowest_EBR + (self._scheme.num_codes - 1)
-        return list(zip(lowest_EBR.split(1, 1), highest_EBR.split(1, 1), strict=True))
+        bounds = (self._columns(values_GR, positions) for values_GR in (self._lowest_GR, self._highest_GR))
+        return list(zip(*bounds, strict=True))
 
     def _keep(self, positions: slice) -> None:
         """Turn the batch's offsets into codes and count what was clipped; targets hold quotients by now."""
         count = positions.stop - positions.start
         quotient_EBR, offset_EBR = self._target_EBR[:, :count], self._offset_EBR[:, :count]
         self.num_clipped_ER += num_clipped_(quotient_EBR, offset_EBR, dim=1)
-        codes_EBR = offset_EBR.sub_(self._by_position(self._lowest_GR, positions)).to(torch.uint8)
+        if self._scheme.is_symmetric:
+            offset_EBR += self._scheme.middle_code
+        else:
+            offset_EBR -= self._by_position(self._lowest_GR, positions)
+        codes_EBR = offset_EBR.to(torch.uint8)
         for codes_CR, codes_BR, order_C in zip(self.codes_ECR, codes_EBR, self._orders, strict=True):
             codes_CR.index_copy_(0, order_C[positions], codes_BR)
 
