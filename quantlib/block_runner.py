@@ -324,24 +324,28 @@ class BlockRunner:
         self,
         block: int,
         output: int,
-        group: int,
+        groups: Sequence[int],
         parts: Sequence[Tensors],
-        statistics: Sequence[Any],
-        tokens: GroupTokens,
+        statistics: Sequence[Sequence[Any]],
+        tokens: Sequence[GroupTokens],
     ) -> dict[str, Any]:
-        """Quantize and pack an input group.
+        """Quantize and pack an input group, or several that are alike as one batch.
 
         Args:
+            groups: Their numbers.
             parts: The block's source tensors.
-            statistics: What `GroupSolver.solve` takes, every total as the list of its bands.
-            tokens: Behind the sums.
+            statistics: Of each group what `GroupSolver.solve` takes, every total as the list of its bands.
+            tokens: Behind the sums of each group.
+
+        Returns:
+            ``groups``: of each in order what `pack` gives.
         """
         with self._working("solve"):
             self._forget_prepared(but=output)
-            mine, totals = self._outputs[output], _totals(statistics)
+            mine, totals = self._outputs[output], [_totals(sums) for sums in statistics]
             planned = mine.plan.blocks[block]
-            packed, rows = mine.solver.solve(planned, group, _merged(parts), totals, tokens)
-            return {"packed": self._share(packed), "linears": rows}
+            made = mine.solver.solve_batch(planned, groups, _merged(parts), totals, tokens)
+            return {"groups": [{"packed": self._share(packed), "linears": rows} for packed, rows in made]}
 
     def solve_tile(
         self,
@@ -352,7 +356,7 @@ class BlockRunner:
         statistics: Sequence[Any],
         tokens: GroupTokens,
     ) -> dict[str, Any]:
-        """Quantize a row tile of an input group that has several; arguments as for `solve`.
+        """Quantize a row tile of an input group that has several; sums and tokens are those of the group.
 
         What its group shares is kept for the next tile, until `forget_prepared`.
         """
@@ -369,7 +373,7 @@ class BlockRunner:
     def pack(
         self, block: int, output: int, group: int, tiles: Sequence[TileRows], tokens: GroupTokens
     ) -> dict[str, Any]:
-        """Pack an input group from all its tiles, in order; gives what `solve` gives."""
+        """Pack an input group from all its tiles, in order: ``packed`` tensors and rows of the report."""
         with self._working("solve"):
             mine = self._outputs[output]
             packed, rows = mine.solver.pack(mine.plan.blocks[block], group, tiles, tokens)

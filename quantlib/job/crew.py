@@ -375,14 +375,17 @@ class Crew:
         solves = {n: OutputSolve(*shared, n, block, groups, statistics, counts) for n in outputs}
 
         def begin(worker: int, piece: Piece) -> Handle:
-            return self._transport.submit(worker, *solves[piece.id.output].call(piece.id))
+            groups = shared_out.groups.get(piece.id)
+            return self._transport.submit(worker, *solves[piece.id.output].call(piece.id, groups))
 
         def heard(worker: int, piece: Piece, result: Any) -> None:
-            solves[piece.id.output].heard(worker, piece.id, result)
+            solves[piece.id.output].heard(worker, piece.id, shared_out.groups.get(piece.id), result)
 
-        works = [work for solve in solves.values() for work in solve.works]
+        has_batches = job.memory.has_batches
+        works = [work for solve in solves.values() for work in solve.works(has_batches=has_batches)]
+        shared_out = solve_pieces(block, works, self._transport.workers)
         try:
-            job.run(solve_pieces(block, works, self._transport.workers), begin, heard)
+            job.run(shared_out.pieces, begin, heard)
         finally:
             if any(work.is_cut for work in works):
                 for worker in self._transport.workers:

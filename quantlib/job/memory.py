@@ -5,7 +5,7 @@ together: less memory means more slices, and every slice is another pass of the 
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, pairwise
 
 from quantlib.errors import RecipeError
@@ -21,6 +21,7 @@ from quantlib.job.memory_needs import (
     head_needs,
     prelude_needs,
     records_needs,
+    solve_bytes,
     unit_needs,
     writing_needs,
 )
@@ -115,6 +116,7 @@ class MemoryPlan:
         slices: Of every block, in order; the streams go on with the last.
         pipelines: Whether the next block is fetched and begun while one is still worked on and written.
         has_late_weights: Whether the linears of a live block make their weights only when they run.
+        has_batches: Whether input groups that are alike are solved as one batch.
         activation_bytes: What the streams of a worker may take of its memory, or of its GPU; None for all.
         waiting_bytes: What is thus left of them to wait on disk, or beside a GPU in its machine's memory.
         worker: Purpose -> bytes of a worker's process when it needs most.
@@ -126,6 +128,7 @@ class MemoryPlan:
     slices: Slices
     pipelines: bool = True
     has_late_weights: bool = False
+    has_batches: bool = True
     activation_bytes: int | None = None
     waiting_bytes: int = 0
     worker: Mapping[str, int]
@@ -138,22 +141,26 @@ def plan_memory(bundle: Bundle, surroundings: Surroundings, budgets: Budgets) ->
     """The least frugal way in which a job fits.
 
     First streams leave memory, then one block is worked on at a time, then its linears make their weights as
-    they run, then its input groups are cut into slices.
+    they run, then its input groups are cut into slices. Groups that are alike are solved as one batch where
+    that changes nothing else.
 
     Raises:
         RecipeError: A budget is too small for one input group alone; says what would do.
     """
     needs = _Needs(bundle, surroundings)
-    at_once = needs.peak(needs.unsliced(), pipelines=True, is_late=False, resident=needs.streams)
+    at_once = needs.peak(needs.unsliced(), _Way(pipelines=True), resident=needs.streams)
     unsliced_bytes = sum(at_once.worker.values()) + sum(at_once.device.values())
     unsliced_bytes -= surroundings.idle_bytes + surroundings.kept_bytes + needs.records
-    for slices, pipelines, is_late in _ways(needs, budgets):
-        found, room, resident = needs.fitted(slices, budgets, pipelines=pipelines, is_late=is_late)
+    for slices, way in _ways(needs, budgets):
+        found, room, resident = needs.fitted(slices, budgets, way)
+        if way.has_batches and resident < needs.fitted(slices, budgets, replace(way, has_batches=False))[2]:
+            continue
         if found.fits(budgets):
             return MemoryPlan(
                 slices=slices,
-                pipelines=pipelines,
-                has_late_weights=is_late,
+                pipelines=way.pipelines,
+                has_late_weights=way.is_late,
+                has_batches=way.has_batches,
                 activation_bytes=room,
                 waiting_bytes=needs.streams - resident,
                 worker=found.worker,
@@ -161,17 +168,28 @@ def plan_memory(bundle: Bundle, surroundings: Surroundings, budgets: Budgets) ->
                 store=found.store,
                 unsliced_bytes=unsliced_bytes,
             )
-    frugal = {"pipelines": False, "is_late": needs.late_helps}
-    least, _, _ = needs.fitted(needs.single_groups(), budgets, **frugal)
+    least, _, _ = needs.fitted(needs.single_groups(), budgets, needs.most_frugal)
     raise _refusal(least, budgets)
 
 
-def _ways(needs: "_Needs", budgets: Budgets) -> Iterator[tuple[Slices, bool, bool]]:
-    """Slices, whether blocks overlap, whether weights are late; the next is asked for if one does not fit."""
-    yield needs.unsliced(), True, False
-    yield needs.unsliced(), False, False
-    yield needs.unsliced(), False, needs.late_helps
-    yield needs.cut(budgets), False, needs.late_helps
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Way:
+    """How a job is done, beside its slices; attributes as in `MemoryPlan`."""
+
+    pipelines: bool = False
+    is_late: bool = False
+    has_batches: bool = True
+
+
+def _ways(needs: "_Needs", budgets: Budgets) -> Iterator[tuple[Slices, _Way]]:
+    """Slices, and how they are worked on; the next is asked for if one does not fit."""
+    for way in (_Way(pipelines=True), _Way(), _Way(is_late=needs.late_helps)):
+        yield needs.unsliced(), way
+        yield needs.unsliced(), replace(way, has_batches=False)
+    # Cut without batches: a pass over the cells costs more than they gain.
+    slices = needs.cut(budgets)
+    yield slices, replace(needs.most_frugal, has_batches=True)
+    yield slices, needs.most_frugal
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,6 +236,7 @@ class _Needs:
         self.late_helps = all(
             block.late + block.unpacked * self._runs_quantized < block.live for block in self._blocks
         )
+        self.most_frugal = _Way(is_late=self.late_helps, has_batches=False)
         self._has_streams = bundle.has_streams
         self._prelude, self._head = prelude_needs(plan), head_needs(plan)
         self._units = [] if bundle.has_streams else unit_needs(plan)
@@ -232,20 +251,18 @@ class _Needs:
         """Every input group by itself."""
         return tuple(tuple((group,) for group in range(len(b.groups))) or ((),) for b in self._blocks)
 
-    def fitted(
-        self, slices: Slices, budgets: Budgets, *, pipelines: bool, is_late: bool
-    ) -> tuple[_Peak, int | None, int]:
+    def fitted(self, slices: Slices, budgets: Budgets, way: _Way) -> tuple[_Peak, int | None, int]:
         """The peak with as much of the streams in place as has room; that room, and what they take."""
-        least = self.peak(slices, pipelines=pipelines, is_late=is_late, resident=0)
+        least = self.peak(slices, way, resident=0)
         room = least.room(budgets)
         resident = self.streams if room is None else max(0, min(room, self.streams))
-        return self.peak(slices, pipelines=pipelines, is_late=is_late, resident=resident), room, resident
+        return self.peak(slices, way, resident=resident), room, resident
 
     def cut(self, budgets: Budgets) -> Slices:
         """Every block in as few slices as fit, in the order of its input groups."""
         return tuple(self._cut(number, budgets) for number in range(len(self._blocks)))
 
-    def peak(self, slices: Slices, *, pipelines: bool, is_late: bool, resident: int) -> _Peak:
+    def peak(self, slices: Slices, way: _Way, *, resident: int) -> _Peak:
         """The fullest that every place gets."""
         if not self._has_streams:
             return self._worst(self._conversions(), 0)
@@ -253,7 +270,7 @@ class _Needs:
             moment
             for number, passes in enumerate(slices)
             for groups in passes
-            for moment in self._moments(number, groups, pipelines=pipelines, is_late=is_late)
+            for moment in self._moments(number, groups, way)
         )
         return self._worst(chain(self._ends(), moments), resident)
 
@@ -261,7 +278,7 @@ class _Needs:
         passes: list[Groups] = []
         groups: Groups = ()
         for group in range(len(self._blocks[number].groups)):
-            moments = self._moments(number, (*groups, group), pipelines=False, is_late=self.late_helps)
+            moments = self._moments(number, (*groups, group), self.most_frugal)
             if groups and not self._worst(moments, 0).fits(budgets):
                 passes.append(groups)
                 groups = ()
@@ -292,15 +309,13 @@ class _Needs:
         shared = needs.source // self._surroundings.workers if self._surroundings.store_workers else 0
         return shared + needs.decoding
 
-    def _moments(
-        self, number: int, groups: Groups, *, pipelines: bool, is_late: bool
-    ) -> Iterator[dict[str, int]]:
+    def _moments(self, number: int, groups: Groups, way: _Way) -> Iterator[dict[str, int]]:
         """What is there at a time while a slice of a block is summed, solved, and evaluated."""
         block = self._blocks[number]
         following = self._blocks[number + 1] if number + 1 < len(self._blocks) else None
         always = {"source": block.source, "packed": block.packed, "writing": self._writing}
         ahead = {"block": 0, "statistics": 0, "working": 0}
-        if pipelines:
+        if way.pipelines:
             neighbours = [*self._blocks[max(0, number - 1) : number], *([following] if following else [])]
             always["source"] += sum(neighbour.source for neighbour in neighbours)
             always["packed"] += block.packed
@@ -310,15 +325,15 @@ class _Needs:
                 ahead = {"block": following.live, "statistics": statistics, "working": self._working}
         mine = [block.groups[group] for group in groups]
         totals, partials = _sums(mine)
-        live = block.late if is_late else block.live
+        live = block.late if way.is_late else block.live
         yield {**always, "reading": self._reading(block)}
         yield {**always, "block": live, "working": self._working, "statistics": totals + partials}
-        solve = max((group.solve for group in mine), default=0)
+        solve = solve_bytes(mine, has_batches=way.has_batches)
         sums = {"sums": totals, "merged sums": totals * self._num_merged}
         codes = sum(group.codes for group in mine)
         yield {**always, **ahead, **sums, "codes": codes, "solve": solve}
         if self._runs_quantized:
-            made = live + (block.unpacked if is_late else block.levels) + ahead["block"]
+            made = live + (block.unpacked if way.is_late else block.levels) + ahead["block"]
             yield {**always, **ahead, "block": made, "working": self._working}
 
     def _worst(self, moments: Iterable[dict[str, int]], resident: int) -> _Peak:

@@ -5,12 +5,14 @@ R rows (out features), C columns (in features).
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quantlib.checkpoint.header import DTYPE_BYTES
 from quantlib.checkpoint.layout import spec_bytes
 from quantlib.job.activations import CALIBRATION, EVALUATION, cells_of
+from quantlib.job.alike_groups import Likeness, likenesses
 from quantlib.job.bundle import Bundle
 from quantlib.job.expert_groups import readers_of
 from quantlib.job.group_tiles import group_tiles
@@ -50,6 +52,7 @@ class GroupNeeds:
         source: Weights as they are stored.
         solve: Hessian, factor, a row tile in fp32 with its buffers, and codes.
         codes: On their way to whoever packs; 0 of a group that is one tile.
+        likeness: What it shares with groups that may be solved along with it; None if it is solved alone.
     """
 
     pool: int | None
@@ -58,6 +61,7 @@ class GroupNeeds:
     source: int
     solve: int
     codes: int
+    likeness: Likeness | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +143,9 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
     made = [spec for spec in unit.tensors if spec.name not in unit.copied]
     stored = max((DTYPE_BYTES[spec.dtype] for spec in copied), default=2)
     quantized = {linear.name: linear for linear in block.linears if linear.scheme is not None}
-    tiles = group_tiles(block, device_type_of(plan.device_kind))
+    device_type = device_type_of(plan.device_kind)
+    tiles = group_tiles(block, device_type)
+    alike = likenesses(block, tiles, device_type)
     pools = readers_of(plan, block).pools
     elements = sum(linear.rows * linear.columns for linear in quantized.values())
     others = sum(math.prod(spec.shape) for spec in copied)
@@ -167,6 +173,7 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
                 stored,
                 is_centered=n in block.centered_groups,
                 pool=pools.get(n),
+                likeness=alike.get(n),
             )
             for n, names in enumerate(block.input_groups)
         ),
@@ -197,6 +204,22 @@ def bundled_needs(bundle: Bundle, index: int) -> BlockNeeds:
             for group, others in zip(shared.groups, wanting, strict=True)
         ),
     )
+
+
+def solve_bytes(groups: Sequence[GroupNeeds], *, has_batches: bool) -> int:
+    """What the solve of some input groups takes that are there at a time, the largest piece alone.
+
+    Args:
+        has_batches: Whether groups that are alike are solved as one batch.
+    """
+    counts = Counter(group.likeness for group in groups)
+
+    def together(group: GroupNeeds) -> int:
+        if not has_batches or group.likeness is None:
+            return 1
+        return min(group.likeness.most, counts[group.likeness])
+
+    return max((group.solve * together(group) for group in groups), default=0)
 
 
 def cell_needs(plan: Plan, num_workers: int, num_outputs: int = 1) -> CellNeeds:
@@ -323,6 +346,7 @@ def _group_needs(
     *,
     is_centered: bool,
     pool: int | None,
+    likeness: Likeness | None,
 ) -> GroupNeeds:
     """Of linears that are solved in tiles of so many rows."""
     columns, rows = linears[0].columns, sum(linear.rows for linear in linears)
@@ -334,7 +358,13 @@ def _group_needs(
         solve += 4 * rows * columns
     if plan.calibration_digest is None:
         return GroupNeeds(
-            pool=None, total=0, partial=0, source=rows * columns * stored, solve=solve, codes=codes
+            pool=None,
+            total=0,
+            partial=0,
+            source=rows * columns * stored,
+            solve=solve,
+            codes=codes,
+            likeness=likeness,
         )
     square = (columns + is_centered) ** 2
     lower = sum(math.prod(shape) for shape in panel_shapes(columns + is_centered, is_whole=False))
@@ -348,4 +378,5 @@ def _group_needs(
         # Corrected targets need a factor of their own, and the product that they are corrected by.
         solve=solve + int((1 + _FACTOR_SIZES) * 4 * square) + 8 * square * crosses,
         codes=codes,
+        likeness=likeness,
     )

@@ -1,8 +1,14 @@
-"""The pieces of a block's solve: input groups that are one row tile, tiles of others, and packing these."""
+"""The pieces of a block's solve: input groups that are one row tile, tiles of others, and packing these.
 
-from collections.abc import Sequence
+Small groups that are alike are a piece together, once it is settled which worker has them: workers share
+groups as evenly as if there were no batches.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+from quantlib.job.alike_groups import Likeness, even_batches
+from quantlib.job.plan import Groups
 from quantlib.job.schedule import Piece, PieceId, Setup, Worker
 from quantlib.job.shares import share_by_cost
 
@@ -18,6 +24,7 @@ class GroupWork:
         is_cut: Whether it has several in all, which are packed in a piece of its own.
         prepare_cost: What comes before the first tile that a worker solves.
         tile_cost: Of a tile, on average.
+        likeness: What it must share with others to be solved as one batch; None if it is solved alone.
     """
 
     output: int = 0
@@ -26,34 +33,69 @@ class GroupWork:
     is_cut: bool
     prepare_cost: float
     tile_cost: float
+    likeness: Likeness | None = None
 
 
-def solve_pieces(block: int, works: Sequence[GroupWork], workers: Sequence[Worker]) -> list[Piece]:
+@dataclass(frozen=True, slots=True)
+class SolvePieces:
+    """What is left to do of a block's solve.
+
+    Attributes:
+        pieces: A piece ``solve`` has the number of its tile: of several groups that of the first one's.
+        groups: Of every piece ``solve`` that is of whole groups, their numbers.
+    """
+
+    pieces: Sequence[Piece]
+    groups: Mapping[PieceId, Groups]
+
+
+def solve_pieces(block: int, works: Sequence[GroupWork], workers: Sequence[Worker]) -> SolvePieces:
     """Pieces of several groups of a block, each at home with some worker.
 
     A group has one home, and more of them, which prepare for themselves, only where all groups end sooner so.
     """
     homes = _homes(works, workers)
     pieces: list[Piece] = []
+    groups: dict[PieceId, Groups] = {}
     for work in works:
-        # All of one cost, though the last tile of a linear may be smaller: a worker ends one group before the
-        # next. Whoever solves a whole group keeps nothing of it.
-        setup = Setup(name=(block, work.output, work.group), cost=work.prepare_cost if work.is_cut else 0.0)
-        cost = work.tile_cost if work.is_cut else work.prepare_cost + work.tile_cost
-        tiles = [
-            Piece(
-                id=PieceId(block, "solve", tile, work.output),
-                rank=block,
-                cost=cost,
-                home=homes[work.output, tile],
-                setup=setup,
-            )
-            for tile in work.tiles
-        ]
-        pieces += tiles
         if work.is_cut:
-            pieces.append(_packing(block, work, tiles, workers[0]))
-    return pieces
+            # All of one cost, though the last tile of a linear may be smaller: a worker ends one group before
+            # the next.
+            setup = Setup(name=(block, work.output, work.group), cost=work.prepare_cost)
+            names = [PieceId(block, "solve", tile, work.output) for tile in work.tiles]
+            tiles = [_solving(name, work.tile_cost, homes[work.output, name.part], setup) for name in names]
+            pieces += [*tiles, _packing(block, work, tiles, workers[0])]
+    for batch in _batches([work for work in works if not work.is_cut], homes):
+        (tile,), output = batch[0].tiles, batch[0].output
+        name = PieceId(block, "solve", tile, output)
+        # Whoever solves whole groups keeps nothing of them.
+        setup = Setup(name=(block, output, batch[0].group), cost=0.0)
+        cost = sum(work.prepare_cost + work.tile_cost for work in batch)
+        pieces.append(_solving(name, cost, homes[output, tile], setup))
+        groups[name] = tuple(work.group for work in batch)
+    return SolvePieces(pieces, groups)
+
+
+def _batches(
+    works: Sequence[GroupWork], homes: Mapping[tuple[int, int], Worker]
+) -> Iterator[list[GroupWork]]:
+    """Whole groups of one output and home that are alike, as many as a batch holds; else each alone."""
+    alike: dict[tuple[int, Worker, Likeness], list[GroupWork]] = {}
+    for work in works:
+        if work.likeness is None:
+            yield [work]
+        else:
+            (tile,) = work.tiles
+            home = homes[work.output, tile]
+            alike.setdefault((work.output, home, work.likeness), []).append(work)
+    for (_, _, likeness), found in alike.items():
+        by_group = {work.group: work for work in found}
+        for batch in even_batches(list(by_group), likeness.most):
+            yield [by_group[group] for group in batch]
+
+
+def _solving(name: PieceId, cost: float, home: Worker, setup: Setup) -> Piece:
+    return Piece(id=name, rank=name.block, cost=cost, home=home, setup=setup)
 
 
 def _packing(block: int, work: GroupWork, tiles: Sequence[Piece], otherwise: Worker) -> Piece:

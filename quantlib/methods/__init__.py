@@ -3,4 +3,7 @@
 from quantlib.methods import gptq, rtn
 from quantlib.methods.whole_solve import Method
 
-METHODS: dict[str, Method] = {"gptq": Method(gptq.prepare), "rtn": Method(rtn.prepare)}
+METHODS: dict[str, Method] = {
+    "gptq": Method(gptq.prepare, gptq.solve_batch),
+    "rtn": Method(rtn.prepare),
+}

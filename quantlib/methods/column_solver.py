@@ -5,9 +5,12 @@ of the factor's order to the first; the target of one is its weight plus the err
 weighted by the factor. The weight is never overwritten, scales stay as they were fitted, and rows know
 nothing of each other.
 
-Three levels share the work: one product for a batch of columns, one for a leaf inside it, one vector
-operation for a column inside the leaf.
+Three levels share the work: one product for a batch of columns, one for a leaf inside it, one operation on
+what is left of the leaf for a column. Linears of one shape share the calls of the last level, whatever their
+inputs: for small ones the calls cost more than the arithmetic.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -38,29 +41,39 @@ def solve_codes(
         dtype; on CUDA the caller keeps TF32 off for fp32 products (torch's default). On a CPU a row's codes
         do not depend on the rows stacked with it.
 
-    Cost: R * C**2 / 2 multiply-adds; memory of two and a half times the weight, the codes included.
+    Cost: R * C**2 / 2 multiply-adds; memory of one and a half times the weight, the codes included.
 
     Source: Frantar et al., GPTQ (arXiv 2210.17323), rewritten with R from H = R R^T (arXiv 2507.18553).
     """
-    filled_rows = whole_vectors(len(weight_RC), weight_RC.device)
+    (found,) = solve_codes_of_batch([weight_RC], [grid], [factor])
+    return found
+
+
+def solve_codes_of_batch(
+    weights: Sequence[torch.Tensor], grids: Sequence[AffineGrid], factors: Sequence[Factor]
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`solve_codes` of several row tiles of one shape and scheme, each with a factor of its own.
+
+    Numerics: on a CPU the codes of each are those that it has alone.
+    """
+    num_rows, columns = weights[0].shape
+    filled_rows = whole_vectors(num_rows, weights[0].device)
     if filled_rows is not None:
-        codes_RC, num_clipped_R = solve_codes(weight_RC[filled_rows], grid.rows(filled_rows), factor)
-        return codes_RC[: len(weight_RC)], num_clipped_R[: len(weight_RC)]
-    tile = ColumnTile(weight_RC, grid, factor.order_C)
-    for end in range(weight_RC.shape[1], 0, -column_tile.BATCH_COLUMNS):
-        _solve_batch(tile, factor.feedback_CC, max(0, end - column_tile.BATCH_COLUMNS), end)
-    return tile.codes_CR.T.contiguous(), tile.num_clipped_R
+        filled = solve_codes_of_batch(
+            [weight_RC[filled_rows] for weight_RC in weights],
+            [grid.rows(filled_rows) for grid in grids],
+            factors,
+        )
+        return [(codes_RC[:num_rows], num_clipped_R[:num_rows]) for codes_RC, num_clipped_R in filled]
+    tile = ColumnTile(weights, grids, [factor.order_C for factor in factors])
+    for end in range(columns, 0, -column_tile.BATCH_COLUMNS):
+        _solve_batch(tile, factors, max(0, end - column_tile.BATCH_COLUMNS), end)
+    return tile.found()
 
 
-def _solve_batch(tile: ColumnTile, feedback_CC: torch.Tensor, start: int, end: int) -> None:
+def _solve_batch(tile: ColumnTile, factors: Sequence[Factor], start: int, end: int) -> None:
     """Solve positions [start, end), given that all from ``end`` on are solved."""
-    error_CR, target_BR = tile.error_CR, tile.targets(start, end)
-    torch.addmm(tile.weight_CR[start:end], feedback_CC[end:, start:end].T, error_CR[end:], out=target_BR)
-    for leaf_end in range(end, start, -column_tile.LEAF_COLUMNS):
-        leaf_start = max(start, leaf_end - column_tile.LEAF_COLUMNS)
-        if leaf_end < end:
-            target_BR[leaf_start - start : leaf_end - start].addmm_(
-                feedback_CC[leaf_end:end, leaf_start:leaf_end].T, error_CR[leaf_end:end]
-            )
-        tile.solve_leaf(leaf_start, leaf_end, start, feedback_CC[leaf_start:leaf_end, leaf_start:leaf_end])
-    tile.keep(start, end)
+    batch = slice(start, end)
+    for factor, error_CR, target_BR in zip(factors, tile.error_ECR, tile.targets(start, end), strict=True):
+        torch.addmm(error_CR[batch], factor.feedback_CC[end:, batch].T, error_CR[end:], out=target_BR)
+    tile.solve_batch(start, end, [factor.feedback_CC[batch, batch] for factor in factors])

@@ -1,9 +1,15 @@
-"""Some rows of a weight while codes are chosen for their columns, one column after another.
+"""Some rows of weights while codes are chosen for their columns, one column after another.
 
-R rows (out features), C columns (in features), B columns of a batch, L of a leaf inside it, G groups. All is
-transposed, so that a column is contiguous and an operation vectorizes. Rows of the buffers are positions of
-an order, the last being solved first, except in ``codes_CR``, which is in natural column order.
+E linears that are solved as one batch, R rows (out features) of each, C columns (in features), B columns of a
+column batch, L of a leaf inside it, G groups. Rows know nothing of each other, linears even less: each has
+its own order of columns and its own feedback. What works on single entries is done for all of them in one
+operation, products are taken linear by linear, so that no bit depends on which linears make a batch.
+
+All is transposed, so that a column is contiguous and an operation vectorizes. Columns of the buffers are by
+position of an order, the last being solved first, except in ``codes_ECR``, which is in natural column order.
 """
+
+from collections.abc import Sequence
 
 import torch
 
@@ -18,81 +24,160 @@ class ColumnTile:
     """State of the solve of some rows.
 
     Args:
-        weight_RC: [R, C], in the dtype of the arithmetic.
-        grid: Scales of these rows, in their stored dtype.
-        order_C: int64 [C], position -> column.
+        weights: E of [R, C], in the dtype of the arithmetic.
+        grids: Of one scheme; scales of these rows, in their stored dtype.
+        orders: E of int64 [C], position -> column.
 
     Attributes:
-        weight_CR: The weight by position.
-        error_CR: Weight minus level by position; zero where no code was chosen yet.
-        codes_CR: uint8, by column.
-        num_clipped_R: How many targets lay more than half a step outside the grid.
+        error_ECR: Weight minus level by position; the weight itself where no code was chosen yet.
+        codes_ECR: uint8, by column.
+        num_clipped_ER: How many targets lay more than half a step outside the grid.
     """
 
-    def __init__(self, weight_RC: torch.Tensor, grid: AffineGrid, order_C: torch.Tensor) -> None:
-        rows, columns = weight_RC.shape
-        dtype, device = weight_RC.dtype, weight_RC.device
-        lowest_RG, highest_RG = offset_bounds(grid, dtype)
-        self._order_C = order_C
-        self.weight_CR = torch.empty(columns, rows, dtype=dtype, device=device)
-        for start in range(0, columns, BATCH_COLUMNS):
-            part = slice(start, start + BATCH_COLUMNS)
-            self.weight_CR[part] = weight_RC.index_select(1, order_C[part]).T
-        self.error_CR = torch.zeros(columns, rows, dtype=dtype, device=device)
-        self._target_BR = torch.empty(BATCH_COLUMNS, rows, dtype=dtype, device=device)
-        self._offset_BR = torch.empty_like(self._target_BR)
-        self._scale_GR = grid.scale_RG.T.to(dtype).contiguous()
-        self._lowest_GR = lowest_RG.T.contiguous()
-        self._group_C = order_C // grid.scheme.columns_per_group(columns)
+    def __init__(
+        self,
+        weights: Sequence[torch.Tensor],
+        grids: Sequence[AffineGrid],
+        orders: Sequence[torch.Tensor],
+    ) -> None:
+        (rows, columns), count = weights[0].shape, len(weights)
+        kind = {"dtype": weights[0].dtype, "device": weights[0].device}
+        self._scheme, self._orders = grids[0].scheme, orders
+        self.error_ECR = torch.empty(count, columns, rows, **kind)
+        for error_CR, weight_RC, order_C in zip(self.error_ECR, weights, orders, strict=True):
+            for start in range(0, columns, BATCH_COLUMNS):
+                part = slice(start, start + BATCH_COLUMNS)
+                error_CR[part] = weight_RC.index_select(1, order_C[part]).T
+        self.codes_ECR = torch.empty(count, columns, rows, dtype=torch.uint8, device=kind["device"])
+        self.num_clipped_ER = torch.zeros(count, rows, dtype=torch.int64, device=kind["device"])
+        self._target_EBR = torch.empty(count, BATCH_COLUMNS, rows, **kind)
+        self._offset_EBR = torch.empty_like(self._target_EBR)
+        # The groups of one linear after those of the other, so that one lookup serves all.
+        self._scale_GR = torch.cat([grid.scale_RG.T for grid in grids]).to(kind["dtype"])
+        bounds = [offset_bounds(grid, kind["dtype"]) for grid in grids]
+        self._lowest_GR = torch.cat([lowest_RG.T for lowest_RG, _ in bounds])
+        self._highest_GR = torch.cat([highest_RG.T for _, highest_RG in bounds])
+        first_group_E1 = torch.arange(0, len(self._scale_GR), len(self._scale_GR) // count)[:, None]
+        self._group_EC = torch.stack(list(orders)) // self._scheme.columns_per_group(columns)
+        self._group_EC += first_group_E1.to(self._group_EC.device)
+        # Of one linear a position's group is looked up among views: nothing is copied.
+        self._groups = self._group_EC[0].tolist() if count == 1 else None
         # Views made once: making them in the loop would cost as much as the arithmetic of a small linear.
-        self._groups = self._group_C.tolist()
-        self._weights = self.weight_CR.unbind(0)
-        self._errors = self.error_CR.unbind(0)
-        self._targets = self._target_BR.unbind(0)
-        self._offsets = self._offset_BR.unbind(0)
-        self._scales = self._scale_GR.unbind(0)
-        self._lowest = self._lowest_GR.unbind(0)
-        self._highest = highest_RG.T.contiguous().unbind(0)
-        self.codes_CR = torch.empty(columns, rows, dtype=torch.uint8, device=device)
-        self.num_clipped_R = torch.zeros(rows, dtype=torch.int64, device=device)
+        self._errors = self.error_ECR.split(1, 1)
+        self._targets = self._target_EBR.split(1, 1)
+        self._offsets = self._offset_EBR.split(1, 1)
+        self._unsolved: dict[tuple[int, int], list[torch.Tensor]] = {}
 
-    def take_codes(self, codes_RC: torch.Tensor) -> None:
-        """Start from codes that were chosen before."""
-        for start in range(0, codes_RC.shape[1], BATCH_COLUMNS):
-            part = slice(start, start + BATCH_COLUMNS)
-            group_B = self._group_C[part]
-            offset_BR = codes_RC.index_select(1, self._order_C[part]).T + self._lowest_GR[group_B]
-            scale_BR = self._scale_GR[group_B]
-            torch.addcmul(self.weight_CR[part], offset_BR, scale_BR, value=-1, out=self.error_CR[part])
+    def take_codes(self, codes: Sequence[torch.Tensor]) -> None:
+        """Start from codes that were chosen before, E of uint8 [R, C]."""
+        columns = self.error_ECR.shape[1]
+        for start in range(0, columns, BATCH_COLUMNS):
+            part = slice(start, min(start + BATCH_COLUMNS, columns))
+            of_columns = [
+                codes_RC.index_select(1, order_C[part]).T
+                for codes_RC, order_C in zip(codes, self._orders, strict=True)
+            ]
+            offset_EBR = torch.stack(of_columns) + self._by_position(self._lowest_GR, part)
+            self.error_ECR[:, part].addcmul_(offset_EBR, self._by_position(self._scale_GR, part), value=-1)
 
     def targets(self, start: int, end: int) -> torch.Tensor:
-        """The buffer [end - start, R] for the targets of positions [start, end)."""
-        return self._target_BR[: end - start]
+        """The buffer [E, end - start, R] for the targets of positions [start, end)."""
+        return self._target_EBR[:, : end - start]
 
-    def solve_leaf(self, start: int, end: int, batch_start: int, feedback_LL: torch.Tensor) -> None:
-        """Choose offsets for positions [start, end), last first; their errors take effect at once.
+    def solve_batch(self, start: int, end: int, feedback: Sequence[torch.Tensor]) -> None:
+        """Choose codes for positions [start, end), last first; their errors take effect at once.
 
-        Shapes:
-            feedback_LL: [j, i]: what the error at position start + j adds to the target at start + i. The
-                errors of positions that are not solved yet are those of an earlier pass, or zero.
+        Args:
+            feedback: Of each linear [B, B]; [j, i] with j > i is what the error at position start + j adds to
+                the target at start + i. All other errors are in the targets already, and ``error_ECR`` holds
+                the weights of these positions.
         """
-        error_RL = self.error_CR[start:end].T
-        feedback_columns = feedback_LL.unbind(1)
-        for position in range(end - 1, start - 1, -1):
-            group = self._groups[position]
-            scale_R = self._scales[group]
-            target_R = self._targets[position - batch_start]
-            offset_R = self._offsets[position - batch_start]
-            target_R.addmv_(error_RL, feedback_columns[position - start])
-            nearest_offsets(
-                target_R, scale_R, self._lowest[group], self._highest[group], out=offset_R, quotient=target_R
-            )
-            # One rounding: offset times stored scale is exact in fp32.
-            torch.addcmul(self._weights[position], offset_R, scale_R, value=-1, out=self._errors[position])
+        batch = slice(start, end)
+        scales = self._columns(self._scale_GR, batch)
+        bounds = self._bounds(batch)
+        for leaf_end in range(end - start, 0, -LEAF_COLUMNS):
+            leaf = slice(max(0, leaf_end - LEAF_COLUMNS), leaf_end)
+            if start + leaf_end < end:
+                solved = slice(start + leaf_end, end)
+                for number, feedback_BB in enumerate(feedback):
+                    self._target_EBR[number, leaf].addmm_(
+                        feedback_BB[leaf_end:, leaf].T, self.error_ECR[number, solved]
+                    )
+            feedback_ELL = torch.stack([feedback_BB[leaf, leaf] for feedback_BB in feedback])
+            self._solve_leaf(start, leaf, feedback_ELL, scales, bounds)
+        self._keep(batch)
 
-    def keep(self, start: int, end: int) -> None:
+    def found(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Of each linear its codes [R, C] and what was clipped of its rows."""
+        return [
+            (codes_CR.T.contiguous(), num_clipped_R)
+            for codes_CR, num_clipped_R in zip(self.codes_ECR, self.num_clipped_ER, strict=True)
+        ]
+
+    def _solve_leaf(
+        self,
+        start: int,
+        leaf: slice,
+        feedback_ELL: torch.Tensor,
+        scales: Sequence[torch.Tensor],
+        bounds: Sequence[tuple],
+    ) -> None:
+        feedback = _below_diagonal(feedback_ELL)
+        unsolved = self._unsolved_targets(leaf)
+        for place in range(leaf.stop - 1, leaf.start - 1, -1):
+            target_E1R, offset_E1R, scale_E1R = self._targets[place], self._offsets[place], scales[place]
+            error_E1R = self._errors[start + place]
+            nearest_offsets(target_E1R, scale_E1R, *bounds[place], out=offset_E1R, quotient=target_E1R)
+            # One rounding: offset times stored scale is exact in fp32.
+            error_E1R.addcmul_(offset_E1R, scale_E1R, value=-1)
+            if place > leaf.start:
+                left = place - leaf.start - 1
+                unsolved[left].addcmul_(feedback[left], error_E1R)
+
+    def _unsolved_targets(self, leaf: slice) -> list[torch.Tensor]:
+        """The first target of a leaf, the first two, ..., all but the last."""
+        bounds = (leaf.start, leaf.stop)
+        if bounds not in self._unsolved:
+            counts = range(1, leaf.stop - leaf.start)
+            self._unsolved[bounds] = [self._target_EBR[:, leaf][:, :count] for count in counts]
+        return self._unsolved[bounds]
+
+    def _by_position(self, values_GR: torch.Tensor, positions: slice) -> torch.Tensor:
+        """[E, B, R]: of every position that of its group."""
+        group_EB = self._group_EC[:, positions]
+        return values_GR.index_select(0, group_EB.flatten()).unflatten(0, group_EB.shape)
+
+    def _columns(self, values_GR: torch.Tensor, positions: slice) -> Sequence[torch.Tensor]:
+        """The same position after position, [E, 1, R]."""
+        if self._groups is None:
+            return self._by_position(values_GR, positions).split(1, 1)
+        by_group = values_GR[None].split(1, 1)
+        return [by_group[group] for group in self._groups[positions]]
+
+    def _bounds(self, positions: slice) -> list[tuple]:
+        """Smallest and largest offset of every position."""
+        if self._scheme.is_symmetric:  # a bound that is a number costs less than one that is a tensor
+            lowest = -self._scheme.middle_code
+            return [(lowest, lowest + self._scheme.num_codes - 1)] * (positions.stop - positions.start)
+        bounds = (self._columns(values_GR, positions) for values_GR in (self._lowest_GR, self._highest_GR))
+        return list(zip(*bounds, strict=True))
+
+    def _keep(self, positions: slice) -> None:
         """Turn the batch's offsets into codes and count what was clipped; targets hold quotients by now."""
-        quotient_BR, offset_BR = self._target_BR[: end - start], self._offset_BR[: end - start]
-        self.num_clipped_R += num_clipped_(quotient_BR, offset_BR, dim=0)
-        codes_BR = offset_BR.sub_(self._lowest_GR[self._group_C[start:end]]).to(torch.uint8)
-        self.codes_CR.index_copy_(0, self._order_C[start:end], codes_BR)
+        count = positions.stop - positions.start
+        quotient_EBR, offset_EBR = self._target_EBR[:, :count], self._offset_EBR[:, :count]
+        self.num_clipped_ER += num_clipped_(quotient_EBR, offset_EBR, dim=1)
+        if self._scheme.is_symmetric:
+            offset_EBR += self._scheme.middle_code
+        else:
+            offset_EBR -= self._by_position(self._lowest_GR, positions)
+        codes_EBR = offset_EBR.to(torch.uint8)
+        for codes_CR, codes_BR, order_C in zip(self.codes_ECR, codes_EBR, self._orders, strict=True):
+            codes_CR.index_copy_(0, order_C[positions], codes_BR)
+
+
+def _below_diagonal(feedback_ELL: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Of every row but the first what is left of the diagonal: [E, 1, 1], [E, 2, 1], ..."""
+    size = feedback_ELL.shape[1]
+    row, column = torch.tril_indices(size, size, -1, device=feedback_ELL.device)
+    return feedback_ELL[:, row, column, None].split(list(range(1, size)), 1) if size > 1 else ()

@@ -6,7 +6,7 @@ tiles*.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -173,5 +173,33 @@ class Prepare(Protocol):
 
         Raises:
             NumericsError: The Hessian is not finite or not given for tokens that were counted.
+        """
+        ...
+
+
+class SolveBatch(Protocol):
+    """A way to solve row tiles of several input groups at once."""
+
+    def __call__(
+        self,
+        prepared: Sequence[Prepared],
+        tiles: Sequence[Mapping[str, torch.Tensor]],
+        scheme: WeightScheme,
+        *,
+        scale_dtype: torch.dtype,
+    ) -> list[dict[str, SolvedRows]]:
+        """Quantize row tiles of the same numbers of rows and columns, each of an input group of its own.
+
+        Args:
+            prepared: Of each tile what the method has prepared of its input group, all with the same choices.
+            tiles: What `Prepared.solve` takes of each.
+            scheme: Of all linears.
+            scale_dtype: Dtype in which the output format stores scales.
+
+        Returns:
+            Of each tile what `Prepared.solve` gives; on a CPU the same bits.
+
+        Raises:
+            NumericsError: A weight is not finite, or shapes do not fit.
         """
         ...

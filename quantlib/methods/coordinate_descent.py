@@ -6,6 +6,8 @@ tr((W - levels) H (W - levels)^T) is a parabola in the level of column i, with i
 damped loss larger. What GPTQ decided greedily early on is thus decided again with the later columns known.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from quantlib.grids.affine import AffineGrid, whole_vectors
@@ -42,23 +44,48 @@ def descend(
 
     Cost: R * C**2 multiply-adds; memory of two and a half times the weight and C x 128 numbers.
     """
-    filled_rows = whole_vectors(len(weight_RC), weight_RC.device)
+    (found,) = descend_in_batch(
+        [weight_RC], [codes_RC], [grid], [hessian_CC], dampings=[damping], orders=[order_C]
+    )
+    return found
+
+
+def descend_in_batch(
+    weights: Sequence[torch.Tensor],
+    codes: Sequence[torch.Tensor],
+    grids: Sequence[AffineGrid],
+    hessians: Sequence[torch.Tensor],
+    *,
+    dampings: Sequence[float],
+    orders: Sequence[torch.Tensor],
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """`descend` of several row tiles of one shape and scheme, each with a Hessian of its own.
+
+    Numerics: on a CPU the codes of each are those that it has alone.
+    """
+    num_rows, columns = weights[0].shape
+    filled_rows = whole_vectors(num_rows, weights[0].device)
     if filled_rows is not None:
-        codes_FC, num_clipped_F = descend(
-            weight_RC[filled_rows],
-            codes_RC[filled_rows],
-            grid.rows(filled_rows),
-            hessian_CC,
-            damping=damping,
-            order_C=order_C,
+        filled = descend_in_batch(
+            [weight_RC[filled_rows] for weight_RC in weights],
+            [codes_RC[filled_rows] for codes_RC in codes],
+            [grid.rows(filled_rows) for grid in grids],
+            hessians,
+            dampings=dampings,
+            orders=orders,
         )
-        return codes_FC[: len(weight_RC)], num_clipped_F[: len(weight_RC)]
-    tile = ColumnTile(weight_RC, grid, order_C)
-    tile.take_codes(codes_RC)
-    for end in range(weight_RC.shape[1], 0, -column_tile.BATCH_COLUMNS):
+        return [(codes_RC[:num_rows], num_clipped_R[:num_rows]) for codes_RC, num_clipped_R in filled]
+    tile = ColumnTile(weights, grids, orders)
+    weight_ECR = tile.error_ECR.clone()
+    tile.take_codes(codes)
+    for end in range(columns, 0, -column_tile.BATCH_COLUMNS):
         start = max(0, end - column_tile.BATCH_COLUMNS)
-        _solve_batch(tile, _feedback(hessian_CC, damping, order_C, start, end), start, end)
-    return tile.codes_CR.T.contiguous(), tile.num_clipped_R
+        feedback = [
+            _feedback(hessian_CC, damping, order_C, start, end)
+            for hessian_CC, damping, order_C in zip(hessians, dampings, orders, strict=True)
+        ]
+        _solve_batch(tile, weight_ECR, feedback, start, end)
+    return tile.found()
 
 
 def _feedback(
@@ -67,20 +94,20 @@ def _feedback(
     """[C, B]: what the error at each position adds to the targets of positions [start, end)."""
     chosen_B = order_C[start:end]
     feedback_CB = hessian_CC.index_select(1, chosen_B).index_select(0, order_C)
-    feedback_CB.div_(hessian_CC.diagonal()[chosen_B] + damping)
-    feedback_CB[start:end].fill_diagonal_(0.0)
-    return feedback_CB
+    return feedback_CB.div_(hessian_CC.diagonal()[chosen_B] + damping)
 
 
-def _solve_batch(tile: ColumnTile, feedback_CB: torch.Tensor, start: int, end: int) -> None:
-    """Solve positions [start, end) again, given the errors of all positions."""
-    error_CR, target_BR = tile.error_CR, tile.targets(start, end)
-    torch.addmm(tile.weight_CR[start:end], feedback_CB[end:].T, error_CR[end:], out=target_BR)
-    target_BR.addmm_(feedback_CB[:start].T, error_CR[:start])
-    for leaf_end in range(end, start, -column_tile.LEAF_COLUMNS):
-        leaf_start = max(start, leaf_end - column_tile.LEAF_COLUMNS)
-        leaf = slice(leaf_start - start, leaf_end - start)
-        for around in (slice(leaf_end, end), slice(start, leaf_start)):
-            target_BR[leaf].addmm_(feedback_CB[around, leaf].T, error_CR[around])
-        tile.solve_leaf(leaf_start, leaf_end, start, feedback_CB[leaf_start:leaf_end, leaf])
-    tile.keep(start, end)
+def _solve_batch(
+    tile: ColumnTile, weight_ECR: torch.Tensor, feedback: Sequence[torch.Tensor], start: int, end: int
+) -> None:
+    """Solve positions [start, end) again, given the weights by position and the errors of all positions."""
+    batch = slice(start, end)
+    for feedback_CB, weight_CR, error_CR, target_BR in zip(
+        feedback, weight_ECR, tile.error_ECR, tile.targets(start, end), strict=True
+    ):
+        torch.addmm(weight_CR[batch], feedback_CB[end:].T, error_CR[end:], out=target_BR)
+        target_BR.addmm_(feedback_CB[:start].T, error_CR[:start])
+        # Within the batch errors of an earlier pass count for targets that are solved before them.
+        target_BR.addmm_(feedback_CB[batch].triu(1).T, error_CR[batch])
+        error_CR[batch] = weight_CR[batch]
+    tile.solve_batch(start, end, [feedback_CB[batch] for feedback_CB in feedback])

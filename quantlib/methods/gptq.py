@@ -3,20 +3,18 @@
 R rows (out features), C columns (in features). Scales come from the original weights in their natural groups
 and stay fixed while the columns are solved, so the file needs no column order. Afterwards, if asked for,
 scales are fitted to the codes and the columns are gone over again. Linears that read the same input share one
-factorization; their rows are solved in tiles, each of one scheme. The choices are `contracts.SolverSettings`.
+factorization; their rows are solved in tiles, each of one scheme. Tiles of one shape, each of an input group
+of its own (the experts of a block), may be solved as one batch, which changes no bit on a CPU. The choices
+are `contracts.SolverSettings`.
 """
 
-import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from quantlib.column_order import activation_order, group_aware_order, natural_order
 from quantlib.errors import NumericsError
-from quantlib.grids.affine import AffineGrid, with_codes
-from quantlib.grids.fit import fit_to_extremes, search_scales
 from quantlib.linalg import DAMPED, Factor, factor_hessian, inverse_diagonal
-from quantlib.methods.column_solver import solve_codes
 from quantlib.methods.contracts import (
     RTN_CONSTANT_INPUTS,
     RTN_NO_TOKENS,
@@ -25,16 +23,9 @@ from quantlib.methods.contracts import (
     Prepared,
     SolvedRows,
 )
-from quantlib.methods.coordinate_descent import descend
-from quantlib.methods.measures import (
-    at_least_fp32,
-    check_weights,
-    error_energy,
-    expected_energy,
-    weight_energy,
-)
+from quantlib.methods.feedback_tiles import FeedbackTile, Problem, solve_tiles
+from quantlib.methods.measures import at_least_fp32, check_weights
 from quantlib.methods.rtn import Rounding, num_dead_columns
-from quantlib.methods.scale_refit import refit_scales
 from quantlib.methods.target_correction import corrected_weight, target_change
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import SolverSettings
@@ -70,19 +61,25 @@ def prepare(
     )
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Problem:
-    """What rows of one group width have in common.
-
-    Attributes:
-        importance_C: Of the columns, for the search of scales; None where that does not ask.
-    """
-
-    factor: Factor
-    hessian_CC: torch.Tensor
-    importance_C: torch.Tensor | None
-    circumstances: Circumstances
-    settings: SolverSettings
+def solve_batch(
+    prepared: Sequence[Prepared],
+    tiles: Sequence[Mapping[str, torch.Tensor]],
+    scheme: WeightScheme,
+    *,
+    scale_dtype: torch.dtype,
+) -> list[dict[str, SolvedRows]]:
+    """Quantize row tiles of several input groups as one batch; see `contracts.SolveBatch`."""
+    solvable: dict[int, FeedbackTile] = {}
+    found: dict[int, dict[str, SolvedRows]] = {}
+    for number, (group, weights) in enumerate(zip(prepared, tiles, strict=True)):
+        tile = group.tile(weights, scheme) if isinstance(group, _Feedback) else None
+        if tile is None:
+            found[number] = group.solve(weights, scheme, scale_dtype=scale_dtype)
+        else:
+            solvable[number] = tile
+    solved = solve_tiles(list(solvable.values()), scheme, scale_dtype=scale_dtype) if solvable else []
+    found |= dict(zip(solvable, solved, strict=True))
+    return [found[number] for number in range(len(prepared))]
 
 
 class _Feedback:
@@ -99,40 +96,47 @@ class _Feedback:
         self._hessian_CC, self._change_CC = hessian_CC, change_CC
         self._num_tokens, self._settings = num_tokens, settings
         # By the width of a group where the order of columns depends on it, else under None.
-        self._problems: dict[int | None, _Problem | None] = {}
+        self._problems: dict[int | None, Problem | None] = {}
 
     def solve(
         self, weights: Mapping[str, torch.Tensor], scheme: WeightScheme, *, scale_dtype: torch.dtype
     ) -> dict[str, SolvedRows]:
         """Quantize a row tile; see `contracts.Prepared`."""
+        tile = self.tile(weights, scheme)
+        if tile is None:
+            targets = {name: self._target(weight_RC) for name, weight_RC in weights.items()}
+            rounding = _rounding(self._hessian_CC, self._num_tokens, self._settings, RTN_NOT_FACTORED)
+            return rounding.solve(targets, scheme, scale_dtype=scale_dtype)
+        return solve_tiles([tile], scheme, scale_dtype=scale_dtype)[0]
+
+    def tile(self, weights: Mapping[str, torch.Tensor], scheme: WeightScheme) -> FeedbackTile | None:
+        """A row tile that is ready to be solved; None where no rung gives a factor."""
         check_weights(weights, self._hessian_CC)
         problem = self._problem(scheme.columns_per_group(len(self._hessian_CC)))
+        if problem is None:
+            return None
         parts = [self._target(weight_RC) for weight_RC in weights.values()]
         weight_RC = torch.cat(parts) if len(parts) > 1 else parts[0]
         # From here on views: else every row would be there twice.
         targets = dict(zip(weights, weight_RC.split([len(part) for part in parts]), strict=True))
-        del parts
-        if problem is None:
-            rounding = _rounding(self._hessian_CC, self._num_tokens, self._settings, RTN_NOT_FACTORED)
-            return rounding.solve(targets, scheme, scale_dtype=scale_dtype)
-        return _solved_parts(targets, weight_RC, scheme, problem, scale_dtype)
+        return FeedbackTile(targets=targets, weight_RC=weight_RC, problem=problem)
 
     def _target(self, weight_RC: torch.Tensor) -> torch.Tensor:
         wide_RC = at_least_fp32(weight_RC)
         return wide_RC if self._change_CC is None else corrected_weight(wide_RC, self._change_CC)
 
-    def _problem(self, width: int) -> _Problem | None:
+    def _problem(self, width: int) -> Problem | None:
         key = width if self._settings.column_order == "group-aware" else None
         if key not in self._problems:
             self._problems[key] = self._factored(width)
         return self._problems[key]
 
-    def _factored(self, width: int) -> _Problem | None:
+    def _factored(self, width: int) -> Problem | None:
         order_C = _order(self._hessian_CC, self._settings.column_order, width)
         factor = factor_hessian(self._hessian_CC, num_tokens=self._num_tokens, order_C=order_C)
         if factor is None:
             return None
-        return _Problem(
+        return Problem(
             factor=factor,
             hessian_CC=self._hessian_CC,
             importance_C=_importance(self._settings.scale_search, self._hessian_CC, factor),
@@ -155,61 +159,6 @@ def _rounding(
         method="gptq", tokens=num_tokens, dead_columns=num_dead_columns(hessian_CC), fallback=fallback
     )
     return Rounding(hessian_CC=hessian_CC, circumstances=circumstances, settings=solver)
-
-
-def _solved_parts(
-    targets: Mapping[str, torch.Tensor],
-    weight_RC: torch.Tensor,
-    scheme: WeightScheme,
-    problem: _Problem,
-    scale_dtype: torch.dtype,
-) -> dict[str, SolvedRows]:
-    """Rows of linears of one scheme through one solve; ``weight_RC`` is what all targets are views of."""
-    grid = _fitted(weight_RC, scheme, problem, scale_dtype)
-    fitted_scale_RG = grid.scale_RG
-    codes_RC, num_clipped_R, grid = _solved(weight_RC, grid, problem)
-    factor, found, start = problem.factor, {}, 0
-    width = scheme.columns_per_group(weight_RC.shape[1])
-    for name, target_rC in targets.items():
-        part = slice(start, start + len(target_rC))
-        start = part.stop
-        quantized = with_codes(grid.rows(part), codes_RC[part].clone())
-        found[name] = SolvedRows(
-            quantized=quantized,
-            circumstances=problem.circumstances,
-            weight_energy=weight_energy(target_rC, problem.hessian_CC),
-            error_energy=error_energy(target_rC, quantized, problem.hessian_CC),
-            expected_energy=expected_energy(fitted_scale_RG[part], factor.pivots_C, factor.order_C, width),
-            num_clipped=int(num_clipped_R[part].sum()),
-            num_bounded=int(grid.is_bounded_RG[part].sum()),
-        )
-    return found
-
-
-def _fitted(
-    weight_RC: torch.Tensor, scheme: WeightScheme, problem: _Problem, scale_dtype: torch.dtype
-) -> AffineGrid:
-    if problem.settings.scale_search == "minmax":
-        return fit_to_extremes(weight_RC, scheme, scale_dtype=scale_dtype)
-    return search_scales(weight_RC, scheme, scale_dtype=scale_dtype, importance_C=problem.importance_C)
-
-
-def _solved(
-    weight_RC: torch.Tensor, grid: AffineGrid, problem: _Problem
-) -> tuple[torch.Tensor, torch.Tensor, AffineGrid]:
-    """Codes, clipped targets a row, and the grid they are codes of."""
-    hessian_CC, factor, settings = problem.hessian_CC, problem.factor, problem.settings
-    codes_RC, num_clipped_R = solve_codes(weight_RC, grid, factor)
-    damping = factor.damping
-    for _ in range(settings.descent_passes):
-        if settings.refits_scales:
-            grid = refit_scales(weight_RC, codes_RC, grid, hessian_CC, damping=damping)
-        codes_RC, num_clipped_R = descend(
-            weight_RC, codes_RC, grid, hessian_CC, damping=damping, order_C=factor.order_C
-        )
-    if settings.refits_scales and not settings.descent_passes:
-        grid = refit_scales(weight_RC, codes_RC, grid, hessian_CC, damping=damping)
-    return codes_RC, num_clipped_R, grid
 
 
 def _order(hessian_CC: torch.Tensor, name: str, width: int) -> torch.Tensor:

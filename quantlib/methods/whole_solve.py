@@ -9,12 +9,32 @@ from dataclasses import dataclass
 
 import torch
 
-from quantlib.methods.contracts import LinearReport, LinearResult, Prepare, SolvedRows
+from quantlib.methods.contracts import (
+    LinearReport,
+    LinearResult,
+    Prepare,
+    Prepared,
+    SolveBatch,
+    SolvedRows,
+)
 from quantlib.methods.measures import check_weights, share
 from quantlib.quantized import joined_rows
 from quantlib.row_tiles import row_tiles, tile_height
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
+
+
+def _one_by_one(
+    prepared: Sequence[Prepared],
+    tiles: Sequence[Mapping[str, torch.Tensor]],
+    scheme: WeightScheme,
+    *,
+    scale_dtype: torch.dtype,
+) -> list[dict[str, SolvedRows]]:
+    return [
+        group.solve(weights, scheme, scale_dtype=scale_dtype)
+        for group, weights in zip(prepared, tiles, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,9 +43,11 @@ class Method:
 
     Attributes:
         prepare: Its part that no row is needed for; what that gives solves row tiles.
+        solve_batch: Row tiles of several input groups at once; by default one after the other.
     """
 
     prepare: Prepare
+    solve_batch: SolveBatch = _one_by_one
 
     def __call__(
         self,

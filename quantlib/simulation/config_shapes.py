@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from quantlib.errors import RecipeError
+from quantlib.job.alike_groups import Likeness
 from quantlib.job.options import JobOptions
-from quantlib.row_tiles import row_tiles, tile_height, tile_rows
+from quantlib.row_tiles import batch_size, row_tiles, tile_height, tile_rows
 from quantlib.schemes import WeightScheme, scheme_from_name
 from quantlib.simulation.shapes import BlockShape, GroupShape, ModelShape, attention_width, head_size
 
@@ -130,7 +131,12 @@ def _group(columns: int, *rows: int, token_share: float = 1.0) -> GroupShape:
     """Linears of so many rows that read the same, in the row tiles of a GPU."""
     linears = {str(number): count for number, count in enumerate(rows)}
     tiles = row_tiles(linears, tile_height(columns, "cuda"))
-    return GroupShape(columns=columns, tiles=tuple(map(tile_rows, tiles)), token_share=token_share)
+    most = batch_size(sum(rows), columns, "cuda") if len(tiles) == 1 else 1
+    # Of one method and scheme are all.
+    likeness = Likeness(None, None, rows, columns, most) if most > 1 else None
+    return GroupShape(
+        columns=columns, tiles=tuple(map(tile_rows, tiles)), token_share=token_share, likeness=likeness
+    )
 
 
 def _block(parts: _Parts, width: float, scheme: WeightScheme) -> BlockShape:

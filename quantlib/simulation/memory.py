@@ -1,9 +1,11 @@
 """What a simulated job needs of a GPU's memory, and of a node's for sums on their way."""
 
+from collections import Counter
+
 from quantlib.job.bands import MAX_DIRECT_BATCHES
 from quantlib.simulation.costs import CODE_BYTES, WIDE_BYTES, Costs
 from quantlib.simulation.hardware import Cluster
-from quantlib.simulation.shapes import BlockShape
+from quantlib.simulation.shapes import BlockShape, GroupShape
 
 # Of an entry of an input group's matrices while they are made: a cell's part in fp32; matrix and factor while
 # they are solved; a weight of a row tile with its transpose and its errors.
@@ -30,18 +32,29 @@ def gpu_memory(costs: Costs, num_workers: int) -> dict[str, int]:
             for block in blocks
         ),
         "activations": sum(streams),
-        "solve": max(
-            (
+        "solve": max((_solve_bytes(block) for block in blocks), default=0),
+    }
+    return {**found, "total": sum(found.values())}
+
+
+def _solve_bytes(block: BlockShape) -> int:
+    counts = Counter(group.likeness for group in block.groups)
+
+    def together(group: GroupShape) -> int:
+        return min(group.likeness.most, counts[group.likeness]) if group.likeness else 1
+
+    return max(
+        (
+            together(group)
+            * (
                 _FACTOR_BYTES * group.columns**2
                 + (_SOLVED_BYTES + WIDE_BYTES) * max(group.tiles) * group.columns
                 + CODE_BYTES * group.weights
-                for block in blocks
-                for group in block.groups
-            ),
-            default=0,
+            )
+            for group in block.groups
         ),
-    }
-    return {**found, "total": sum(found.values())}
+        default=0,
+    )
 
 
 def node_sums_bytes(costs: Costs, cluster: Cluster) -> int:

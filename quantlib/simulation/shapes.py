@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlib.checkpoint.layout import layout_shard
+from quantlib.job.alike_groups import Likeness, likenesses
 from quantlib.job.expert_groups import token_shares
 from quantlib.job.group_tiles import group_tiles
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
@@ -23,11 +24,13 @@ class GroupShape:
         columns: In features.
         tiles: Rows of its row tiles: out features of all linears.
         token_share: Share of the tokens that they see: of an expert, the part routed to it.
+        likeness: What it shares with others of a block that may be solved along with it.
     """
 
     columns: int
     tiles: tuple[int, ...]
     token_share: float = 1.0
+    likeness: Likeness | None = None
 
     @property
     def rows(self) -> int:
@@ -157,17 +160,20 @@ def _block_shape(
 ) -> BlockShape:
     linears = {linear.name: linear for linear in block.linears}
     shares = token_shares(plan, block)
-    calibrated = [
-        [tile.runs for tile in tiles if linears[tile.runs[0].name].method == "gptq"]
-        for tiles in group_tiles(block, device_type).values()
-    ]
+    all_tiles = group_tiles(block, device_type)
+    alike = likenesses(block, all_tiles, device_type)
+    calibrated = {
+        group: [tile.runs for tile in tiles if linears[tile.runs[0].name].method == "gptq"]
+        for group, tiles in all_tiles.items()
+    }
     groups = tuple(
         GroupShape(
             columns=linears[tiles[0][0].name].columns,
             tiles=tuple(map(tile_rows, tiles)),
             token_share=shares[tiles[0][0].name],
+            likeness=alike.get(group),
         )
-        for tiles in calibrated
+        for group, tiles in calibrated.items()
         if tiles
     )
     weights = sum(linear.rows * linear.columns for linear in block.linears)

@@ -14,6 +14,7 @@ from itertools import zip_longest
 from quantlib.job.bands import MAX_DIRECT_BATCHES
 from quantlib.job.cadence import Cadence
 from quantlib.job.cell_streams import after_first_cell
+from quantlib.job.plan import Groups
 from quantlib.job.schedule import Piece, PieceId, Schedule
 from quantlib.job.solve_pieces import GroupWork, solve_pieces
 from quantlib.simulation.clock import Clock, Future, Process
@@ -100,6 +101,8 @@ class _Run:
         # Worker -> the group of a block whose factor it has; codes of row tiles by the node that has them.
         self._prepared: dict[int, tuple[int, int]] = {}
         self._codes: dict[tuple[int, int], Counter[int]] = {}
+        # Block and number of a piece -> the input groups that are solved whole in it.
+        self._solved_together: dict[tuple[int, int], Groups] = {}
         self._calibration = [_Cell(tokens, False) for tokens in self._work.cells(self._work.sequences)]
         self._evaluation = [
             _Cell(tokens, True) for tokens in self._work.cells(self._work.evaluation_sequences)
@@ -220,10 +223,13 @@ class _Run:
                 is_cut=len(tiles) > 1,
                 prepare_cost=self._costs.prepare_s(group),
                 tile_cost=self._costs.tiles_s(group) / len(tiles),
+                likeness=group.likeness,
             )
             works.append(work)
             first = tiles.stop
-        return solve_pieces(block, works, self._workers)
+        found = solve_pieces(block, works, self._workers)
+        self._solved_together |= {(block, name.part): groups for name, groups in found.groups.items()}
+        return list(found.pieces)
 
     def _write(self, block: int) -> Process:
         """The packed tensors on one worker, and from there to storage."""
@@ -326,27 +332,49 @@ class _Run:
                 turn.spend(costs.forward_s(block, cell.tokens), "evaluate")
 
     def _solve(self, turn: Turn, worker: int, name: PieceId) -> None:
-        """The parts of a sum come to the worker, which factors unless it has, and solves a row tile."""
+        """Whole input groups, or a row tile of one that the worker factors unless it has."""
         block, costs = self._blocks[name.block], self._costs
-        number, rows = _tiles(block)[name.part]
-        group, node = block.groups[number], self._cluster.node_of(worker)
-        size, sums = costs.sum_bytes(group), self._num_sums(name.block)
         self._pull(turn, worker, name.block, _ORIGINAL, block.source_bytes)
-        sent = {sender: count * size for sender, count in sums.items()}
-        self._gather(turn, node, (name.block, f"sum {number}"), sent)
-        if self._prepared.get(worker) != (name.block, number):
-            turn.spend(costs.copy_s(sum(sums.values()) * size), "copy")
-            turn.spend(costs.prepare_s(group), "solve")
-        weights = rows * group.columns
-        turn.spend(costs.copy_s(weights * WIDE_BYTES), "copy")
-        turn.spend(costs.tile_s(group, rows), "solve")
-        if len(group.tiles) == 1:
-            self._prepared.pop(worker, None)
-            self._solved_on.setdefault(name.block, Counter())[node] += weights
+        if (name.block, name.part) in self._solved_together:
+            self._solve_groups(turn, worker, name.block, self._solved_together.pop((name.block, name.part)))
             return
+        number, rows = _tiles(block)[name.part]
+        self._take_sums(turn, worker, name.block, [number])
+        if self._prepared.get(worker) != (name.block, number):
+            self._prepare(turn, name.block, number)
+        weights = rows * block.groups[number].columns
+        turn.spend(costs.copy_s(weights * WIDE_BYTES), "copy")
+        turn.spend(costs.tile_s(block.groups[number], rows), "solve")
         self._prepared[worker] = (name.block, number)
         turn.spend(costs.copy_s(weights * CODE_BYTES), "copy")
-        self._codes.setdefault((name.block, number), Counter())[node] += weights * CODE_BYTES
+        codes = self._codes.setdefault((name.block, number), Counter())
+        codes[self._cluster.node_of(worker)] += weights * CODE_BYTES
+
+    def _solve_groups(self, turn: Turn, worker: int, block: int, numbers: Groups) -> None:
+        """A batch of whole input groups, which takes the loop over columns that a tile of all rows takes."""
+        self._prepared.pop(worker, None)
+        self._take_sums(turn, worker, block, numbers)
+        for number in numbers:
+            self._prepare(turn, block, number)
+        groups = [self._blocks[block].groups[number] for number in numbers]
+        weights = sum(group.weights for group in groups)
+        turn.spend(self._costs.copy_s(weights * WIDE_BYTES), "copy")
+        turn.spend(self._costs.tile_s(groups[0], sum(group.rows for group in groups)), "solve")
+        self._solved_on.setdefault(block, Counter())[self._cluster.node_of(worker)] += weights
+
+    def _take_sums(self, turn: Turn, worker: int, block: int, numbers: Sequence[int]) -> None:
+        """The parts of sums come to the worker, which begins with nothing before all are there."""
+        for number in numbers:
+            size = self._costs.sum_bytes(self._blocks[block].groups[number])
+            sent = {sender: count * size for sender, count in self._num_sums(block).items()}
+            self._gather(turn, self._cluster.node_of(worker), (block, f"sum {number}"), sent)
+
+    def _prepare(self, turn: Turn, block: int, number: int) -> None:
+        """A group's sums on the GPU, and their factor."""
+        group = self._blocks[block].groups[number]
+        copied = sum(self._num_sums(block).values()) * self._costs.sum_bytes(group)
+        turn.spend(self._costs.copy_s(copied), "copy")
+        turn.spend(self._costs.prepare_s(group), "solve")
 
     def _pack(self, turn: Turn, worker: int, name: PieceId) -> None:
         """The codes of all tiles come to the worker."""

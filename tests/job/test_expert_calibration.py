@@ -1,6 +1,7 @@
 """GPTQ on routed experts: which tokens count, what stands in for those an expert lacks, the same bytes."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from safetensors.torch import load_file, save_file
 from quantlib import block_runner
 from quantlib.errors import RecipeError
 from quantlib.inprocess import quantize
+from quantlib.job import memory
 from quantlib.job.expert_groups import token_shares
 from quantlib.job.memory import Room
+from quantlib.job.memory_needs import GroupNeeds, solve_bytes
 from quantlib.job.options import JobOptions
 from quantlib.job.planner import build_plan
 from tests.support.thread_cluster import ThreadCluster, convert_on
@@ -147,6 +150,41 @@ def test_workers_and_slices_change_no_byte(root, alone, way, monkeypatch):
     assert report["memory"]["most_slices"] > 2
     assert shard_digests(Path(options.output)) == wanted
     assert _experts(report) == _experts(alone[way])
+
+
+def _batches(cluster: ThreadCluster) -> list[tuple[int, tuple[int, ...]]]:
+    """Fills with worker and input groups of every solve of block 1."""
+    found: list[tuple[int, tuple[int, ...]]] = []
+
+    def note(worker: int, method: str, arguments: tuple[Any, ...]) -> None:
+        if method == "solve" and arguments[0] == 1:
+            found.append((worker, tuple(arguments[2])))
+
+    cluster.before = note
+    return found
+
+
+def test_experts_are_solved_as_one_batch_where_memory_allows(root, alone, monkeypatch):
+    """Gates and downs of four experts and the shared one: two batches, or for two workers twice as many."""
+    batches = {}
+    for workers in (1, 2):
+        options, cluster = _options(root, f"batched {workers}", "routed"), ThreadCluster(workers)
+        batches[workers] = _batches(cluster)
+        convert_on(cluster, options)
+        assert shard_digests(Path(options.output)) == shard_digests(root / "alone routed")
+    assert sorted(len(groups) for _, groups in batches[1])[-2:] == [5, 5]
+    assert sorted(len(groups) for _, groups in batches[2])[-4:] == [2, 2, 3, 3]
+    assert sorted(group for _, groups in batches[2] for group in groups) == list(range(12))
+    monkeypatch.setattr(memory, "solve_bytes", _dear_batches)
+    options, cluster = _options(root, "not batched", "routed"), ThreadCluster(1)
+    cluster.room, found = Room(worker_bytes=1 << 40), _batches(cluster)
+    convert_on(cluster, options)
+    assert {len(groups) for _, groups in found} == {1}
+    assert shard_digests(Path(options.output)) == shard_digests(root / "alone routed")
+
+
+def _dear_batches(groups: Sequence[GroupNeeds], *, has_batches: bool) -> int:
+    return 1 << 41 if has_batches else solve_bytes(groups, has_batches=False)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("pieces")
     tiny_source(folder / "source")
     wide_source(folder / "wide")
+    tiny_source(folder / "experts", "glm4_moe", num_hidden_layers=2, moe_intermediate_size=64)
     for seed, name in enumerate(("calibration", "evaluation")):
         tiny_text(folder / f"{name}.jsonl", seed=seed, documents=800)
     return folder
@@ -66,8 +67,9 @@ def _depends_on_homes(piece: Piece) -> bool:
         {"propagation": "quantized", "correct_targets": True, "evaluation": None},
         {"method": "rtn", "calibration": None, "evaluation": None},
         {"source": "wide", "rules": [{"match": "*.down_proj", "keep": True}]},
+        {"source": "experts"},
     ],
-    ids=["original", "checkpoints", "quantized", "corrected", "rtn", "tiles"],
+    ids=["original", "checkpoints", "quantized", "corrected", "rtn", "tiles", "experts"],
 )
 def test_stages_add_the_pieces_of_a_real_job(root, stages, tmp_path, workers, changes):
     given = {"sequences": 300, "evaluation_sequences": 290, "checkpoint_every": 0, **changes}
