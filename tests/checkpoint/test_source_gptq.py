@@ -1,4 +1,7 @@
-"""GPTQ files of other tools, packed here by a slow packer of its own, against their levels."""
+"""GPTQ files of other tools: captured ones, and others packed here by a slow packer, against their levels."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -7,6 +10,7 @@ from quantlib.errors import CheckpointError
 from tests.support.big_integers import words_of
 from tests.support.quantized_sources import opened, read_source, write_source
 
+GOLDEN = Path(__file__).parents[1] / "golden" / "gptqmodel"
 LINEAR = "model.layers.0.mlp.gate_proj"
 
 
@@ -56,6 +60,20 @@ def test_columns_in_any_order_have_the_scale_of_their_group(
     assert set(found) == {f"{LINEAR}.weight"}
     assert torch.equal(found[f"{LINEAR}.weight"], wanted.half())
     assert torch.equal(read_source(folder, levels_dtype="F32")[f"{LINEAR}.weight"], wanted)
+
+
+def _tensor(stored):
+    values = torch.frombuffer(bytearray.fromhex(stored["bytes"]), dtype=getattr(torch, stored["dtype"]))
+    return values.reshape(stored["shape"])
+
+
+@pytest.mark.parametrize("name", ["w3", "w4", "w8"])
+def test_file_of_gptqmodel_has_the_levels_it_has_there(tmp_path, name):
+    golden = json.loads((GOLDEN / f"{name}.json").read_text())
+    stored = {key: _tensor(tensor) for key, tensor in golden["tensors"].items()}
+    folder = write_source(tmp_path, stored, golden["quantization_config"], {"dtype": "float16"})
+    found = read_source(folder)
+    assert torch.equal(found[golden["linear"] + ".weight"], _tensor(golden["levels"]))
 
 
 @pytest.mark.parametrize(("bits", "ones"), [(2, 0x55555555), (4, 0x11111111), (8, 0x01010101)])
