@@ -1,5 +1,6 @@
 """What the workers have of blocks: source tensors in parts, packed tensors, live modules."""
 
+import threading
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
@@ -13,7 +14,7 @@ _STORED = -1
 
 
 class BlockParts:
-    """Reads, finds and makes what a block's stages need, each thing once.
+    """Reads, finds and makes what a block's stages need, each thing once; stages call from several threads.
 
     Args:
         transport: To the workers.
@@ -27,6 +28,8 @@ class BlockParts:
         # What a worker has live, by the method that makes it: the block, of which output (0 of all), and the
         # handle of its making.
         self._live: dict[tuple[int, str], tuple[tuple[int, int], Handle]] = {}
+        # A stage that fails has things read anew while another one, of the next block, lets go of its own.
+        self._lock = threading.RLock()
 
     def read(self, names: Iterable[str]) -> list[Handle]:
         """Source tensors, each worker its part."""
@@ -41,17 +44,19 @@ class BlockParts:
         if block >= len(self._plan.blocks):
             return
         workers, names = self._transport.workers, sorted(self._plan.blocks[block].tensors)
-        parts = self._holdings.sources.setdefault(block, [None] * len(workers))
-        for number, part in enumerate(parts):
-            if part is None:
-                worker = workers[number % len(workers)]
-                handle = self._transport.submit(worker, "read", names, number, len(parts))
-                parts[number] = Held(worker, handle)
+        with self._lock:
+            parts = self._holdings.sources.setdefault(block, [None] * len(workers))
+            for number, part in enumerate(parts):
+                if part is None:
+                    worker = workers[number % len(workers)]
+                    handle = self._transport.submit(worker, "read", names, number, len(parts))
+                    parts[number] = Held(worker, handle)
 
     def sources(self, block: int) -> list[Handle]:
         """A block's source tensors."""
-        self.prefetch(block)
-        return [part.handle for part in self._holdings.sources[block] if part is not None]
+        with self._lock:
+            self.prefetch(block)
+            return [part.handle for part in self._holdings.sources[block] if part is not None]
 
     def is_solved(self, block: int, groups: Groups, outputs: Iterable[int]) -> bool:
         """Whether shared input groups were packed for some outputs and are there."""
@@ -82,27 +87,31 @@ class BlockParts:
             arguments: Of the method, behind the block and its source tensors.
             output: As which it is made live.
         """
-        made, handle = self._live.get((worker, method), (None, None))
-        if made != (block, output):
-            handle = self._transport.submit(worker, method, block, self.sources(block), *arguments)
-            self._live[worker, method] = ((block, output), handle)
-        return handle
+        with self._lock:
+            made, handle = self._live.get((worker, method), (None, None))
+            if made != (block, output):
+                handle = self._transport.submit(worker, method, block, self.sources(block), *arguments)
+                self._live[worker, method] = ((block, output), handle)
+            return handle
 
     def live_head(self, worker: int, parts: Sequence[Handle]) -> Handle:
         """The same of what stands after the last block, which takes the place of all blocks."""
         key, last = (worker, "load_head"), len(self._plan.blocks)
-        if key not in self._live:
-            self._live[key] = ((last, 0), self._transport.submit(worker, "load_head", parts))
-        return self._live[key][1]
+        with self._lock:
+            if key not in self._live:
+                self._live[key] = ((last, 0), self._transport.submit(worker, "load_head", parts))
+            return self._live[key][1]
 
     def unload(self, block: int) -> None:
         """Have no worker keep a block live."""
-        for worker, method in [key for key, (made, _) in self._live.items() if made[0] == block]:
-            self._transport.submit(worker, "unload", block)
-            del self._live[worker, method]
+        with self._lock:
+            for worker, method in [key for key, (made, _) in self._live.items() if made[0] == block]:
+                self._transport.submit(worker, "unload", block)
+                del self._live[worker, method]
 
     def read_anew(self, blocks: Collection[int]) -> None:
         """What could not be read or made is tried again when it is next asked for."""
-        for block in blocks:
-            self._holdings.sources.pop(block, None)
-        self._live.clear()
+        with self._lock:
+            for block in blocks:
+                self._holdings.sources.pop(block, None)
+            self._live.clear()
