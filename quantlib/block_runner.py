@@ -56,15 +56,21 @@ _WHOLE_LINEARS = 1 << 62
 
 
 class BlockRunner:
-    """A worker.
+    """A worker. Outputs that are made together are known by their numbers in the bundle of the job.
 
     Args:
         share: Makes a value available to other workers; in one process the value itself.
         host: Address of this machine that the other workers' machines reach.
+        memory_in_use: Tells bytes that this worker takes; of its process unless it shares that with others.
     """
 
-    def __init__(self, share: Callable[[Any], Any] = lambda value: value, host: str = "127.0.0.1") -> None:
-        self._share = share
+    def __init__(
+        self,
+        share: Callable[[Any], Any] = lambda value: value,
+        host: str = "127.0.0.1",
+        memory_in_use: Callable[[], int] = memory_bytes,
+    ) -> None:
+        self._share, self._memory_in_use = share, memory_in_use
         self._sums = SumExchange(share, host)
         self._stopped = threading.Event()
         self._clock = StageClock()
@@ -83,7 +89,7 @@ class BlockRunner:
             return {
                 "plans": [prepared.plan for prepared in self._prepared],
                 "reports": [prepared.report for prepared in self._prepared],
-                "idle_bytes": memory_bytes(),
+                "idle_bytes": self._memory_in_use(),
                 "device_bytes": device_bytes(device_kind),
             }
 

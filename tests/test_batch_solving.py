@@ -18,9 +18,7 @@ from tests.support.partials import gram_lower, panels_from
 COLUMNS, EXPERTS, SHARED = 96, 5, 48.0
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def _block(scheme: str, method: str = "gptq") -> BlockPlan:

@@ -31,7 +31,7 @@ class MakeRows(Protocol):
 
 # Codes of any width fill whole words in so many rows.
 ROW_STEP = 128
-# Values made at a time: 16 MiB in fp32.
+# 16 MiB in fp32.
 RUN_VALUES = 4 << 20
 # Buffers, each as large as what is made at a time is in fp32, that making it takes: of runs of rows up to 7.5
 # were measured (NF4; FP8 3), of tensors that are made at once up to 2 (GGUF).
@@ -47,12 +47,14 @@ class DecodedTensor:
         parts: Role -> the stored tensor that plays it; the first holds the codes. They may lie in any shards.
         make_rows: Gives fp32 values, which are rounded once, to the dtype of the checkpoint.
         row_step: Rows are made in multiples of so many; None where all must be made at once.
+        run_values: About as many values are made at a time.
     """
 
     shape: tuple[int, ...]
     parts: Mapping[str, TensorEntry]
     make_rows: MakeRows
     row_step: int | None = ROW_STEP
+    run_values: int = RUN_VALUES
 
     @property
     def run_rows(self) -> int:
@@ -60,7 +62,7 @@ class DecodedTensor:
         if self.row_step is None:
             return self.shape[0]
         step_values = max(1, self.row_step * math.prod(self.shape[1:]))
-        return self.row_step * max(1, RUN_VALUES // step_values)
+        return self.row_step * max(1, self.run_values // step_values)
 
     @property
     def stored_bytes(self) -> int:

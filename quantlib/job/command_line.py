@@ -196,7 +196,7 @@ def build_parser(program: str, commands: Mapping[str, Command] = COMMANDS) -> ar
     """A parser with one sub-command for each entry.
 
     The result of its ``parse_args`` has ``command`` and ``verbose``; options of the table that were not given
-    are absent from it: read them with `options_of` or `values_of`.
+    are absent from it: read them with `requests_of` or `values_of`.
 
     Args:
         program: Name in usage and error lines.
@@ -256,12 +256,6 @@ def _settings(name: str) -> dict[str, Any]:
         "metavar": metavar,
         "help": help_text,
     }
-
-
-def options_of(arguments: argparse.Namespace) -> JobOptions:
-    """The request behind ``plan`` or ``quantize`` with at most one recipe; see `requests_of`."""
-    (options,) = requests_of(arguments)
-    return options
 
 
 def requests_of(arguments: argparse.Namespace) -> tuple[JobOptions, ...]:

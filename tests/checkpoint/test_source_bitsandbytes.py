@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quantlib.errors import CheckpointError
-from tests.support.quantized_sources import opened, read_source, write_source
+from tests.support.quantized_sources import opened, read_in_short_runs, read_source, write_source
 
 NAME = "model.layers.0.mlp.down_proj.weight"
 FOUR_BIT = {"quant_method": "bitsandbytes", "load_in_4bit": True, "llm_int8_skip_modules": ["lm_head"]}
@@ -35,10 +35,9 @@ def test_four_bits(tmp_path, kind, is_nested, rows, columns, size):
     assert torch.equal(found[NAME], wanted)
 
 
-def test_runs_of_rows_that_begin_within_a_block_of_scales_are_the_same(tmp_path, monkeypatch):
+def test_runs_of_rows_that_begin_within_a_block_of_scales_are_the_same(tmp_path):
     stored, wanted = four_bit(300, 33 * 2, blocksize=4096, quant_type="nf4", compress_statistics=True)
-    monkeypatch.setattr("quantlib.checkpoint.decoded.RUN_VALUES", 1)
-    assert torch.equal(read_source(write_source(tmp_path, stored, FOUR_BIT))[NAME], wanted)
+    assert torch.equal(read_in_short_runs(write_source(tmp_path, stored, FOUR_BIT))[NAME], wanted)
 
 
 def test_codes_in_words_of_another_dtype(tmp_path):

@@ -7,15 +7,9 @@ from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig, QuantizationScheme
 
 from quantlib.errors import CheckpointError, PackingError
-from tests.support.quantized_sources import opened, read_source, write_source
+from tests.support.quantized_sources import opened, read_in_short_runs, write_source
 
 LINEAR = "model.layers.0.self_attn.q_proj"
-
-
-@pytest.fixture(autouse=True)
-def _short_runs(monkeypatch):
-    """Rows are decoded 128 at a time, as of a weight that is long."""
-    monkeypatch.setattr("quantlib.checkpoint.decoded.RUN_VALUES", 1)
 
 
 def scheme_of(**weights):
@@ -64,7 +58,7 @@ def test_packed_integers(tmp_path, bits, is_symmetric, rows, columns, size):
     if not is_symmetric:
         values["weight_zero_point"].clamp_(low, high)
     restored = source_of(tmp_path, "pack-quantized", scheme, values)
-    found = read_source(tmp_path)
+    found = read_in_short_runs(tmp_path)
     assert set(found) == {f"{LINEAR}.weight", "lm_head.weight"}
     assert torch.equal(found[f"{LINEAR}.weight"], restored.bfloat16())
 
@@ -80,7 +74,7 @@ def test_packed_integers_in_reordered_groups(tmp_path):
     stored |= {"weight_packed": pack_to_int32(codes[:, order], 4), "weight_g_idx": (order // 32).int()}
     tensors = {f"{LINEAR}.{name}": tensor for name, tensor in stored.items()}
     write_source(tmp_path, tensors, config_of("pack-quantized", scheme))
-    assert torch.equal(read_source(tmp_path)[f"{LINEAR}.weight"], restored[:, order].bfloat16())
+    assert torch.equal(read_in_short_runs(tmp_path)[f"{LINEAR}.weight"], restored[:, order].bfloat16())
 
 
 @pytest.mark.parametrize(
@@ -105,13 +99,13 @@ def test_packed_integers_in_reordered_groups(tmp_path):
 def test_a_value_an_element(tmp_path, layout, weights, scale_shape):
     scheme = scheme_of(symmetric=True, dynamic=False, **weights)
     restored = source_of(tmp_path, layout, scheme, parameters(200, 256, scale_shape))
-    assert torch.equal(read_source(tmp_path)[f"{LINEAR}.weight"], restored.bfloat16())
+    assert torch.equal(read_in_short_runs(tmp_path)[f"{LINEAR}.weight"], restored.bfloat16())
 
 
 def test_integers_with_zero_points(tmp_path):
     scheme = scheme_of(num_bits=8, type="int", strategy="channel", symmetric=False, dynamic=False)
     restored = source_of(tmp_path, "int-quantized", scheme, parameters(70, 64, (70, 1), has_zeros=True))
-    assert torch.equal(read_source(tmp_path)[f"{LINEAR}.weight"], restored.bfloat16())
+    assert torch.equal(read_in_short_runs(tmp_path)[f"{LINEAR}.weight"], restored.bfloat16())
 
 
 def test_nvfp4(tmp_path):
@@ -123,7 +117,7 @@ def test_nvfp4(tmp_path):
     )
     values["weight_scale"] *= 20
     restored = source_of(tmp_path, "nvfp4-pack-quantized", scheme, values)
-    assert torch.equal(read_source(tmp_path)[f"{LINEAR}.weight"], restored.bfloat16())
+    assert torch.equal(read_in_short_runs(tmp_path)[f"{LINEAR}.weight"], restored.bfloat16())
 
 
 @pytest.mark.parametrize(("layout", "bits"), [("mxfp4-pack-quantized", 4), ("mxfp8-quantized", 8)])
@@ -135,7 +129,7 @@ def test_powers_of_two_for_groups_of_32(tmp_path, layout, bits):
     values = parameters(130, 64, (130, 2))
     values["weight_scale"] = 2.0 ** torch.randint(-6, 3, (130, 2))
     restored = source_of(tmp_path, layout, scheme, values)
-    assert torch.equal(read_source(tmp_path)[f"{LINEAR}.weight"], restored.bfloat16())
+    assert torch.equal(read_in_short_runs(tmp_path)[f"{LINEAR}.weight"], restored.bfloat16())
 
 
 def test_scales_of_activations_are_dropped_with_a_reason(tmp_path):
@@ -180,4 +174,4 @@ def test_a_shape_that_contradicts_the_codes_is_told_when_it_is_read(tmp_path):
     tensors = {f"{LINEAR}.{name}": tensor for name, tensor in stored.items()}
     write_source(tmp_path, tensors, config_of("pack-quantized", scheme))
     with pytest.raises(CheckpointError, match=r"weight_shape is \[64, 60\]"):
-        read_source(tmp_path)
+        read_in_short_runs(tmp_path)

@@ -5,7 +5,7 @@ import torch
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 from quantlib.errors import CheckpointError
-from tests.support.quantized_sources import opened, read_source, write_source
+from tests.support.quantized_sources import opened, read_in_short_runs, read_source, write_source
 
 BLOCKS = {"quant_method": "fp8", "weight_block_size": [128, 128]}
 LINEAR = "model.layers.0.mlp.up_proj.weight"
@@ -59,12 +59,11 @@ def test_blocks_at_the_edges_are_cut(tmp_path, shape):
     assert torch.equal(read_source(folder)[LINEAR], wanted.bfloat16())
 
 
-def test_long_weights_decoded_in_runs_are_the_same(tmp_path, monkeypatch):
+def test_long_weights_decoded_in_runs_are_the_same(tmp_path):
     weight, scale = float8(900, 256), scales(8, 2)
     folder = write_source(tmp_path, {LINEAR: weight, f"{LINEAR}_scale_inv": scale}, BLOCKS)
     whole = read_source(folder)[LINEAR]
-    monkeypatch.setattr("quantlib.checkpoint.decoded.RUN_VALUES", 1)
-    assert torch.equal(read_source(folder)[LINEAR], whole)
+    assert torch.equal(read_in_short_runs(folder)[LINEAR], whole)
 
 
 def test_what_is_not_quantized_is_read_as_it_is_and_activation_scales_are_dropped(tmp_path):

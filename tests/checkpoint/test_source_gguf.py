@@ -15,6 +15,7 @@ from quantlib.checkpoint.source import open_source
 from quantlib.errors import CheckpointError, ObjectNotFoundError
 from quantlib.model.families import open_config
 from quantlib.storage import open_store
+from tests.support.quantized_sources import with_short_runs
 from tests.support.tiny_gguf import ARCHITECTURES, Kind, tiny_gguf
 
 STORE = open_store("file:///")
@@ -54,13 +55,13 @@ def test_fp32_file_gives_the_very_tensors_it_was_made_from(tmp_path, family):
     [Kind.F16, Kind.BF16, Kind.Q4_0, Kind.Q4_1, Kind.Q5_0, Kind.Q8_0, Kind.Q2_K, Kind.Q4_K, Kind.Q6_K],
     ids=lambda kind: kind.name,
 )
-def test_codes_are_read_as_transformers_reads_them(tmp_path, monkeypatch, family, kind):
-    monkeypatch.setattr("quantlib.checkpoint.decoded.RUN_VALUES", 1)
+def test_codes_are_read_as_transformers_reads_them(tmp_path, family, kind):
     path = tmp_path / "m.gguf"
     tiny_gguf(path, family, kind_of=lambda name: kind, file_type=15)
     model = AutoModelForCausalLM.from_config(open_config(opened(path).config))
     wanted = load_gguf_checkpoint(str(path), return_tensors=True, model_to_load=model)["tensors"]
-    found = read(path)
+    checkpoint = with_short_runs(opened(path))
+    found = read_tensors(STORE, checkpoint, list(checkpoint.tensors))
     assert set(found) == set(wanted)
     for name, tensor in wanted.items():
         assert found[name].dtype == torch.bfloat16

@@ -3,13 +3,18 @@
 import pytest
 
 from quantlib.errors import RecipeError
-from quantlib.job.command_line import COMMANDS, build_parser, options_of, values_of
+from quantlib.job.command_line import COMMANDS, build_parser, requests_of, values_of
 from quantlib.job.options import option_fields, options_from
 from tests.support.provenance_example import write_provenance
 
 
 def parsed(line: str):
     return build_parser("quantmill").parse_args(line.split())
+
+
+def options_of(arguments):
+    (options,) = requests_of(arguments)
+    return options
 
 
 def test_options_of_command_line_equals_plain_values():

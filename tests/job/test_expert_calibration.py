@@ -1,7 +1,6 @@
 """GPTQ on routed experts: which tokens count, what stands in for those an expert lacks, the same bytes."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +8,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from quantlib import block_runner
-from quantlib.errors import RecipeError
 from quantlib.inprocess import quantize
-from quantlib.job import memory
+from quantlib.job.bundle import bundle_of
 from quantlib.job.expert_groups import token_shares
-from quantlib.job.memory import Room
-from quantlib.job.memory_needs import GroupNeeds, solve_bytes
+from quantlib.job.memory import Budgets, Room, Surroundings, heap_bytes, plan_memory
 from quantlib.job.options import JobOptions
 from quantlib.job.planner import build_plan
-from tests.support.thread_cluster import ThreadCluster, convert_on
+from tests.support.thread_cluster import ThreadCluster, convert_in_least_store, convert_on
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
 
 _WAYS: dict[str, dict[str, Any]] = {
@@ -133,20 +129,13 @@ def test_tokens_of_others_help_an_expert_without_any(alone):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", _WAYS)
-def test_workers_and_slices_change_no_byte(root, alone, way, monkeypatch):
-    monkeypatch.setattr(block_runner, "memory_bytes", lambda: 0)
+def test_workers_and_slices_change_no_byte(root, alone, way):
     wanted = shard_digests(root / f"alone {way}")
     options = _options(root, f"three {way}", way)
     convert_on(ThreadCluster(3), options)
     assert shard_digests(Path(options.output)) == wanted
     options = _options(root, f"sliced {way}", way)
-    cluster = ThreadCluster(2)
-    cluster.room = Room(store_bytes=1, store_workers=2)
-    with pytest.raises(RecipeError, match="must be at least") as refused:
-        convert_on(cluster, options)
-    cluster = ThreadCluster(2)
-    cluster.room = Room(store_bytes=refused.value.facts["needed_bytes"], store_workers=2)
-    report = convert_on(cluster, options)
+    (report,) = convert_in_least_store([options])
     assert report["memory"]["most_slices"] > 2
     assert shard_digests(Path(options.output)) == wanted
     assert _experts(report) == _experts(alone[way])
@@ -164,7 +153,7 @@ def _batches(cluster: ThreadCluster) -> list[tuple[int, tuple[int, ...]]]:
     return found
 
 
-def test_experts_are_solved_as_one_batch_where_memory_allows(root, alone, monkeypatch):
+def test_alike_experts_are_solved_as_batches_of_those_a_worker_has(root, alone):
     """Gates and downs of four experts and the shared one: two batches, or for two workers twice as many."""
     batches = {}
     for workers in (1, 2):
@@ -175,30 +164,32 @@ def test_experts_are_solved_as_one_batch_where_memory_allows(root, alone, monkey
     assert sorted(len(groups) for _, groups in batches[1])[-2:] == [5, 5]
     assert sorted(len(groups) for _, groups in batches[2])[-4:] == [2, 2, 3, 3]
     assert sorted(group for _, groups in batches[2] for group in groups) == list(range(12))
-    monkeypatch.setattr(memory, "solve_bytes", _dear_batches)
-    options, cluster = _options(root, "not batched", "routed"), ThreadCluster(1)
-    cluster.room, found = Room(worker_bytes=1 << 40), _batches(cluster)
-    convert_on(cluster, options)
-    assert {len(groups) for _, groups in found} == {1}
-    assert shard_digests(Path(options.output)) == shard_digests(root / "alone routed")
 
 
-def _dear_batches(groups: Sequence[GroupNeeds], *, has_batches: bool) -> int:
-    return 1 << 41 if has_batches else solve_bytes(groups, has_batches=False)
+def test_experts_are_solved_one_by_one_where_a_batch_would_send_activations_to_disk(root, tmp_path):
+    """Of so few rows a solve takes most; one byte less than a batch wants is enough for single experts."""
+    source = tiny_source(tmp_path / "source", "glm4_moe", num_hidden_layers=2, moe_intermediate_size=128)
+    few = {"source": str(source), "sequences": 4, "evaluation": None, "sequence_length": 8}
+    roomy, tight = (_options(root, name, "routed", **few) for name in ("roomy", "tight"))
+    bundle = bundle_of([build_plan(roomy, 1)[0]])
+    around = Surroundings(workers=1, idle_bytes=0, kept_bytes=heap_bytes(bundle, roomy))
+    wanted = plan_memory(bundle, around, Budgets())
+    assert wanted.has_batches
+    sizes = {}
+    for options, size in ((roomy, None), (tight, sum(wanted.worker.values()) - 1)):
+        cluster = ThreadCluster(1)
+        cluster.room, found = Room(worker_bytes=size), _batches(cluster)
+        assert convert_on(cluster, options)["memory"]["most_slices"] == 1
+        sizes[options.output] = max(len(groups) for _, groups in found)
+    assert sizes == {roomy.output: 5, tight.output: 1}
+    assert shard_digests(Path(tight.output)) == shard_digests(Path(roomy.output))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["observe", "totals", "solve"])
 def test_worker_lost_changes_no_byte(root, alone, method):
-    options, cluster, calls = _options(root, f"lost {method}", "routed"), ThreadCluster(3), []
-
-    def kill(worker: int, called: str, _: tuple[Any, ...]) -> None:
-        if called == method:
-            calls.append(worker)
-            if len(calls) == 4:
-                cluster.kill(worker)
-
-    cluster.before = kill
+    options, cluster = _options(root, f"lost {method}", "routed"), ThreadCluster(3)
+    cluster.kill_at(method, 4)
     report = convert_on(cluster, options)
     assert len(report["history"]["renewals"]) == 1
     assert shard_digests(Path(options.output)) == shard_digests(root / "alone routed")

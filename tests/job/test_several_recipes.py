@@ -7,20 +7,19 @@ from typing import Any
 
 import pytest
 
-from quantlib import block_runner
 from quantlib.__main__ import main
 from quantlib.errors import LeaseError, PlanMismatchError, RecipeError
 from quantlib.inprocess import quantize, quantize_all
 from quantlib.job import lease as lease_module
 from quantlib.job.bundle import bundle_of
 from quantlib.job.lease import Lease, new_record
-from quantlib.job.memory import Budgets, Room, Surroundings, plan_memory
+from quantlib.job.memory import Budgets, Surroundings, plan_memory
 from quantlib.job.memory_needs import block_needs, bundled_needs
 from quantlib.job.options import JobOptions
 from quantlib.job.planner import build_plan
 from quantlib.job.stages import Progress
 from quantlib.storage import open_store
-from tests.support.thread_cluster import ThreadCluster, convert_all_on, convert_on
+from tests.support.thread_cluster import ThreadCluster, convert_all_on, convert_in_least_store
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
 
 # Groups of their own: one keeps what another quantizes, and one rounds what others calibrate.
@@ -133,48 +132,28 @@ def test_experts_have_the_bytes_of_a_run_of_their_own(root, routing):
 
 
 @pytest.mark.slow
-def test_workers_and_slices_change_no_byte(root, alone, monkeypatch):
-    monkeypatch.setattr(block_runner, "memory_bytes", lambda: 0)
+def test_workers_and_slices_change_no_byte(root, alone):
     convert_all_on(ThreadCluster(3), _requests(root, "three"))
     assert _digests(root, "three") == _digests(root, "alone")
-    cluster = ThreadCluster(2)
-    cluster.room = Room(store_bytes=1, store_workers=2)
-    with pytest.raises(RecipeError, match="must be at least") as refused:
-        convert_all_on(cluster, _requests(root, "sliced"))
-    cluster = ThreadCluster(2)
-    cluster.room = Room(store_bytes=refused.value.facts["needed_bytes"], store_workers=2)
-    reports = convert_all_on(cluster, _requests(root, "sliced"))
+    reports = convert_in_least_store(_requests(root, "sliced"))
     assert reports[0]["memory"]["most_slices"] > 2
     assert _digests(root, "sliced") == _digests(root, "alone")
 
 
-def test_block_that_only_rounds_is_solved_whole_where_others_are_sliced(root, monkeypatch):
-    monkeypatch.setattr(block_runner, "memory_bytes", lambda: 0)
+def test_block_that_only_rounds_is_solved_whole_where_others_are_sliced(root):
     given = {"rules": [{"match": "*.layers.1.*", "method": "rtn"}], "evaluation": None}
     whole, sliced = (_request(root, folder, "plain", **given) for folder in ("whole", "in slices"))
     quantize(whole)
-    cluster = ThreadCluster(2)
-    cluster.room = Room(store_bytes=1, store_workers=2)
-    with pytest.raises(RecipeError, match="must be at least") as refused:
-        convert_on(cluster, sliced)
-    cluster = ThreadCluster(2)
-    cluster.room = Room(store_bytes=refused.value.facts["needed_bytes"], store_workers=2)
-    assert convert_on(cluster, sliced)["memory"]["most_slices"] > 2
+    (report,) = convert_in_least_store([sliced])
+    assert report["memory"]["most_slices"] > 2
     assert shard_digests(Path(sliced.output)) == shard_digests(Path(whole.output))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["observe", "solve", "advance", "write"])
 def test_worker_lost_changes_no_byte(root, alone, method):
-    folder, cluster, calls = f"lost {method}", ThreadCluster(3), []
-
-    def kill(worker: int, called: str, _: tuple[Any, ...]) -> None:
-        if called == method:
-            calls.append(worker)
-            if len(calls) == 6:
-                cluster.kill(worker)
-
-    cluster.before = kill
+    folder, cluster = f"lost {method}", ThreadCluster(3)
+    cluster.kill_at(method, 6)
     reports = convert_all_on(cluster, _requests(root, folder))
     assert len(reports[0]["history"]["renewals"]) == 1
     assert _digests(root, folder) == _digests(root, "alone")

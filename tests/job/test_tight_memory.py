@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from quantlib import block_runner
 from quantlib.errors import RecipeError
 from quantlib.inprocess import quantize
 from quantlib.job.memory import Room
@@ -15,7 +13,7 @@ from quantlib.job.options import JobOptions
 from tests.support.thread_cluster import ThreadCluster, convert_on
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 _WAYS: dict[str, dict[str, Any]] = {
     "original": {"propagation": "original"},
@@ -47,13 +45,6 @@ def roomy(root) -> dict[str, dict[str, str]]:
         assert quantize(options)["memory"]["most_slices"] == 1
         found[way] = shard_digests(Path(options.output))
     return found
-
-
-@pytest.fixture(autouse=True)
-def light(monkeypatch):
-    """Libraries take a hundred thousand times what the tiny model does."""
-    torch.set_num_threads(1)
-    monkeypatch.setattr(block_runner, "memory_bytes", lambda: 0)
 
 
 def _options(root: Path, name: str, way: str) -> JobOptions:

@@ -5,14 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from quantlib.inprocess import quantize
 from quantlib.job.options import JobOptions
 from tests.support.thread_cluster import ThreadCluster, convert_on
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_text, wide_source
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 _WAYS = ("original", "quantized")
 
@@ -25,11 +24,6 @@ def root(tmp_path_factory) -> Path:
     for seed, name in enumerate(("calibration", "evaluation")):
         tiny_text(folder / f"{name}.jsonl", seed=seed, documents=800)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from quantlib.methods.coordinate_descent import descend
 from quantlib.methods.target_correction import corrected_weight, target_change
 from quantlib.packing import FORMATS
 from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
-from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES, SolverSettings
+from quantlib.solver_settings import COLUMN_ORDERS, SolverSettings
 from tests.support.partials import partial_of
 from tests.support.reference_elimination import (
     damped_hessian,
@@ -33,6 +33,7 @@ from tests.support.reference_elimination import (
     zeros_of_extremes,
 )
 from tests.support.reference_solver import correlated_inputs
+from tests.support.solver_strategies import solvers
 
 # With so many tokens the damping is at its floor.
 MANY_TOKENS = 10**9
@@ -42,13 +43,6 @@ schemes = st.builds(
     bits=st.sampled_from([2, 3, 4, 8]),
     is_symmetric=st.booleans(),
     group_size=st.sampled_from([8, 16, WHOLE_ROW]),
-)
-solvers = st.builds(
-    SolverSettings,
-    scale_search=st.sampled_from(SCALE_SEARCHES),
-    column_order=st.sampled_from(COLUMN_ORDERS),
-    descent_passes=st.integers(0, 2),
-    refits_scales=st.booleans(),
 )
 orders = st.sampled_from(COLUMN_ORDERS)
 seeds = st.integers(0, 10**6)

@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from quantlib.errors import NumericsError
 from quantlib.methods import METHODS, column_tile
 from quantlib.schemes import WHOLE_ROW, WeightScheme
-from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES, SolverSettings
+from quantlib.solver_settings import SolverSettings
 from tests.support.reference_solver import correlated_inputs, solve_reference
+from tests.support.solver_strategies import solvers
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 _KINDS = ("usual", "usual", "usual", "no tokens", "constant", "more damping", "not factored", "dead columns")
 
@@ -23,18 +26,6 @@ schemes = st.builds(
     is_symmetric=st.booleans(),
     group_size=st.sampled_from([16, 64, WHOLE_ROW]),
 )
-solvers = st.builds(
-    SolverSettings,
-    scale_search=st.sampled_from(SCALE_SEARCHES),
-    column_order=st.sampled_from(COLUMN_ORDERS),
-    descent_passes=st.integers(0, 2),
-    refits_scales=st.booleans(),
-)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    torch.set_num_threads(1)
 
 
 @functools.lru_cache(maxsize=64)

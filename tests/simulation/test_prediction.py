@@ -6,7 +6,7 @@ import pytest
 
 from quantlib.__main__ import main
 from quantlib.errors import RecipeError
-from quantlib.job.command_line import build_parser, options_of
+from quantlib.job.command_line import build_parser, requests_of
 from quantlib.schemes import scheme_from_name
 from quantlib.simulation.config_shapes import shape_of_config, shipped_config
 from quantlib.simulation.costs import Costs, Workload
@@ -118,7 +118,7 @@ def test_nonsense_is_refused_with_2(line, said, capsys):
 def test_without_a_cluster_output_and_text_are_still_needed():
     for line in ("plan a", "plan a b", "quantize a b"):
         with pytest.raises(RecipeError):
-            options_of(build_parser("quantmill").parse_args(line.split()))
+            requests_of(build_parser("quantmill").parse_args(line.split()))
 
 
 def test_cells_hold_as_many_tokens_as_the_prediction_says(capsys):

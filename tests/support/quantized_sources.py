@@ -1,5 +1,6 @@
 """Small sources as other tools store them: tensors in two shards, and how they are read."""
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -66,3 +67,15 @@ def read_source(folder: Path, *names: str, **options: Any) -> dict[str, torch.Te
     """Tensors it means by name; all unless named."""
     store, checkpoint = opened(folder, **options)
     return read_tensors(store, checkpoint, names or list(checkpoint.tensors))
+
+
+def read_in_short_runs(folder: Path, **options: Any) -> dict[str, torch.Tensor]:
+    """All of them, made as few rows at a time as can be, as if they were long."""
+    store, checkpoint = opened(folder, **options)
+    return read_tensors(store, with_short_runs(checkpoint), list(checkpoint.tensors))
+
+
+def with_short_runs(checkpoint: Checkpoint) -> Checkpoint:
+    """The same, of which as few rows are made at a time as can be."""
+    decoded = {name: dataclasses.replace(made, run_values=1) for name, made in checkpoint.decoded.items()}
+    return dataclasses.replace(checkpoint, decoded=decoded)

@@ -11,8 +11,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
+
 from quantlib.block_runner import BlockRunner
-from quantlib.errors import WorkerLostError
+from quantlib.errors import RecipeError, WorkerLostError
 from quantlib.inprocess import DirectStages
 from quantlib.job.conversion import convert
 from quantlib.job.crew import Crew
@@ -71,6 +73,20 @@ class ThreadCluster:
         for handle in pending:
             with suppress(InvalidStateError):
                 handle.future.set_exception(_lost(worker))
+
+    def kill_at(self, method: str, count: int) -> None:
+        """End whoever is asked for the so many-th call of a method, before it begins."""
+        calls = 0
+
+        def note(worker: int, called: str, _: tuple[Any, ...]) -> None:
+            nonlocal calls
+            with self._lock:
+                calls += called == method
+                is_due = called == method and calls == count
+            if is_due:
+                self.kill(worker)
+
+        self.before = note
 
     def come(self) -> int:
         """A worker more, which waits to be taken in."""
@@ -142,7 +158,9 @@ class ThreadCluster:
 
     def _start(self) -> int:
         worker = len(self._runners)
-        self._runners[worker] = BlockRunner(lambda value: _Shared(worker, value), self._host)
+        # What libraries take is this process's, a hundred thousand times what a tiny model does.
+        memory = {"memory_in_use": lambda: 0}
+        self._runners[worker] = BlockRunner(lambda value: _Shared(worker, value), self._host, **memory)
         for lane in _LANES:
             self._lanes[worker, lane] = ThreadPoolExecutor(1, thread_name_prefix=f"{lane}-{worker}")
         return worker
@@ -203,6 +221,19 @@ def convert_all_on(
     if "error" in found:
         raise found["error"]
     return found["reports"]
+
+
+def convert_in_least_store(requests: Sequence[JobOptions], num_workers: int = 2) -> list[dict[str, Any]]:
+    """The same with as little shared memory as a refusal names: the sums of a block are cut into slices."""
+
+    def cluster(store_bytes: int) -> ThreadCluster:
+        made = ThreadCluster(num_workers)
+        made.room = Room(store_bytes=store_bytes, store_workers=num_workers)
+        return made
+
+    with pytest.raises(RecipeError, match="must be at least") as refused:
+        convert_all_on(cluster(1), requests)
+    return convert_all_on(cluster(refused.value.facts["needed_bytes"]), requests)
 
 
 def _lane_of(method: str) -> str:
