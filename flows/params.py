@@ -92,7 +92,8 @@ class QuantizeParams(create_model("_JobFields", __base__=_Form, **_job_fields())
         """What a run is called: the model's last path part and the scheme."""
         values = self.model_dump()
         model = values["source"].rstrip("/").rpartition("/")[2]
-        return f"{model} to {values['scheme']} g{values['group_size']} {values['format']}"
+        groups = "" if values["group_size"] is None else f" g{values['group_size']}"
+        return f"{model} to {values['scheme']}{groups} {values['format']}"
 
     def to_options(self) -> JobOptions:
         """The validated request; values left at their defaults are those of the run it replays, if any.

@@ -1,7 +1,7 @@
 """A quantized linear: what methods make, packers take, and both streams run through.
 
 R rows (out features), C columns (in features), G groups of consecutive columns.
-Integer codes travel from the solver to the packer; nothing is rounded a second time.
+Codes travel from the solver to the packer; nothing is rounded a second time.
 """
 
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantlib.grids.levels import levels_of
 from quantlib.grouping import by_group
 from quantlib.schemes import WeightScheme
 
@@ -21,7 +22,7 @@ class QuantizedLinear:
         codes_RC: uint8 [R, C], 0 .. 2**bits - 1; not floating, so that a conversion is a copy.
         scale_RG: floating [R, G], already in the dtype that is stored, positive and finite.
         zero_RG: uint8 [R, G], the code that means zero; None when the scheme is symmetric
-            (then it is 2**(bits-1) everywhere).
+            (then it is 2**(bits-1) everywhere; codes of floats know none).
     """
 
     codes_RC: torch.Tensor
@@ -46,22 +47,36 @@ class QuantizedLinear:
         )
 
     def dequantize(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The levels: scale * (code - zero), fp32 [R, C].
+        """The levels: scale * offset (see `quantlib.grids.levels`), fp32 [R, C].
 
         Args:
             out: Receives them if given; floating [R, C].
 
-        Numerics: code and zero are small integers and the product is taken in fp32, so a bf16 or fp16
-        scale times a code of up to 8 bits is exact.
+        Numerics: an offset has at most 9 significant bits and the product is taken in fp32, so that with a
+        bf16 or fp16 scale it is exact.
         """
-        level_RC = self.codes_RC.float() if out is None else out.copy_(self.codes_RC)
-        columns = level_RC.shape[1]
-        level_RGS = by_group(level_RC, self.scheme.columns_per_group(columns))
+        level_RC = torch.empty(self.codes_RC.shape, device=self.codes_RC.device) if out is None else out
+        return self._into(level_RC, self.scale_RG.float()[..., None])
+
+    def offsets(self, out: torch.Tensor) -> torch.Tensor:
+        """The levels in units of their scales.
+
+        Args:
+            out: Receives them; floating [R, C].
+        """
+        return self._into(out, None)
+
+    def _into(self, out_RC: torch.Tensor, scale_RG1: torch.Tensor | None) -> torch.Tensor:
+        columns = out_RC.shape[1]
+        width = self.scheme.columns_per_group(columns)
+        code_RGS, out_RGS = by_group(self.codes_RC, width), by_group(out_RC, width)
         zero = self.scheme.middle_code if self.zero_RG is None else self.zero_RG.float()[..., None]
-        level_RGS.sub_(zero).mul_(self.scale_RG.float()[..., None])
-        if level_RGS.numel() != level_RC.numel():  # the last group is ragged: those are no views
-            level_RC.copy_(level_RGS.flatten(1)[:, :columns])
-        return level_RC
+        levels_of(self.scheme).decode(code_RGS, zero, out=out_RGS)
+        if scale_RG1 is not None:
+            out_RGS.mul_(scale_RG1)
+        if out_RGS.numel() != out_RC.numel():  # the last group is ragged: those are no views
+            out_RC.copy_(out_RGS.flatten(1)[:, :columns])
+        return out_RC
 
 
 def joined_rows(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:

@@ -13,7 +13,7 @@ from typing import Any
 from quantlib.errors import RecipeError
 from quantlib.job.options import JobOptions, option_fields, refuse_unknown
 from quantlib.job.rules import does_match, rules_from
-from quantlib.schemes import WeightScheme, scheme_from_name
+from quantlib.schemes import WeightScheme, has_own_groups, scheme_from_name
 
 NOT_IN_RECIPES = ("source", "output")
 
@@ -66,8 +66,10 @@ def rule_for(options: JobOptions, linear_name: str) -> tuple[str, WeightScheme] 
         return options.method, scheme_from_name(options.scheme, options.group_size)
     if rule.keep:
         return None, None
-    group_size = options.group_size if rule.group_size is None else rule.group_size
-    return rule.method or options.method, scheme_from_name(rule.scheme or options.scheme, group_size)
+    name, group_size = rule.scheme or options.scheme, rule.group_size
+    if group_size is None and not has_own_groups(name) and not has_own_groups(options.scheme):
+        group_size = options.group_size
+    return rule.method or options.method, scheme_from_name(name, group_size)
 
 
 def refuse_idle_rules(

@@ -9,7 +9,7 @@ from quantlib.grids.fit import fit_to_extremes
 from quantlib.grouping import by_group, row_parts
 from quantlib.methods.measures import relative_error
 from quantlib.packing.bits import pack_words
-from quantlib.schemes import SCHEME_NAMES, scheme_from_name
+from quantlib.schemes import INTEGER_NAMES, scheme_from_name
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 3), (40, 5), (3, 0)])
@@ -27,7 +27,7 @@ def test_by_group_of_whole_groups_is_a_view():
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("columns", [96, 90])
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("name", INTEGER_NAMES)
 def test_rounding_and_packing_give_the_same_bits_in_handfuls_as_at_once(name, columns, dtype, monkeypatch):
     weight_RC = torch.randn(37, columns, generator=torch.Generator().manual_seed(0)).to(dtype)
     scheme = scheme_from_name(name, 32)

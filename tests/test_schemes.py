@@ -4,7 +4,7 @@ import pytest
 
 from quantlib.errors import RecipeError
 from quantlib.packing.bits import PACKED_BITS
-from quantlib.schemes import SCHEME_NAMES, scheme_from_name
+from quantlib.schemes import FLOAT_NAMES, INTEGER_NAMES, has_own_groups, scheme_from_name
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -17,9 +17,18 @@ def test_scheme_from_name_gives_bits_and_symmetry(bits, is_symmetric):
 
 
 def test_scheme_names_are_those_that_formats_can_pack():
-    schemes = {scheme_from_name(name, 128) for name in SCHEME_NAMES}
-    assert len(schemes) == len(SCHEME_NAMES) == 2 * len(PACKED_BITS)
+    schemes = {scheme_from_name(name, 128) for name in INTEGER_NAMES}
+    assert len(schemes) == len(INTEGER_NAMES) == 2 * len(PACKED_BITS)
     assert {scheme.bits for scheme in schemes} == set(PACKED_BITS)
+
+
+def test_group_size_is_a_choice_for_integers_only():
+    assert scheme_from_name("W4A16").group_size == 128
+    for name in FLOAT_NAMES:
+        own = scheme_from_name(name)
+        assert has_own_groups(name) and scheme_from_name(name, own.group_size) == own
+        with pytest.raises(RecipeError, match=f"scheme {name} has a group size of its own, .* found 64"):
+            scheme_from_name(name, 64)
 
 
 @pytest.mark.parametrize("name", ["W5A16", "W4A8", "w4a16", ""])

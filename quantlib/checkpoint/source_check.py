@@ -62,7 +62,10 @@ def check_source(
     """
     linears = SourceLinears(source)
     gone = [name for name in source.tensors if name not in output.tensors]
-    packed = {name: found for name in gone if (found := _packed(linears.weights(name), output))}
+    # 8-bit floats keep the name of the weight they stand for.
+    packed = {
+        name: found for name in source.tensors if (found := _packed(linears.weights(name), name, output))
+    }
     split = {name: found for name in gone if (found := _split(linears.split_biases(name), output))}
     states = dict(_states(source, output, packed, split, report))
     copied = [name for name, state in states.items() if state == COPIED and name not in split]
@@ -91,10 +94,10 @@ def check_source(
     )
 
 
-def _packed(linears: Sequence[SourceLinear], output: Checkpoint) -> Sequence[SourceLinear]:
-    """All of them where any has a packed tensor in the output, else none."""
+def _packed(linears: Sequence[SourceLinear], weight: str, output: Checkpoint) -> Sequence[SourceLinear]:
+    """All that read a weight where any has a packed tensor in the output, else none."""
     names = (name for linear in linears for name in _packed_names(linear, output))
-    return linears if any(name in output.tensors for name in names) else ()
+    return linears if any(name in output.tensors for name in names if name != weight) else ()
 
 
 def _split(biases: Mapping[str, StoredPart], output: Checkpoint) -> Mapping[str, StoredPart]:
@@ -123,10 +126,10 @@ def _states(
 ) -> Iterator[tuple[str, str]]:
     corrected, dropped = _corrected(report), _dropped(report)
     for name in source.tensors:
-        if name in output.tensors:
-            yield name, CORRECTED if name in corrected else COPIED
-        elif name in packed:
+        if name in packed:
             yield name, QUANTIZED
+        elif name in output.tensors:
+            yield name, CORRECTED if name in corrected else COPIED
         elif name in split:
             yield name, COPIED
         elif name in dropped:

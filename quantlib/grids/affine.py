@@ -1,8 +1,8 @@
-"""Integer grids: levels that are a scale times (code - zero), and the one rounding of this project.
+"""Grids of scaled groups: levels that are a scale times an offset, and the one rounding of this project.
 
 R rows (out features), C columns (in features), G groups of consecutive columns, S columns of one group.
-An *offset* is code - zero, an integer that may be negative; solvers work on offsets and store codes. Fitting
-scales is `fit.py`; the bits of a stored file are the packers' business.
+What an offset is and which is nearest depends on the number format (`levels.py`). Fitting scales is `fit.py`;
+the bits of a stored file are the packers' business.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from quantlib.fresh_bytes import fresh_bytes
+from quantlib.grids.levels import Levels, levels_of
 from quantlib.grouping import row_parts
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
@@ -57,16 +58,24 @@ def whole_vectors(num_rows: int, device: torch.device) -> torch.Tensor | None:
 
 
 def nearest_offsets(
-    values: torch.Tensor, scale, lowest, highest, *, out: torch.Tensor, quotient: torch.Tensor | None = None
+    values: torch.Tensor,
+    scale,
+    lowest,
+    highest,
+    levels: Levels,
+    *,
+    out: torch.Tensor,
+    quotient: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The offsets of the nearest levels.
 
     Args:
         values: Floating, any shape.
         scale: Positive, broadcastable to ``values``.
-        lowest: Smallest offset: a number, or a tensor broadcastable to ``values``.
+        lowest: Smallest offset of integers: a number, or a tensor broadcastable to ``values``.
         highest: Largest offset, of the same kind as ``lowest``.
-        out: Receives the offsets, integers in floating form; may be ``values``.
+        levels: Of the number format.
+        out: Receives the offsets in floating form; may be ``values``.
         quotient: Receives ``values / scale`` if given; may be ``values``, not ``out``.
 
     Returns:
@@ -76,7 +85,7 @@ def nearest_offsets(
         here, so no two parts of it can disagree about a tie.
     """
     divided = torch.div(values, scale, out=out if quotient is None else quotient)
-    return torch.round(divided, out=out).clamp_(lowest, highest)
+    return levels.nearest(divided, lowest, highest, out=out)
 
 
 def offset_bounds(grid: AffineGrid, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,9 +95,11 @@ def offset_bounds(grid: AffineGrid, dtype: torch.dtype) -> tuple[torch.Tensor, t
         Two tensors [R, G] of ``dtype``.
     """
     if grid.zero_RG is None:
-        zero_RG = torch.full_like(grid.scale_RG, grid.scheme.middle_code, dtype=dtype)
-    else:
-        zero_RG = grid.zero_RG.to(dtype)
+        lowest, highest = (
+            torch.full_like(grid.scale_RG, bound, dtype=dtype) for bound in levels_of(grid.scheme).bounds
+        )
+        return lowest, highest
+    zero_RG = grid.zero_RG.to(dtype)
     return -zero_RG, (grid.scheme.num_codes - 1) - zero_RG
 
 
@@ -142,23 +153,23 @@ def rounded_parts(weight_RC: torch.Tensor, grid: AffineGrid, codes_RC: torch.Ten
     buffers = _Buffers(weight_RC[parts[0]], grid.scheme, dtype)
     scale_RG1 = grid.scale_RG.to(dtype)[..., None]
     lowest_RG, highest_RG = offset_bounds(grid, dtype)
-    middle, largest = grid.scheme.middle_code, grid.scheme.num_codes - 1
+    levels, largest = levels_of(grid.scheme), grid.scheme.num_codes - 1
     # Numbers cost least; tensors are cheaper one after the other than both at once.
-    bounds = (-middle, largest - middle) if grid.zero_RG is None else (-largest, largest)
+    bounds = levels.bounds if grid.zero_RG is None else (-largest, largest)
     for part in parts:
         rows_RC = weight_RC[part]
         if len(rows_RC) != len(buffers.exact_RC):  # the last part
             buffers = _Buffers(rows_RC, grid.scheme, dtype)
         buffers.exact_RC.copy_(rows_RC)
         exact_RGS, quotient_RGS, offset_RGS = buffers.exact_RGS, buffers.quotient_RGS, buffers.offset_RGS
-        nearest_offsets(exact_RGS, scale_RG1[part], *bounds, out=offset_RGS, quotient=quotient_RGS)
-        zero = middle
+        nearest_offsets(exact_RGS, scale_RG1[part], *bounds, levels, out=offset_RGS, quotient=quotient_RGS)
+        zero = grid.scheme.middle_code
         if grid.zero_RG is not None:
             offset_RGS.clamp_min_(lowest_RG[part, :, None]).clamp_max_(highest_RG[part, :, None])
             zero = grid.zero_RG[part, :, None].to(torch.int16)
-        num_clipped_R = num_clipped_(quotient_RGS, offset_RGS, dim=(1, 2))
+        num_clipped_R = num_clipped_(quotient_RGS, offset_RGS, levels, dim=(1, 2))
         # By way of int16: from floating numbers to uint8 takes four times as long.
-        buffers.code_RGS.copy_(offset_RGS).add_(zero)
+        levels.encode(offset_RGS, zero, out=buffers.code_RGS)
         codes_RC[part] = buffers.code_RC
         yield RoundedPart(
             rows=part, num_clipped_R=num_clipped_R, exact_RC=buffers.exact_RC, work_RC=buffers.work_RC
@@ -180,13 +191,15 @@ class _Buffers:
         )
 
 
-def num_clipped_(quotient: torch.Tensor, offset: torch.Tensor, dim: int | tuple[int, ...]) -> torch.Tensor:
+def num_clipped_(
+    quotient: torch.Tensor, offset: torch.Tensor, levels: Levels, dim: int | tuple[int, ...]
+) -> torch.Tensor:
     """How many quotients lay more than half a step outside the grid, int64; overwrites ``quotient``.
 
     Args:
         dim: What is summed over, at most 2**24 entries: they are counted in floating form, which is faster.
     """
-    return quotient.sub_(offset).abs_().gt_(0.5).sum(dim).long()
+    return quotient.sub_(offset).abs_().gt_(levels.half_step).sum(dim).long()
 
 
 def with_codes(grid: AffineGrid, codes_RC: torch.Tensor) -> QuantizedLinear:

@@ -1,4 +1,4 @@
-"""Fits scales (and zero points) of integer grids: by the extremes of a group, or by a search for least error.
+"""Fits scales (and zero points): by the extremes of a group, or by a search for least error.
 
 R rows, C columns, G groups of consecutive columns, S columns of one group.
 The search minimizes, for every group on its own, sum_j importance_j * (level(w_j) - w_j)**2 over scales
@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 
 from quantlib.grids.affine import AffineGrid, nearest_offsets, whole_vectors
-from quantlib.grids.stored_scale import is_outside_stored, round_to_stored
+from quantlib.grids.formats import FLOAT_FORMATS, POWER_SCALES
+from quantlib.grids.levels import levels_of
+from quantlib.grids.stored_scale import held_dtype, is_outside_stored, power_below, round_to_stored
 from quantlib.grouping import by_group, row_parts
 from quantlib.schemes import WeightScheme
 
@@ -22,6 +24,8 @@ from quantlib.schemes import WeightScheme
 _LARGEST_MULTIPLE = 1.07
 _SMALLEST_MULTIPLE = {2: 0.3, 3: 0.3, 4: 0.3, 8: 0.85}
 _NUM_COARSE = 16
+# Of powers of two: up to where nothing is cut, and down to where cutting a heavy tail seldom pays.
+_POWER_MULTIPLES = (2.0, 0.5, 0.25, 0.125)
 # In steps of the coarse search, around its winner.
 _FINE_STEPS = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
 # On a CPU 256 KiB of fp32: the three such buffers stay in a cache while all candidates pass over them, and
@@ -35,9 +39,10 @@ _ALL_BUT_SIGN = 0x7FFF
 def fit_to_extremes(weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtype: torch.dtype) -> AffineGrid:
     """Scales that cover the smallest and largest weight of every group.
 
-    Symmetric: scale = 2 * absmax / (2**bits - 1), zero in the middle; the positive extreme is cut by half a
-    step. Asymmetric: the range is widened to hold 0, scale = range / (2**bits - 1), zero = round(-min /
-    scale).
+    Symmetric integers: scale = 2 * absmax / (2**bits - 1), zero in the middle; the positive extreme is cut by
+    half a step. Asymmetric: the range is widened to hold 0, scale = range / (2**bits - 1), zero = round(-min
+    / scale). Floats: absmax becomes the largest value; with powers of two, the power of two in absmax becomes
+    that of the largest value, which cuts what lies beyond it (OCP Microscaling Formats 1.0, section 6.3).
 
     Shapes:
         weight_RC: floating [R, C], finite; taken as fp32. The last group may be ragged.
@@ -51,6 +56,7 @@ def fit_to_extremes(weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtyp
 
     Cost: two passes in a cache; memory of a handful of rows.
     """
+    scale_dtype = held_dtype(scheme.scales, scale_dtype)
     width = scheme.columns_per_group(weight_RC.shape[1])
     if scheme.is_symmetric and weight_RC.dtype in (torch.bfloat16, torch.float16):
         highest_RG = _largest_magnitudes(weight_RC, width)
@@ -91,6 +97,7 @@ def search_scales(
     Cost: about 23 passes of six elementwise operations over the matrix in chunks that fit a cache (26 when
         asymmetric); memory: a few chunks.
     """
+    scale_dtype = held_dtype(scheme.scales, scale_dtype)
     if importance_C is None:
         importance_C = torch.ones(weight_RC.shape[1], device=weight_RC.device)
     # Division by the largest leaves equal importances exactly equal to 1, whatever their size was.
@@ -186,16 +193,19 @@ def _cover(
     """The fit that covers these extremes and 0, and which of its scales had to be bounded."""
     lowest_R, highest_R = lowest_R.clamp_max(0), highest_R.clamp_min(0)
     num_steps = scheme.num_codes - 1
-    if scheme.is_symmetric:
-        wanted_R = torch.maximum(-lowest_R, highest_R) * (2 / num_steps)
+    if scheme.scales == POWER_SCALES:
+        largest_power = FLOAT_FORMATS[scheme.number].largest_power
+        wanted_R = power_below(torch.maximum(-lowest_R, highest_R)) / largest_power
+    elif scheme.is_symmetric:
+        wanted_R = torch.maximum(-lowest_R, highest_R) * (1 / levels_of(scheme).reach)
     else:
         wanted_R = highest_R / num_steps - lowest_R / num_steps
     is_bounded_R = is_outside_stored(wanted_R, scale_dtype)
-    scale_R = round_to_stored(torch.where(wanted_R == 0, 1.0, wanted_R), scale_dtype)
+    scale_R = round_to_stored(torch.where(wanted_R == 0, 1.0, wanted_R), scale_dtype, scheme.scales)
     if scheme.is_symmetric:
         zero_R = torch.full_like(scale_R, scheme.middle_code)
     else:
-        zero_R = -nearest_offsets(lowest_R, scale_R, -num_steps, 0, out=lowest_R)
+        zero_R = -nearest_offsets(lowest_R, scale_R, -num_steps, 0, levels_of(scheme), out=lowest_R)
     return _Fit(scale_R=scale_R, zero_R=zero_R), is_bounded_R
 
 
@@ -215,13 +225,16 @@ class _Search:
     ) -> None:
         self._weight_SR = weight_SR
         self._importance_S = importance_S
-        self._scheme = scheme
+        self._scheme, self._levels = scheme, levels_of(scheme)
         self._scale_dtype = scale_dtype
         self._exact_SR = torch.empty_like(weight_SR)
         self._offset_SR = torch.empty_like(weight_SR)
 
     def from_(self, start: _Fit) -> _Fit:
         """The best fit in the neighborhood of ``start``, which covers the extremes."""
+        if self._scheme.scales == POWER_SCALES:
+            multiples = [multiple - 1 for multiple in _POWER_MULTIPLES]
+            return self._best_near(start, start.scale_R, multiples, (0,))
         smallest = _SMALLEST_MULTIPLE[self._scheme.bits]
         step = (_LARGEST_MULTIPLE - smallest) / (_NUM_COARSE - 1)
         coarse = [_LARGEST_MULTIPLE - 1 - step * i for i in range(_NUM_COARSE)]
@@ -239,7 +252,7 @@ class _Search:
         """
         scales = [center.scale_R] + [center.scale_R + unit_R * m for m in multiples] * len(shifts)
         zeros = [(center.zero_R + shift).clamp_(0, self._scheme.num_codes - 1) for shift in shifts]
-        scale_KR = round_to_stored(torch.stack(scales), self._scale_dtype)
+        scale_KR = round_to_stored(torch.stack(scales), self._scale_dtype, self._scheme.scales)
         zero_KR = torch.stack([center.zero_R] + [zero_R for zero_R in zeros for _ in multiples])
         error_KR = self._errors(scale_KR, zero_KR)
         # Not argmin: its reduction over the outer dimension is 50 times slower than amin's.
@@ -255,8 +268,7 @@ class _Search:
         """
         lowest, highest = -zero_KR, (self._scheme.num_codes - 1) - zero_KR
         if self._scheme.is_symmetric:  # a bound that is a number costs half of one that is a tensor
-            lowest = [-self._scheme.middle_code] * len(scale_KR)
-            highest = [self._scheme.middle_code - 1] * len(scale_KR)
+            lowest, highest = ([bound] * len(scale_KR) for bound in self._levels.bounds)
         error_KR = torch.empty_like(scale_KR)
         for k in range(len(scale_KR)):
             nearest_offsets(
@@ -264,6 +276,7 @@ class _Search:
                 scale_KR[k],
                 lowest[k],
                 highest[k],
+                self._levels,
                 out=self._offset_SR,
                 quotient=self._exact_SR,
             )

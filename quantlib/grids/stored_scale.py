@@ -2,27 +2,63 @@
 
 A scale is rounded to its stored dtype before anything is computed with it, so that the levels a solver works
 with are the levels a reader of the file gets. Zero, subnormal and infinite scales never leave this file: some
-readers flush subnormals to zero, which would erase the group.
+readers flush subnormals to zero, which would erase the group. Powers of two travel in a dtype that holds them
+exactly and become bytes when they are packed.
 """
+
+import math
 
 import torch
 
+from quantlib.grids.formats import PLAIN_SCALES, POWER_SCALES
 
-def round_to_stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+# It holds every power of two that a byte can mean, exactly.
+POWERS_DTYPE = torch.bfloat16
+
+
+def held_dtype(kind: str, stored_dtype: torch.dtype) -> torch.dtype:
+    """The dtype of scales in memory.
+
+    Args:
+        kind: Of scales, as in a `WeightScheme`.
+        stored_dtype: That of plain ones.
+    """
+    return POWERS_DTYPE if kind == POWER_SCALES else stored_dtype
+
+
+def round_to_stored(scale: torch.Tensor, dtype: torch.dtype, kind: str = PLAIN_SCALES) -> torch.Tensor:
     """Round scales to a stored dtype, kept inside its positive normal numbers.
 
     Args:
         scale: fp32, not negative, any shape.
         dtype: bf16, fp16 or fp32.
+        kind: ``POWER_SCALES`` for the nearest power of two, of two as near ones the larger.
 
     Returns:
         fp32, every value exactly representable in ``dtype``.
 
     >>> round_to_stored(torch.tensor([0.1, 1e-7, 1e6]), torch.float16).tolist()
     [0.0999755859375, 6.103515625e-05, 65504.0]
+    >>> round_to_stored(torch.tensor([0.7, 0.75, 3.1]), torch.bfloat16, POWER_SCALES).tolist()
+    [0.5, 1.0, 4.0]
     """
     limits = torch.finfo(dtype)
+    if kind == POWER_SCALES:
+        mantissa, exponent = torch.frexp(scale)
+        scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa < 0.75).int())
+        # Of a dtype the largest power of two is half of what comes after it.
+        return scale.clamp_(limits.smallest_normal, 2.0 ** (math.frexp(limits.max)[1] - 1))
     return scale.to(dtype).float().clamp_(limits.smallest_normal, limits.max)
+
+
+def power_below(values: torch.Tensor) -> torch.Tensor:
+    """The largest power of two that is not larger; 0 stays.
+
+    >>> power_below(torch.tensor([0.0, 0.7, 4.0, 7.9])).tolist()
+    [0.0, 0.5, 4.0, 4.0]
+    """
+    _, exponent = torch.frexp(values)
+    return torch.where(values > 0, torch.ldexp(torch.ones_like(values), exponent - 1), 0.0)
 
 
 def is_outside_stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -15,7 +15,7 @@ from quantlib.job.option_table import REQUIRED, Option, check_value, declare, fi
 from quantlib.job.rules import Rule, rule_values, rules_from
 from quantlib.job.scheme_defaults import FOLLOWING, with_scheme_defaults
 from quantlib.job.text_sources import text_sources
-from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, scheme_from_name
+from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES
 from quantlib.units import parse_bytes
 
@@ -38,12 +38,16 @@ class JobOptions:
         None, _WHAT, "Where records of the running job are kept; beside the output unless named."
     )
     scheme: str = declare(
-        "W4A16", _HOW, "Bits and symmetry of the weights.", choices=SCHEME_NAMES, in_identity=True
-    )
-    group_size: int = declare(
-        128,
+        "W4A16",
         _HOW,
-        "Columns that share a scale; -1 for one scale a row.",
+        "Number format, bits and symmetry of the weights.",
+        choices=SCHEME_NAMES,
+        in_identity=True,
+    )
+    group_size: int | None = declare(
+        None,
+        _HOW,
+        "Columns that share a scale; -1 for one scale a row. By default 128; floats have their own.",
         minimum=8,
         also_allowed=WHOLE_ROW,
         in_identity=True,
@@ -253,7 +257,9 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
     rules = rules_from(values.get("rules", ()))
     options = JobOptions(**{**values, "rules": tuple(rule_values(rule) for rule in rules)})
     options = dataclasses.replace(
-        options, **_following(options, {name: getattr(options, name) for name in FOLLOWING})
+        options,
+        group_size=_scheme(options).group_size,
+        **_following(options, {name: getattr(options, name) for name in FOLLOWING}),
     )
     _refuse_missing_calibration(options, rules)
     if options.calibration is not None:
@@ -275,12 +281,18 @@ def default_of(options: JobOptions, name: str) -> Any:
     """What an option is where nobody names it, beside the other values of a validated request."""
     if name in FOLLOWING:
         return _following(options, dict.fromkeys(FOLLOWING))[name]
+    if name == "group_size":
+        return scheme_from_name(options.scheme).group_size
     return option_fields()[name][0].default
 
 
 def _following(options: JobOptions, choices: Mapping[str, Any]) -> dict[str, Any]:
-    bits = scheme_from_name(options.scheme, options.group_size).bits
+    bits = _scheme(options).bits
     return with_scheme_defaults(choices, bits=bits, uses_data=options.method == "gptq")
+
+
+def _scheme(options: JobOptions) -> WeightScheme:
+    return scheme_from_name(options.scheme, options.group_size)
 
 
 def refuse_unknown(values: Mapping[str, Any]) -> None:

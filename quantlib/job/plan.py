@@ -19,7 +19,7 @@ from quantlib.job.text_sources import TextRecord
 from quantlib.schemes import WeightScheme
 from quantlib.strided_view import StoredPart, StridedView
 
-SCHEMA = 4
+SCHEMA = 5
 
 # Where things lie, what is only measured, and what tells in other words what the rest says.
 _NOT_IN_IDENTITY = (

@@ -29,7 +29,9 @@ class Rule:
         _WHICH,
         'Full linear name, a glob such as "*.mlp.down_proj", or "re:" and a regular expression for it all.',
     )
-    scheme: str | None = declare(None, _WHAT, "Bits and symmetry of these weights.", choices=SCHEME_NAMES)
+    scheme: str | None = declare(
+        None, _WHAT, "Number format, bits and symmetry of these weights.", choices=SCHEME_NAMES
+    )
     group_size: int | None = declare(
         None,
         _WHAT,

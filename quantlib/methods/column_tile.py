@@ -10,10 +10,12 @@ position of an order, the last being solved first, except in ``codes_ECR``, whic
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from quantlib.grids.affine import AffineGrid, nearest_offsets, num_clipped_, offset_bounds
+from quantlib.grids.levels import levels_of
 
 # Part of what the output bits depend on (floating point sums are grouped by them): never tuned per machine.
 BATCH_COLUMNS = 128
@@ -43,6 +45,7 @@ class ColumnTile:
         (rows, columns), count = weights[0].shape, len(weights)
         kind = {"dtype": weights[0].dtype, "device": weights[0].device}
         self._scheme, self._orders = grids[0].scheme, orders
+        self._levels = levels_of(self._scheme)
         self.error_ECR = torch.empty(count, columns, rows, **kind)
         for error_CR, weight_RC, order_C in zip(self.error_ECR, weights, orders, strict=True):
             for start in range(0, columns, BATCH_COLUMNS):
@@ -77,7 +80,9 @@ class ColumnTile:
                 codes_RC.index_select(1, order_C[part]).T
                 for codes_RC, order_C in zip(codes, self._orders, strict=True)
             ]
-            offset_EBR = torch.stack(of_columns) + self._by_position(self._lowest_GR, part)
+            code_EBR = torch.stack(of_columns)
+            offset_EBR = torch.empty_like(code_EBR, dtype=self.error_ECR.dtype)
+            self._levels.decode(code_EBR, self._zero(part), out=offset_EBR)
             self.error_ECR[:, part].addcmul_(offset_EBR, self._by_position(self._scale_GR, part), value=-1)
 
     def targets(self, start: int, end: int) -> torch.Tensor:
@@ -120,14 +125,16 @@ class ColumnTile:
         leaf: slice,
         feedback_ELL: torch.Tensor,
         scales: Sequence[torch.Tensor],
-        bounds: Sequence[tuple],
+        bounds: Sequence[tuple[Any, Any]],
     ) -> None:
         feedback = _below_diagonal(feedback_ELL)
         unsolved = self._unsolved_targets(leaf)
         for place in range(leaf.stop - 1, leaf.start - 1, -1):
             target_E1R, offset_E1R, scale_E1R = self._targets[place], self._offsets[place], scales[place]
             error_E1R = self._errors[start + place]
-            nearest_offsets(target_E1R, scale_E1R, *bounds[place], out=offset_E1R, quotient=target_E1R)
+            nearest_offsets(
+                target_E1R, scale_E1R, *bounds[place], self._levels, out=offset_E1R, quotient=target_E1R
+            )
             # One rounding: offset times stored scale is exact in fp32.
             error_E1R.addcmul_(offset_E1R, scale_E1R, value=-1)
             if place > leaf.start:
@@ -154,24 +161,28 @@ class ColumnTile:
         by_group = values_GR[None].split(1, 1)
         return [by_group[group] for group in self._groups[positions]]
 
-    def _bounds(self, positions: slice) -> list[tuple]:
+    def _bounds(self, positions: slice) -> list[tuple[Any, Any]]:
         """Smallest and largest offset of every position."""
         if self._scheme.is_symmetric:  # a bound that is a number costs less than one that is a tensor
-            lowest = -self._scheme.middle_code
-            return [(lowest, lowest + self._scheme.num_codes - 1)] * (positions.stop - positions.start)
+            return [self._levels.bounds] * (positions.stop - positions.start)
         bounds = (self._columns(values_GR, positions) for values_GR in (self._lowest_GR, self._highest_GR))
         return list(zip(*bounds, strict=True))
+
+    def _zero(self, positions: slice) -> int | torch.Tensor:
+        """The code of the offset 0 at every position."""
+        if self._scheme.is_symmetric:
+            return self._scheme.middle_code
+        return -self._by_position(self._lowest_GR, positions)
 
     def _keep(self, positions: slice) -> None:
         """Turn the batch's offsets into codes and count what was clipped; targets hold quotients by now."""
         count = positions.stop - positions.start
         quotient_EBR, offset_EBR = self._target_EBR[:, :count], self._offset_EBR[:, :count]
-        self.num_clipped_ER += num_clipped_(quotient_EBR, offset_EBR, dim=1)
-        if self._scheme.is_symmetric:
-            offset_EBR += self._scheme.middle_code
-        else:
-            offset_EBR -= self._by_position(self._lowest_GR, positions)
-        codes_EBR = offset_EBR.to(torch.uint8)
+        self.num_clipped_ER += num_clipped_(quotient_EBR, offset_EBR, self._levels, dim=1)
+        zero = self._zero(positions)
+        zero = zero.to(torch.int16) if isinstance(zero, torch.Tensor) else zero
+        code_EBR = self._levels.encode(offset_EBR, zero, out=torch.empty_like(offset_EBR, dtype=torch.int16))
+        codes_EBR = code_EBR.to(torch.uint8)
         for codes_CR, codes_BR, order_C in zip(self.codes_ECR, codes_EBR, self._orders, strict=True):
             codes_CR.index_copy_(0, order_C[positions], codes_BR)
 

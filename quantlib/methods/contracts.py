@@ -105,7 +105,8 @@ class SolvedRows:
         circumstances: The same for all rows of a linear.
         weight_energy: `measures.weight_energy` of the rows.
         error_energy: `measures.error_energy` of the rows.
-        expected_energy: `measures.expected_energy` of the rows; None without a factor.
+        expected_energy: `measures.expected_energy` of the rows; None without a factor, and of floats, whose
+            steps are unequal.
         num_clipped: Weights (after feedback) more than half a step outside the grid.
         num_bounded: Groups whose scale did not fit the stored dtype.
     """

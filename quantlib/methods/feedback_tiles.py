@@ -12,6 +12,7 @@ import torch
 
 from quantlib.grids.affine import AffineGrid, with_codes
 from quantlib.grids.fit import fit_to_extremes, search_scales
+from quantlib.grids.levels import levels_of
 from quantlib.linalg import Factor
 from quantlib.methods.column_solver import solve_codes_of_batch
 from quantlib.methods.contracts import Circumstances, SolvedRows
@@ -138,13 +139,17 @@ def _parts(tile: FeedbackTile, solved: _Solved, *, expected_scale_RG: torch.Tens
     for name, target_rC in tile.targets.items():
         part = slice(start, start + len(target_rC))
         start = part.stop
+        expected = None
+        if levels_of(grid.scheme).is_uniform:
+            scale_rG = expected_scale_RG[part]
+            expected = expected_energy(scale_rG, factor.pivots_C, factor.order_C, width)
         quantized = with_codes(grid.rows(part), solved.codes_RC[part].clone())
         found[name] = SolvedRows(
             quantized=quantized,
             circumstances=problem.circumstances,
             weight_energy=weight_energy(target_rC, problem.hessian_CC),
             error_energy=error_energy(target_rC, quantized, problem.hessian_CC),
-            expected_energy=expected_energy(expected_scale_RG[part], factor.pivots_C, factor.order_C, width),
+            expected_energy=expected,
             num_clipped=int(solved.num_clipped_R[part].sum()),
             num_bounded=int(grid.is_bounded_RG[part].sum()),
         )

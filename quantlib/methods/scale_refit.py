@@ -9,7 +9,7 @@ keeps its old ones unless the new ones are better as stored.
 import torch
 from torch.nn.functional import pad
 
-from quantlib.grids.affine import AffineGrid, offset_bounds, whole_vectors
+from quantlib.grids.affine import AffineGrid, whole_vectors, with_codes
 from quantlib.grids.stored_scale import round_to_stored
 
 # Rows at a time: bounds the matrices of G x G, which are held in fp64, and three buffers of C numbers a row.
@@ -58,13 +58,13 @@ def refit_scales(
     num_groups = grid.scheme.num_groups(columns)
     row_bytes = 8 * num_groups**2 + 3 * 4 * columns
     step = max(16, _TILE_BYTES // row_bytes // 16 * 16)
-    lowest_RG, _ = offset_bounds(grid, weight_RC.dtype)
+    quantized = with_codes(grid, codes_RC)
     scale_RG = torch.empty_like(grid.scale_RG)
     for start in range(0, len(weight_RC), step):
         part = slice(start, start + step)
-        offset_RC = codes_RC[part] + _spread(lowest_RG[part], grid.scheme.columns_per_group(columns), columns)
+        offset_RC = quantized.rows(part).offsets(out=torch.empty_like(weight_RC[part]))
         system_RGG, wanted_RG = _normal_equations(weight_RC[part], offset_RC, grid, hessian_CC, damping)
-        scale_RG[part] = _better_scales(system_RGG, wanted_RG, grid.scale_RG[part])
+        scale_RG[part] = _better_scales(system_RGG, wanted_RG, grid.scale_RG[part], grid.scheme.scales)
     return AffineGrid(
         scheme=grid.scheme,
         scale_RG=scale_RG,
@@ -98,7 +98,7 @@ def _normal_equations(
 
 
 def _better_scales(
-    system_RGG: torch.Tensor, wanted_RG: torch.Tensor, stored_RG: torch.Tensor
+    system_RGG: torch.Tensor, wanted_RG: torch.Tensor, stored_RG: torch.Tensor, kind: str
 ) -> torch.Tensor:
     """Rounded solutions where they are better than what is stored, in the stored dtype."""
     before_RG = stored_RG.double()
@@ -111,7 +111,8 @@ def _better_scales(
     step_RG, status_R = torch.linalg.solve_ex(ridged_RGG, residual_RG)
     after_RG = before_RG + step_RG
     is_sane_RG = (after_RG < before_RG * _LARGEST_CHANGE) & (after_RG > before_RG / _LARGEST_CHANGE)
-    rounded_RG = round_to_stored(torch.where(is_sane_RG, after_RG, before_RG).float(), stored_RG.dtype)
+    wanted = torch.where(is_sane_RG, after_RG, before_RG).float()
+    rounded_RG = round_to_stored(wanted, stored_RG.dtype, kind)
     gain_R = _loss(system_RGG, wanted_RG, before_RG) - _loss(system_RGG, wanted_RG, rounded_RG.double())
     is_better_R = (status_R == 0) & (gain_R > 0)
     return torch.where(is_better_R[:, None], rounded_RG.to(stored_RG.dtype), stored_RG)
@@ -121,8 +122,3 @@ def _loss(system_RGG: torch.Tensor, wanted_RG: torch.Tensor, scale_RG: torch.Ten
     """[R], up to a constant."""
     pulled_RG = (system_RGG @ scale_RG[..., None])[..., 0]
     return ((pulled_RG - 2.0 * wanted_RG) * scale_RG).sum(1)
-
-
-def _spread(values_RG: torch.Tensor, width: int, columns: int) -> torch.Tensor:
-    """One value a column."""
-    return values_RG.repeat_interleave(width, dim=1)[:, :columns]

@@ -6,18 +6,19 @@ from collections.abc import Mapping
 import torch
 
 from quantlib.errors import PackingError
+from quantlib.grids.formats import INTEGER
 from quantlib.packing.bits import PACKED_BITS
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WHOLE_ROW, WeightScheme
 
 
 def require_whole_groups(name: str, columns: int, scheme: WeightScheme, *, format_name: str) -> None:
-    """Refuse widths that are not packed and groups that do not divide a row.
+    """Refuse integers of widths that are not packed and groups that do not divide a row.
 
     Raises:
         PackingError: Says which, and which group sizes would fit.
     """
-    if scheme.bits not in PACKED_BITS:
+    if scheme.number == INTEGER and scheme.bits not in PACKED_BITS:
         raise PackingError(
             f"{name}: {format_name} output holds codes of {', '.join(map(str, PACKED_BITS))} bits,"
             f" not {scheme.bits}; choose another scheme",
@@ -27,6 +28,13 @@ def require_whole_groups(name: str, columns: int, scheme: WeightScheme, *, forma
     size = scheme.group_size
     if size == WHOLE_ROW or (size > 0 and columns % size == 0):
         return
+    if scheme.number != INTEGER:
+        raise PackingError(
+            f"{name}: floats with scales for {size} columns need a row of whole groups, found {columns}"
+            " columns; keep this linear as it is, or choose another scheme for it",
+            linear=name,
+            columns=columns,
+        )
     fitting = [str(g) for g in (256, 128, 64, 32, 16) if columns % g == 0]
     raise PackingError(
         f"{name}: {format_name} output needs a group size that divides its {columns} columns, got {size};"
@@ -35,6 +43,20 @@ def require_whole_groups(name: str, columns: int, scheme: WeightScheme, *, forma
         columns=columns,
         group_size=size,
     )
+
+
+def require_integers(name: str, scheme: WeightScheme, *, format_name: str) -> None:
+    """Refuse number formats other than integers.
+
+    Raises:
+        PackingError: Names the scheme.
+    """
+    if scheme.number != INTEGER:
+        raise PackingError(
+            f"{name}: {format_name} output holds integers, not {scheme}; use --format compressed-tensors,"
+            " or a scheme of integers",
+            linear=name,
+        )
 
 
 def require_consistent(name: str, quantized: QuantizedLinear, scale_dtypes: tuple[torch.dtype, ...]) -> None:

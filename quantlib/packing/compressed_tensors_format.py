@@ -1,17 +1,18 @@
-"""The compressed-tensors layout ``pack-quantized``, read by vLLM, SGLang and transformers.
+"""The layouts of compressed-tensors, read by vLLM, SGLang and transformers.
 
-Per linear (R out features, C in features, G groups along C, b bits, int32 words):
-``weight_packed`` int32 [R, ceil(C*b/32)], codes packed along the in features; ``weight_scale`` [R, G] in the
-model's dtype; ``weight_shape`` int64 [2] = (R, C); for asymmetric schemes ``weight_zero_point`` int32
-[ceil(R*b/32), G], packed along the out features. A symmetric linear has no zero point tensor: vLLM refuses
-one. Codes and zero points are unsigned. The level of a code is ``weight_scale * (code - zero)``.
+Floats are in `compressed_floats`. Of integers this is ``pack-quantized``. Per linear (R out features, C in
+features, G groups along C, b bits, int32 words): ``weight_packed`` int32 [R, ceil(C*b/32)], codes packed
+along the in features; ``weight_scale`` [R, G] in the model's dtype; ``weight_shape`` int64 [2] = (R, C); for
+asymmetric schemes ``weight_zero_point`` int32 [ceil(R*b/32), G], packed along the out features. A symmetric
+linear has no zero point tensor: vLLM refuses one. Codes and zero points are unsigned. The level of a code is
+``weight_scale * (code - zero)``.
 
 3 bits: codes cross words and nothing is left empty, as compressed-tensors and vLLM have it since June 2026.
 Before, 10 codes were put into a word. ``weight_packed`` then has another width for every row of more than
 150 columns, so that either side refuses the other's file by its shape instead of misreading it.
 
 Left out: 5, 6 and 7 bits; ``weight_g_idx``; ragged last groups, which compressed-tensors and vLLM refuse;
-every other compressed-tensors format; and biases, which are copied like any other tensor.
+and biases, which are copied like any other tensor.
 
 Source: compressed-tensors 0.20.0, compressors/pack_quantized and quantization/{quant_args,quant_config}.py;
 utils/match.py (how targets and ignore are matched). The package itself is not needed to write or read.
@@ -24,8 +25,16 @@ from typing import Any
 import torch
 
 from quantlib.errors import PackingError
+from quantlib.grids.formats import INTEGER
 from quantlib.packing.bits import PACKED_BITS, num_words, pack_words, unpack_words
 from quantlib.packing.checks import require_consistent, require_shape, require_whole_groups, take_tensor
+from quantlib.packing.compressed_floats import (
+    layout_of,
+    pack_floats,
+    scheme_from_values,
+    unpack_floats,
+    weights_values,
+)
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WHOLE_ROW, WeightScheme
 
@@ -34,6 +43,7 @@ FORMAT_VERSION = "pack-quantized 1"
 # The release whose config schema and layout are followed; readers record it and do not compare it.
 _UPSTREAM_VERSION = "0.20.0"
 _LAYOUT = "pack-quantized"
+_SEVERAL_LAYOUTS = "mixed-precision"
 _SCALE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -58,7 +68,7 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:  # 
 
 
 def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """The three or, asymmetric, four tensors of a linear, on the device of its codes.
+    """The tensors of a linear, on the device of its codes: three or four of integers, two of floats.
 
     Raises:
         PackingError: `check` refuses it, or its parts contradict each other.
@@ -68,6 +78,9 @@ def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:
     rows, columns = codes_RC.shape
     check(name, rows, columns, quantized.scheme)
     require_consistent(name, quantized, _SCALE_DTYPES)
+    layout = layout_of(quantized.scheme)
+    if layout is not None:
+        return pack_floats(name, quantized, layout)
     tensors = {
         f"{name}.weight_packed": pack_words(codes_RC, bits=bits, dim=1),
         f"{name}.weight_scale": quantized.scale_RG.contiguous(),
@@ -79,8 +92,8 @@ def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:
 
 
 def packed_names(name: str) -> tuple[str, ...]:
-    """Full names of the tensors `pack` may make; the last exists for asymmetric schemes only."""
-    endings = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+    """Full names of the tensors `pack` may make; ``weight`` is that of 8-bit floats."""
+    endings = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight")
     return tuple(f"{name}.{ending}" for ending in endings)
 
 
@@ -90,6 +103,9 @@ def unpack(name: str, tensors: Mapping[str, torch.Tensor], scheme: WeightScheme)
     Raises:
         PackingError: A tensor is missing or has another shape than ``weight_shape`` and the scheme give.
     """
+    layout = layout_of(scheme)
+    if layout is not None:
+        return unpack_floats(name, tensors, layout)
     packed_RP, scale_RG, shape = (take_tensor(tensors, n) for n in packed_names(name)[:3])
     require_shape(f"{name}.weight_shape", shape, (2,))
     rows, columns = (int(size) for size in shape.tolist())
@@ -133,10 +149,11 @@ def quantization_config(
         f"group_{i}": _group_values(scheme, targets) for i, (scheme, targets) in enumerate(by_scheme.items())
     }
     kept = [name for name, scheme in schemes.items() if scheme is None]
+    layouts = {group["format"] for group in groups.values()}
     return {
         "quant_method": NAME,
         "version": _UPSTREAM_VERSION,
-        "format": _LAYOUT,
+        "format": layouts.pop() if len(layouts) == 1 else _SEVERAL_LAYOUTS,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "config_groups": groups,
@@ -153,13 +170,13 @@ def scheme_of(quantization_config: Mapping[str, Any], name: str) -> WeightScheme
     A full name wins over a regex and a regex over the class "Linear"; among equals the first group wins.
 
     Raises:
-        PackingError: The group uses another layout, a float type, quantized activations, a strategy other
-            than group or channel, or reordered columns.
+        PackingError: The group uses another layout, quantized activations, a strategy other than group or
+            channel, or reordered columns.
     """
     if any(_matches(entry, name) for entry in quantization_config.get("ignore") or ()):
         return None
     group = group_of(quantization_config, name)
-    return None if group is None else _scheme_from_group(group, quantization_config.get("format"))
+    return None if group is None else _scheme_from_group(group, quantization_config.get("format"), name)
 
 
 def group_of(quantization_config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
@@ -185,20 +202,25 @@ def side_files(quantization_config: Mapping[str, Any]) -> dict[str, bytes]:  # n
 
 
 def _group_values(scheme: WeightScheme, targets: list[str]) -> dict[str, Any]:
-    whole_row = scheme.group_size == WHOLE_ROW
+    layout = layout_of(scheme)
     return {
         "targets": targets,
-        "weights": {
-            "num_bits": scheme.bits,
-            "type": "int",
-            "symmetric": scheme.is_symmetric,
-            "strategy": "channel" if whole_row else "group",
-            "group_size": None if whole_row else scheme.group_size,
-            "dynamic": False,
-        },
+        "weights": _integer_values(scheme) if layout is None else weights_values(scheme),
         "input_activations": None,
         "output_activations": None,
-        "format": _LAYOUT,
+        "format": _LAYOUT if layout is None else layout.name,
+    }
+
+
+def _integer_values(scheme: WeightScheme) -> dict[str, Any]:
+    whole_row = scheme.group_size == WHOLE_ROW
+    return {
+        "num_bits": scheme.bits,
+        "type": "int",
+        "symmetric": scheme.is_symmetric,
+        "strategy": "channel" if whole_row else "group",
+        "group_size": None if whole_row else scheme.group_size,
+        "dynamic": False,
     }
 
 
@@ -225,19 +247,23 @@ def _matches(entry: str, name: str) -> bool:
         raise PackingError(f"quantization_config has a broken regex {entry!r}: {error}") from error
 
 
-def _scheme_from_group(group: Mapping[str, Any], default_layout: str | None) -> WeightScheme | None:
+def _scheme_from_group(
+    group: Mapping[str, Any], default_layout: str | None, name: str
+) -> WeightScheme | None:
     weights = group.get("weights")
     if weights is None:
         return None
+    if group.get("input_activations") or group.get("output_activations"):
+        raise PackingError("compressed-tensors checkpoints with quantized activations are not read")
     layout = group.get("format") or default_layout
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
-    if layout != _LAYOUT or kind != "int" or bits not in PACKED_BITS:
+    if kind == "float":
+        return scheme_from_values(str(layout), weights, name)
+    if layout != _LAYOUT or kind != INTEGER or bits not in PACKED_BITS:
         raise PackingError(
             f"compressed-tensors checkpoints with {_LAYOUT} integers of"
             f" {', '.join(map(str, PACKED_BITS))} bits are read; got {layout!r}, {kind!r}, {bits!r} bits"
         )
-    if group.get("input_activations") or group.get("output_activations"):
-        raise PackingError("compressed-tensors checkpoints with quantized activations are not read")
     if weights.get("actorder") in ("group", "dynamic", True):
         raise PackingError(
             f"compressed-tensors checkpoints with actorder {weights['actorder']!r} are not read: their"

@@ -39,7 +39,13 @@ import torch
 
 from quantlib.errors import PackingError
 from quantlib.packing.bits import BITS_PER_WORD, PACKED_BITS, num_words, pack_words, transposed, unpack_words
-from quantlib.packing.checks import require_consistent, require_shape, require_whole_groups, take_tensor
+from quantlib.packing.checks import (
+    require_consistent,
+    require_integers,
+    require_shape,
+    require_whole_groups,
+    take_tensor,
+)
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WHOLE_ROW, WeightScheme
 
@@ -59,6 +65,7 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:
     Raises:
         PackingError: Bits, group size, or a side that is not a multiple of 32.
     """
+    require_integers(name, scheme, format_name=NAME)
     require_whole_groups(name, columns, scheme, format_name=NAME)
     for side, size in (("out", rows), ("in", columns)):
         if size % BITS_PER_WORD:

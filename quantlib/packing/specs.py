@@ -2,6 +2,7 @@
 
 import torch
 
+from quantlib.grids.stored_scale import held_dtype
 from quantlib.packing.contracts import PackingFormat
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
@@ -30,9 +31,10 @@ def packed_on_meta(
         PackingError: The layout cannot hold such a linear.
     """
     groups = scheme.num_groups(columns)
+    scale_dtype = held_dtype(scheme.scales, packer.scale_dtype(model_dtype))
     quantized = QuantizedLinear(
         codes_RC=torch.empty(rows, columns, dtype=torch.uint8, device="meta"),
-        scale_RG=torch.empty(rows, groups, dtype=packer.scale_dtype(model_dtype), device="meta"),
+        scale_RG=torch.empty(rows, groups, dtype=scale_dtype, device="meta"),
         zero_RG=None if scheme.is_symmetric else torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
         scheme=scheme,
     )

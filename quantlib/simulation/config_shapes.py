@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlib.errors import RecipeError
+from quantlib.grids.formats import POWER_SCALES
 from quantlib.job.alike_groups import Likeness
 from quantlib.job.options import JobOptions
 from quantlib.row_tiles import batch_size, row_tiles, tile_height, tile_rows
@@ -155,4 +156,5 @@ def _block(parts: _Parts, width: float, scheme: WeightScheme) -> BlockShape:
 def _packed_bytes(group: GroupShape, scheme: WeightScheme) -> int:
     num_scales = group.rows * scheme.num_groups(group.columns)
     zero_bits = 0 if scheme.is_symmetric else scheme.bits
-    return (group.weights * scheme.bits + num_scales * zero_bits) // 8 + num_scales * _STORED_BYTES
+    scale_bytes = 1 if scheme.scales == POWER_SCALES else _STORED_BYTES
+    return (group.weights * scheme.bits + num_scales * zero_bits) // 8 + num_scales * scale_bytes

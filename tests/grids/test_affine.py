@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from quantlib.grids.affine import nearest_codes, nearest_offsets, with_codes
 from quantlib.grids.fit import fit_to_extremes
-from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
+from quantlib.grids.levels import IntegerLevels
+from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 
 EXAMPLE = torch.tensor([[1.6, -0.7, -3.4, 1.7, -2.9, 0.5, 2.3, 6.2]])
 
@@ -42,7 +43,7 @@ def test_affine_uint8_vector_means_published_levels():
 
 def test_offsets_ties_go_to_even():
     values = torch.tensor([-2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 3.5]) * 0.25
-    found = nearest_offsets(values, 0.25, -8, 7, out=torch.empty_like(values))
+    found = nearest_offsets(values, 0.25, -8, 7, IntegerLevels(4), out=torch.empty_like(values))
     assert found.tolist() == [-2.0, -2.0, 0.0, 0.0, 2.0, 2.0, 4.0]
 
 
@@ -52,18 +53,18 @@ def test_offsets_ties_are_seen_with_every_scale():
     generator = torch.Generator().manual_seed(0)
     scale = (torch.rand(2000, 1, generator=generator) + 0.01).bfloat16().float()
     halves = torch.arange(-128, 128) + 0.5
-    found = nearest_offsets(halves * scale, scale, -1000, 1000, out=torch.empty(2000, 256))
+    found = nearest_offsets(halves * scale, scale, -1000, 1000, IntegerLevels(4), out=torch.empty(2000, 256))
     assert torch.equal(found, (2 * (halves / 2).round()).expand(2000, 256))
 
 
 def test_offsets_keep_the_quotient_and_the_input():
     values = torch.tensor([1.0, 2.0])
     quotient, out = torch.empty(2), torch.empty(2)
-    nearest_offsets(values, 0.4, -8, 4, out=out, quotient=quotient)
+    nearest_offsets(values, 0.4, -8, 4, IntegerLevels(4), out=out, quotient=quotient)
     assert (values.tolist(), quotient.tolist(), out.tolist()) == ([1.0, 2.0], [2.5, 5.0], [2.0, 4.0])
 
 
-@pytest.mark.parametrize("scheme", SCHEME_NAMES)
+@pytest.mark.parametrize("scheme", INTEGER_NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_level_of_a_grid_comes_back_as_its_own_code(scheme, dtype):
     grid = fit_to_extremes(
@@ -88,7 +89,7 @@ group_sizes = st.sampled_from([8, 32, WHOLE_ROW])
 @given(
     shape=shapes,
     group_size=group_sizes,
-    name=st.sampled_from(SCHEME_NAMES),
+    name=st.sampled_from(INTEGER_NAMES),
     seed=st.integers(0, 10**6),
     magnitude=st.floats(1e-4, 1e4),
 )

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quantlib.grids.affine import nearest_codes, with_codes
 from quantlib.grids.fit import fit_to_extremes, search_scales
-from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
+from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 
 DTYPES = [torch.bfloat16, torch.float16]
 W4 = WeightScheme(bits=4, is_symmetric=True, group_size=64)
@@ -59,7 +59,7 @@ def test_search_comes_close_to_an_exhaustive_one(name, worst_mean, spread):
     rows=st.integers(1, 20),
     columns=st.integers(1, 70),
     group_size=st.sampled_from([8, 32, WHOLE_ROW]),
-    name=st.sampled_from(SCHEME_NAMES),
+    name=st.sampled_from(INTEGER_NAMES),
     dtype=st.sampled_from(DTYPES),
     seed=st.integers(0, 10**6),
     spread=st.sampled_from([0.0, 1.0, 5.0]),
@@ -103,7 +103,7 @@ def test_search_group_no_token_reached_is_fitted_with_equal_importance():
     assert torch.equal(plain.scale_RG, partly.scale_RG)
 
 
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("name", INTEGER_NAMES)
 def test_search_ragged_last_group_equals_that_group_alone(name):
     weight_RC, importance_C = normal(20, 100), torch.rand(100, generator=torch.Generator().manual_seed(3))
     importance_C[0] = importance_C[70] = 2.0  # same largest in both, so both are divided by the same number
@@ -116,7 +116,7 @@ def test_search_ragged_last_group_equals_that_group_alone(name):
     assert scheme.is_symmetric or torch.equal(whole.zero_RG[:, 1:], tail.zero_RG)
 
 
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("name", INTEGER_NAMES)
 def test_search_rows_do_not_depend_on_their_neighbors(name):
     # Zero points one code apart are often equally good up to the last bit of a sum.
     weight_RC, importance_C = normal(1453, 64), torch.exp(normal(64, seed=5))
@@ -128,7 +128,7 @@ def test_search_rows_do_not_depend_on_their_neighbors(name):
         assert scheme.is_symmetric or torch.equal(whole.zero_RG[part], alone.zero_RG)
 
 
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("name", INTEGER_NAMES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fit", [fit_to_extremes, search_scales])
 def test_fit_group_of_zeros_gets_a_harmless_scale(fit, dtype, name):
@@ -139,7 +139,7 @@ def test_fit_group_of_zeros_gets_a_harmless_scale(fit, dtype, name):
     assert torch.equal(with_codes(grid, nearest_codes(weight_RC, grid)[0]).dequantize(), weight_RC)
 
 
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("name", INTEGER_NAMES)
 @pytest.mark.parametrize("fit", [fit_to_extremes, search_scales])
 def test_fit_scale_below_fp16_is_raised_to_a_normal_number_and_counted(fit, name):
     weight_RC = normal(4, 128) * 1e-8
@@ -149,7 +149,7 @@ def test_fit_scale_below_fp16_is_raised_to_a_normal_number_and_counted(fit, name
     assert grid.is_bounded_RG.tolist() == [[True, False]] * 4
 
 
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("name", INTEGER_NAMES)
 def test_fit_scale_above_fp16_is_lowered_to_a_finite_number_and_counted(name):
     grid = search_scales(normal(4, 64) * 1e9, scheme_from_name(name, 64), scale_dtype=torch.float16)
     assert torch.isfinite(grid.scale_RG).all() and grid.is_bounded_RG.all()

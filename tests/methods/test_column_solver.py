@@ -13,7 +13,7 @@ from quantlib.grids.fit import fit_to_extremes, search_scales
 from quantlib.linalg import factor_hessian
 from quantlib.methods import column_tile
 from quantlib.methods.column_solver import solve_codes
-from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
+from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 from tests.support.reference_solver import correlated_inputs, solve_reference
 
 MANY_TOKENS = 10**9
@@ -70,7 +70,7 @@ def test_solver_published_vector():
     rows=st.integers(1, 6),
     columns=st.integers(1, 60),
     group_size=st.sampled_from([8, 16, WHOLE_ROW]),
-    name=st.sampled_from(SCHEME_NAMES),
+    name=st.sampled_from(INTEGER_NAMES),
     seed=st.integers(0, 10**6),
 )
 def test_solver_any_problem_float64_codes_equal_the_reference(rows, columns, group_size, name, seed):
@@ -112,7 +112,7 @@ def test_solver_fp32_agrees_with_float64():
     assert loss == pytest.approx(np.sum((wanted @ hessian_CC.numpy()) * wanted), rel=3e-3)
 
 
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("name", INTEGER_NAMES)
 @pytest.mark.parametrize("kind", ["identity", "any diagonal"])
 def test_solver_diagonal_hessian_equals_round_to_nearest(name, kind):
     weight_RC = torch.randn(40, 200, generator=torch.Generator().manual_seed(0))

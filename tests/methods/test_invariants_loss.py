@@ -15,7 +15,7 @@ from quantlib.methods import METHODS
 from quantlib.methods.column_solver import solve_codes
 from quantlib.methods.coordinate_descent import descend
 from quantlib.methods.scale_refit import refit_scales
-from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
+from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SolverSettings
 from tests.support.reference_elimination import (
     damped_hessian,
@@ -230,7 +230,7 @@ def test_neither_descent_nor_refit_raises_the_loss_from_any_codes(columns, schem
 
 @pytest.mark.parametrize("search", ["minmax", "mse"])
 @pytest.mark.parametrize("order", COLUMN_ORDERS)
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("name", INTEGER_NAMES)
 def test_method_costs_less_than_rounding_on_the_same_scales(name, order, search):
     scheme, solver = scheme_from_name(name, 32), SolverSettings(scale_search=search, column_order=order)
     ratios = []

@@ -7,7 +7,7 @@ from quantlib import grouping
 from quantlib.errors import NumericsError
 from quantlib.methods import METHODS
 from quantlib.methods.rtn import prepare
-from quantlib.schemes import SCHEME_NAMES, scheme_from_name
+from quantlib.schemes import INTEGER_NAMES, scheme_from_name
 from quantlib.solver_settings import SolverSettings
 
 rtn = METHODS["rtn"]
@@ -17,7 +17,7 @@ def weight(rows=24, columns=160, seed=0):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.05
 
 
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("name", INTEGER_NAMES)
 def test_rtn_every_code_is_the_nearest_level(name):
     scheme, w = scheme_from_name(name, 64), weight()
     quantized = rtn({"w": w}, {"w": scheme}, hessian_CC=None, num_tokens=0, scale_dtype=torch.float16)[
@@ -106,7 +106,7 @@ def round_rows(w, scheme, *, scale_search="minmax", hessian=None):
     return rounding.solve({"w": w}, scheme, scale_dtype=torch.bfloat16)["w"]
 
 
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("name", INTEGER_NAMES)
 @pytest.mark.parametrize("columns", [128, 90])
 def test_rtn_energies_and_clipped_weights_equal_those_in_float64(name, columns, monkeypatch):
     monkeypatch.setattr(grouping, "_CPU_ELEMENTS", 7 * columns)

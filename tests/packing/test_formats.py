@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quantlib.errors import PackingError
 from quantlib.packing import FORMATS, format_of
-from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
+from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 from tests.support.random_linears import on_meta, random_quantized
 
 NAME = "model.layers.3.mlp.up_proj"
@@ -67,7 +67,7 @@ def test_pack_on_meta_promises_what_pack_makes(format_name, data):
 
 
 @pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("name", SCHEME_NAMES)
+@pytest.mark.parametrize("name", INTEGER_NAMES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, WHOLE_ROW])
 def test_every_scheme_at_every_usual_group_size_comes_back(format_name, name, group_size):
     packer, scheme = FORMATS[format_name], scheme_from_name(name, group_size)

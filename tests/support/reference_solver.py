@@ -29,10 +29,12 @@ def solve_reference(
     group_width: int,
     num_codes: int,
     damping: float,
+    values: np.ndarray | None = None,
 ) -> ReferenceSolution:
     """Column by column over falling diagonal; ``damping`` is what is added to the diagonal, absolute.
 
-    weight [R, C], hessian [C, C], scale and zero [R, G].
+    weight [R, C], hessian [C, C], scale and zero [R, G]; ``values`` [V] are what codes mean where they are
+    no integers: the nearest is looked for among all of them.
     """
     weight, hessian = weight.astype(np.float64), hessian.astype(np.float64)
     num_rows, num_columns = weight.shape
@@ -47,8 +49,12 @@ def solve_reference(
     for position, column in enumerate(order):
         step = scale[:, column // group_width].astype(np.float64)
         offset = zero[:, column // group_width].astype(np.float64)
-        code = np.clip(np.rint(running[:, position] / step) + offset, 0, num_codes - 1)
-        level = (code - offset) * step
+        if values is None:
+            code = np.clip(np.rint(running[:, position] / step) + offset, 0, num_codes - 1)
+            level = (code - offset) * step
+        else:
+            code = np.abs(running[:, position, None] / step[:, None] - values).argmin(1)
+            level = values[code] * step
         error = (running[:, position] - level) / upper[position, position]
         for later in range(position + 1, num_columns):
             running[:, later] -= error * upper[position, later]

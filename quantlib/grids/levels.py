@@ -1,0 +1,138 @@
+"""What codes mean and which is nearest, in units of a scale: the one place where formats differ for solvers.
+
+An *offset* is a level divided by its scale: code - zero for integers, which may be negative; the value of a
+small float otherwise. Solvers work on offsets and store codes.
+"""
+
+from functools import lru_cache
+from typing import Any, Protocol
+
+import torch
+
+from quantlib.grids.formats import FLOAT_FORMATS, INTEGER, FloatFormat
+from quantlib.schemes import WeightScheme
+
+# Exponent bits of a number as an integer, by the dtype of the arithmetic.
+_EXPONENTS = {
+    torch.float32: (torch.int32, 0x7F800000),
+    torch.float64: (torch.int64, 0x7FF0000000000000),
+}
+
+
+class Levels(Protocol):
+    """The levels of one scale; zero points and bounds are meant for integers.
+
+    Attributes:
+        bounds: Smallest and largest offset where the zero point is fixed.
+        reach: Largest magnitude, divided by the scale that covers it.
+        half_step: Half the largest distance between neighbours: a quotient that is farther from its offset
+            lies outside the grid.
+        is_uniform: Whether all neighbours are equally far apart.
+    """
+
+    bounds: tuple[float, float]
+    reach: float
+    half_step: float
+    is_uniform: bool
+
+    def nearest(
+        self, quotient: torch.Tensor, lowest: Any, highest: Any, *, out: torch.Tensor
+    ) -> torch.Tensor:
+        """The offsets nearest to ``quotient``, half to even, saturating; ``out`` may be ``quotient``."""
+        ...
+
+    def encode(self, offset: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:
+        """The codes of offsets; ``out`` is of an integer dtype."""
+        ...
+
+    def decode(self, codes: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:
+        """The offsets of codes; ``out`` is floating."""
+        ...
+
+
+class IntegerLevels:
+    """Equally spaced: code - zero.
+
+    Args:
+        bits: Of a code.
+    """
+
+    half_step = 0.5
+    is_uniform = True
+
+    def __init__(self, bits: int) -> None:
+        middle = 1 << (bits - 1)
+        self.bounds: tuple[float, float] = (-middle, middle - 1)
+        self.reach = ((1 << bits) - 1) / 2
+
+    def nearest(
+        self, quotient: torch.Tensor, lowest: Any, highest: Any, *, out: torch.Tensor
+    ) -> torch.Tensor:
+        """Rounded half to even, then bounded; see `Levels`."""
+        return torch.round(quotient, out=out).clamp_(lowest, highest)
+
+    def encode(self, offset: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:
+        """Offset + zero; see `Levels`."""
+        return out.copy_(offset).add_(zero)
+
+    def decode(self, codes: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:
+        """Code - zero; see `Levels`."""
+        return out.copy_(codes).sub_(zero)
+
+
+class FloatLevels:
+    """The values of a small float; their steps grow with them. Zero points and given bounds mean nothing.
+
+    Args:
+        format_: Which float.
+    """
+
+    is_uniform = False
+
+    def __init__(self, format_: FloatFormat) -> None:
+        self._format = format_
+        self._sign = 1 << (format_.bits - 1)
+        self._magnitudes = torch.tensor(format_.magnitudes)
+        # Codes that mean no number decode to NaN.
+        positive = torch.full((self._sign,), torch.nan)
+        positive[: len(self._magnitudes)] = self._magnitudes
+        self._values = torch.cat((positive, -positive))
+        self.bounds: tuple[float, float] = (-format_.largest, format_.largest)
+        self.reach = format_.largest
+        self.half_step = (self._magnitudes[-1] - self._magnitudes[-2]).item() / 2
+
+    def nearest(
+        self,
+        quotient: torch.Tensor,
+        lowest: Any,  # noqa: ARG002 - it has bounds of its own
+        highest: Any,  # noqa: ARG002
+        *,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Rounded half to even in the steps of each value's power of two; see `Levels`."""
+        kind, exponent_bits = _EXPONENTS[quotient.dtype]
+        # The power of two at or below every magnitude: its bits without sign and mantissa.
+        step = quotient.view(kind).bitwise_and(exponent_bits).view(quotient.dtype)
+        step.clamp_min_(2.0**self._format.smallest_exponent).mul_(2.0**-self._format.mantissa_bits)
+        torch.div(quotient, step, out=out)
+        return out.round_().mul_(step).clamp_(*self.bounds)
+
+    def encode(self, offset: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - it has none
+        """Sign and number of the magnitude; zero has no sign. See `Levels`."""
+        magnitudes = self._magnitudes.to(device=offset.device, dtype=offset.dtype)
+        numbers = torch.bucketize(offset.abs(), magnitudes, out_int32=True)
+        return out.copy_(numbers.add_((offset < 0).int(), alpha=self._sign))
+
+    def decode(self, codes: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - it has none
+        """Looked up; see `Levels`."""
+        return out.copy_(self._values.to(out.device)[codes.int()])
+
+
+@lru_cache
+def _levels_of(number: str, bits: int) -> Levels:
+    return IntegerLevels(bits) if number == INTEGER else FloatLevels(FLOAT_FORMATS[number])
+
+
+def levels_of(scheme: WeightScheme) -> Levels:
+    """Those of a scheme's number format."""
+    return _levels_of(scheme.number, scheme.bits)
