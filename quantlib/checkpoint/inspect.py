@@ -85,11 +85,18 @@ def _quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
     scheme = _first_weights(block)
     return {
         "method": block.get("quant_method"),
-        "format": block.get("format") or block.get("checkpoint_format"),
-        "bits": _whole_number(scheme.get("num_bits", block.get("bits"))),
-        "group_size": _whole_number(scheme.get("group_size", block.get("group_size"))),
+        "format": block.get("format") or block.get("checkpoint_format") or _awq_version(block),
+        "bits": _whole_number(scheme.get("num_bits", block.get("bits", block.get("w_bit")))),
+        "group_size": _whole_number(
+            scheme.get("group_size", block.get("group_size", block.get("q_group_size")))
+        ),
         "symmetric": scheme.get("symmetric", block.get("sym")),
     }
+
+
+def _awq_version(block: Mapping[str, Any]) -> Any:
+    # Elsewhere this key holds the release of a tool.
+    return block.get("version") if block.get("quant_method") == "awq" else None
 
 
 def _first_weights(block: Mapping[str, Any]) -> Mapping[str, Any]:

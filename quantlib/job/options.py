@@ -63,7 +63,7 @@ class JobOptions:
         "compressed-tensors",
         _HOW,
         "Layout of the output, by serving engine.",
-        choices=("compressed-tensors", "gptq"),
+        choices=("compressed-tensors", "gptq", "awq"),
         in_identity=True,
     )
     propagation: str | None = declare(

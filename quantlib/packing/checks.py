@@ -1,7 +1,7 @@
 """Checks between a quantized linear, its scheme and its tensors that all formats make."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 
@@ -12,15 +12,22 @@ from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WHOLE_ROW, WeightScheme
 
 
-def require_whole_groups(name: str, columns: int, scheme: WeightScheme, *, format_name: str) -> None:
-    """Refuse integers of widths that are not packed and groups that do not divide a row.
+def require_whole_groups(
+    name: str,
+    columns: int,
+    scheme: WeightScheme,
+    *,
+    format_name: str,
+    widths: Collection[int] = PACKED_BITS,
+) -> None:
+    """Refuse integers of widths that the layout does not have and groups that do not divide a row.
 
     Raises:
         PackingError: Says which, and which group sizes would fit.
     """
-    if scheme.number == INTEGER and scheme.bits not in PACKED_BITS:
+    if scheme.number == INTEGER and scheme.bits not in widths:
         raise PackingError(
-            f"{name}: {format_name} output holds codes of {', '.join(map(str, PACKED_BITS))} bits,"
+            f"{name}: {format_name} output holds codes of {', '.join(map(str, widths))} bits,"
             f" not {scheme.bits}; choose another scheme",
             linear=name,
             bits=scheme.bits,

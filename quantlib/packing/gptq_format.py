@@ -46,6 +46,7 @@ from quantlib.packing.checks import (
     require_whole_groups,
     take_tensor,
 )
+from quantlib.packing.module_names import modules_above
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WHOLE_ROW, WeightScheme
 
@@ -251,19 +252,13 @@ def _covering_patterns(members: Sequence[str], everything: Sequence[str]) -> lis
     >>> _covering_patterns(["a.0.q", "a.0.k", "a.1.k"], ["a.0.q", "a.0.k", "a.1.k", "a.1.q"])
     ['^a\\\\.0\\\\..*', '^a\\\\.1\\\\.k$']
     """
-    below = Counter(module for name in everything for module in _modules_above(name))
-    members_below = Counter(module for name in members for module in _modules_above(name))
+    below = Counter(module for name in everything for module in modules_above(name))
+    members_below = Counter(module for name in members for module in modules_above(name))
     patterns: dict[str, None] = {}
     for name in members:
-        module = next((m for m in _modules_above(name) if members_below[m] == below[m]), None)
+        module = next((m for m in modules_above(name) if members_below[m] == below[m]), None)
         patterns[f"^{re.escape(name)}$" if module is None else f"^{re.escape(module)}\\..*"] = None
     return list(patterns)
-
-
-def _modules_above(name: str) -> list[str]:
-    """Outermost first: ``a.b.c`` is below ``a`` and ``a.b``."""
-    parts = name.split(".")
-    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 def _flattened(listed: Iterable[Any]) -> list[str]:

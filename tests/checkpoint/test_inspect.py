@@ -1,6 +1,7 @@
 import json
 
 import numpy as np
+import pytest
 
 from quantlib.checkpoint.inspect import format_inspection, inspect_checkpoint
 from quantlib.storage import open_store
@@ -58,6 +59,24 @@ def test_gptq_block_is_summarized(tmp_path):
         "bits": 8,
         "group_size": 64,
         "symmetric": False,
+    }
+
+
+@pytest.mark.parametrize("names", [("bits", "group_size"), ("w_bit", "q_group_size")])
+def test_awq_block_is_summarized(tmp_path, names):
+    block = {
+        "quant_method": "awq",
+        "zero_point": True,
+        "version": "gemm",
+        **dict(zip(names, (4, 128), strict=True)),
+    }
+    write_checkpoint(tmp_path, config={**CONFIG, "quantization_config": block})
+    assert _inspect(tmp_path)["quantization"] == {
+        "method": "awq",
+        "format": "gemm",
+        "bits": 4,
+        "group_size": 128,
+        "symmetric": None,
     }
 
 

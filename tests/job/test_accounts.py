@@ -16,6 +16,7 @@ from quantlib.inprocess import quantize
 from quantlib.job.accounting import account
 from quantlib.job.planner import build_plan
 from quantlib.model.skeleton import load_skeleton
+from quantlib.packing import FORMATS
 from quantlib.storage import open_store
 from tests.support.tiny_jobs import tiny_options, tiny_source, tiny_text
 from tests.support.tiny_models import read_all_tensors
@@ -191,7 +192,7 @@ def finished(tmp_path_factory):
         held = load_file(shard)
         save_file({**held, **{n: t for n, t in biases.items() if n in held}}, shard, {"format": "pt"})
     tiny_text(root / "calibration.jsonl", seed=1)
-    for name in ("compressed-tensors", "gptq"):
+    for name in FORMATS:
         quantize(
             tiny_options(root, format=name, output=str(root / name), evaluation=None, correct_biases=True)
         )
@@ -219,7 +220,7 @@ def edit_tensors(edit):
     return change
 
 
-@pytest.mark.parametrize("output_format", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("output_format", FORMATS)
 def test_sound_output_is_accounted_for(finished, tmp_path, output_format):
     assert tampered(finished, tmp_path, lambda _: None, output_format) == ()
 

@@ -41,7 +41,7 @@ def _tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("output_format", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("output_format", ["compressed-tensors", "gptq", "awq"])
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_conversion_finished_output_is_verified_and_evaluates_to_the_reported_perplexity(
     tmp_path, output_format, method

@@ -7,6 +7,7 @@ import pytest
 from quantlib.errors import RecipeError
 from quantlib.job.option_table import is_optional, kind_of
 from quantlib.job.options import JobOptions, option_fields, options_from
+from quantlib.packing import FORMATS
 
 REQUEST = {"source": "s3://models/a", "output": "s3://models/b", "method": "rtn"}
 
@@ -136,6 +137,10 @@ def test_every_option_is_described_and_has_a_known_kind():
         assert option.section, name
         assert kind_of(found) in (str, int, bool, tuple), name
         assert (found.default is None) == is_optional(found), name
+
+
+def test_formats_to_choose_from_are_those_there_are():
+    assert option_fields()["format"][1].choices == tuple(FORMATS)
 
 
 def test_identity_holds_what_is_asked_of_the_weights_and_nothing_of_where_and_by_whom():

@@ -165,14 +165,15 @@ def test_gguf_gives_the_output_of_the_checkpoint_it_was_made_from(tmp_path, meth
     assert quantize(options)["finished"] == report["finished"], "the finished output is known again"
 
 
-def test_an_output_can_be_the_source_of_another(tmp_path):
-    first = tiny_options(tmp_path, method="rtn", scheme="W8A16", format="gptq")
+@pytest.mark.parametrize(("output_format", "scheme"), [("gptq", "W8A16"), ("awq", "W4A16_ASYM")])
+def test_an_output_can_be_the_source_of_another(tmp_path, output_format, scheme):
+    first = tiny_options(tmp_path, method="rtn", scheme=scheme, format=output_format)
     quantize(first)
     second = tiny_options(
         tmp_path, source=first.output, output=str(tmp_path / "again"), method="rtn", scheme="W4A16"
     )
     report = quantize(second)
-    assert report["source_format"] == "gptq"
+    assert report["source_format"] == output_format
     config = read_config(tmp_path / "again")["quantization_config"]
     assert config["quant_method"] == "compressed-tensors"
 
@@ -190,7 +191,7 @@ def test_plan_names_the_format_of_the_source_and_a_changed_one_is_another_job(tm
 
 def test_plan_refuses_what_is_not_understood(tmp_path):
     options = tiny_options(tmp_path)
-    config = {**read_config(tmp_path / "source"), "quantization_config": {"quant_method": "awq"}}
+    config = {**read_config(tmp_path / "source"), "quantization_config": {"quant_method": "hqq"}}
     (tmp_path / "source" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="quantized by awq, which is not read; read are fp8"):
+    with pytest.raises(CheckpointError, match="quantized by hqq, which is not read; read are fp8"):
         build_plan(options, 1)

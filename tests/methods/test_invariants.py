@@ -21,8 +21,9 @@ from quantlib.methods.column_solver import solve_codes
 from quantlib.methods.coordinate_descent import descend
 from quantlib.methods.target_correction import corrected_weight, target_change
 from quantlib.packing import FORMATS
-from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
+from quantlib.schemes import WHOLE_ROW, WeightScheme, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SolverSettings
+from tests.support.format_limits import FORMATS_AND_SCHEMES
 from tests.support.partials import partial_of
 from tests.support.reference_elimination import (
     damped_hessian,
@@ -294,8 +295,7 @@ def test_correction_fades_as_its_damping_grows(damping, shares, monkeypatch):
     assert shares[0] <= change_RC.norm() / weight_RC.norm() < shares[1]
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("name", INTEGER_NAMES)
+@pytest.mark.parametrize(("format_name", "name"), FORMATS_AND_SCHEMES)
 @pytest.mark.parametrize("order", COLUMN_ORDERS)
 def test_method_levels_survive_packing_and_a_file(format_name, name, order, tmp_path):
     weight_RC, hessian_CC = problem(32, 96, seed=5)

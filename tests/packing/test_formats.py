@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from quantlib.errors import PackingError
 from quantlib.packing import FORMATS, format_of
-from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
+from quantlib.schemes import WHOLE_ROW, WeightScheme, scheme_from_name
+from tests.support.format_limits import FORMATS_AND_BITS, FORMATS_AND_SCHEMES, HELD_BITS, SIDES
 from tests.support.random_linears import on_meta, random_quantized
 
 NAME = "model.layers.3.mlp.up_proj"
@@ -18,13 +19,15 @@ NAME = "model.layers.3.mlp.up_proj"
 @st.composite
 def quantized_linears(draw, format_name):
     """Ragged shapes where the format allows them, whole rows and groups of any size that divides a row."""
-    side = 32 if format_name == "gptq" else 1
-    rows = draw(st.integers(1, 3 if side > 1 else 45)) * side
-    columns = draw(st.integers(1, 4 if side > 1 else 75)) * side
+    row_step, column_step = SIDES[format_name]
+    rows = draw(st.integers(1, max(3, 45 // row_step))) * row_step
+    columns = draw(st.integers(1, max(4, 75 // column_step))) * column_step
     divisors = [size for size in range(1, columns + 1) if columns % size == 0]
     group_size = draw(st.sampled_from([WHOLE_ROW, *divisors]))
     scheme = WeightScheme(
-        bits=draw(st.sampled_from([2, 3, 4, 8])), is_symmetric=draw(st.booleans()), group_size=group_size
+        bits=draw(st.sampled_from(HELD_BITS[format_name])),
+        is_symmetric=draw(st.booleans()),
+        group_size=group_size,
     )
     model_dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
     scale_dtype = FORMATS[format_name].scale_dtype(model_dtype)
@@ -66,8 +69,7 @@ def test_pack_on_meta_promises_what_pack_makes(format_name, data):
         assert (promised[name].dtype, promised[name].shape) == (tensor.dtype, tensor.shape), name
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("name", INTEGER_NAMES)
+@pytest.mark.parametrize(("format_name", "name"), FORMATS_AND_SCHEMES)
 @pytest.mark.parametrize("group_size", [32, 64, 128, WHOLE_ROW])
 def test_every_scheme_at_every_usual_group_size_comes_back(format_name, name, group_size):
     packer, scheme = FORMATS[format_name], scheme_from_name(name, group_size)
@@ -129,9 +131,8 @@ def test_pack_symmetric_linear_with_zero_points_is_refused(format_name):
         FORMATS[format_name].pack(NAME, broken)
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize(("format_name", "bits"), FORMATS_AND_BITS)
 @pytest.mark.parametrize("is_symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_unpack_with_a_missing_or_cut_tensor_names_it(format_name, is_symmetric, bits):
     packer, quantized = FORMATS[format_name], sound(is_symmetric, bits)
     packed = packer.pack(NAME, quantized)
@@ -158,6 +159,6 @@ def test_format_of_reads_what_quantization_config_wrote(format_name):
 
 def test_format_of_unquantized_and_unknown_checkpoints():
     assert format_of({"model_type": "llama"}) is None
-    assert format_of({"quantization_config": {"quant_method": "awq"}}) is None
+    assert format_of({"quantization_config": {"quant_method": "hqq"}}) is None
     assert format_of({"quantization_config": {}}) is None
     assert format_of({"quantization_config": None}) is None

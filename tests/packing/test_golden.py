@@ -1,4 +1,4 @@
-"""Both packers against bytes that were put together by hand; tests/golden/README.md tells how."""
+"""All packers against bytes that were put together by hand; tests/golden/README.md tells how."""
 
 import json
 from pathlib import Path
@@ -9,6 +9,7 @@ import torch
 from quantlib.packing import FORMATS
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
+from tests.support.format_limits import FORMATS_AND_BITS
 
 GOLDEN = sorted((Path(__file__).parents[1] / "golden").glob("*.json"))
 
@@ -60,9 +61,9 @@ def test_unpack_golden_bytes_gives_golden_linear(path):
         assert torch.equal(found.zero_RG, expected.zero_RG)
 
 
-def test_golden_folder_covers_both_formats_and_symmetries():
+def test_golden_folder_covers_all_formats_symmetries_and_widths():
     found = [json.loads(path.read_text()) for path in GOLDEN]
     symmetries = {(golden["format"], golden["scheme"]["is_symmetric"]) for golden in found}
     assert symmetries == {(name, symmetric) for name in FORMATS for symmetric in (True, False)}
     widths = {(golden["format"], golden["scheme"]["bits"]) for golden in found}
-    assert widths == {(name, bits) for name in FORMATS for bits in (3, 4, 8)}
+    assert widths == {(name, bits) for name, bits in FORMATS_AND_BITS if bits != 2}
