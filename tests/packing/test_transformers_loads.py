@@ -9,13 +9,14 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaCon
 
 from quantlib.packing import compressed_tensors_format
 from quantlib.quantized import QuantizedLinear
-from quantlib.schemes import WHOLE_ROW, WeightScheme
+from quantlib.schemes import FLOAT_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 
 W4 = WeightScheme(bits=4, is_symmetric=True, group_size=32)
 W4_ASYM = WeightScheme(bits=4, is_symmetric=False, group_size=16)
 W8_ROW = WeightScheme(bits=8, is_symmetric=True, group_size=WHOLE_ROW)
 W3 = WeightScheme(bits=3, is_symmetric=True, group_size=32)
 W2_ASYM = WeightScheme(bits=2, is_symmetric=False, group_size=32)
+FLOATS = {name: scheme_from_name(name) for name in FLOAT_NAMES}
 
 
 def tiny_llama(is_tied):
@@ -36,11 +37,41 @@ def tiny_llama(is_tied):
     return model
 
 
+_E2M1 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+
+
+def float_codes(quotient, scheme):
+    """Codes of the nearest small floats and what they mean; those of 8 bits are torch's own bytes."""
+    if scheme.bits == 8:
+        stored = quotient.clamp(-448, 448).to(torch.float8_e4m3fn)
+        return stored.view(torch.uint8), stored.float()
+    number = (quotient.abs()[..., None] - _E2M1).abs().argmin(-1)
+    values = torch.where(quotient < 0, -_E2M1[number], _E2M1[number])
+    return (number + 8 * (values < 0)).to(torch.uint8), values
+
+
+def rounded_floats(grouped, scheme):
+    """Likewise: the largest value for whole rows, the power of two of absmax for groups."""
+    largest = grouped.abs().amax(-1, keepdim=True)
+    if scheme.group_size == WHOLE_ROW:
+        scale = largest / 448
+    else:
+        scale = 2.0 ** (largest.log2().floor() - (8 if scheme.bits == 8 else 2))
+    codes, values = float_codes(grouped / scale, scheme)
+    return codes, values * scale, scale if scheme.group_size == WHOLE_ROW else scale.bfloat16()
+
+
 def rounded_to_nearest(weight, scheme):
     """Plain round to nearest, written out here: nothing of the product decides about codes."""
     rows, columns = weight.shape
     width = columns if scheme.group_size == WHOLE_ROW else scheme.group_size
     grouped = weight.reshape(rows, columns // width, width)
+    if scheme in FLOATS.values():
+        codes, levels, scale = rounded_floats(grouped, scheme)
+        quantized = QuantizedLinear(
+            codes_RC=codes.reshape(rows, columns), scale_RG=scale.squeeze(-1), zero_RG=None, scheme=scheme
+        )
+        return quantized, levels.reshape(rows, columns)
     top = 2**scheme.bits - 1
     if scheme.is_symmetric:
         scale = 2 * grouped.abs().amax(-1, keepdim=True) / top
@@ -61,8 +92,10 @@ def rounded_to_nearest(weight, scheme):
 
 def assigned_schemes(model, assignment):
     names = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"]
-    if assignment == "mixed":
+    if assignment.startswith("mixed"):
         by_layer = {"0": W4, "1": W8_ROW, "2": None}
+        if assignment == "mixed_with_floats":
+            by_layer = {"0": FLOATS["FP8A16"], "1": FLOATS["MXFP4A16"], "2": W4}
         return {name: by_layer[name.split(".")[2]] for name in names}
     schemes = {
         "symmetric": W4,
@@ -70,6 +103,7 @@ def assigned_schemes(model, assignment):
         "whole_row": W8_ROW,
         "three_bits": W3,
         "two_bits_asymmetric": W2_ASYM,
+        **FLOATS,
     }
     return dict.fromkeys(names, schemes[assignment])
 
@@ -105,6 +139,7 @@ def write_checkpoint(folder, model, schemes):
         ("mixed", True),
         ("three_bits", False),
         ("two_bits_asymmetric", False),
+        ("FP8A16", False),
     ],
 )
 def test_transformers_logits_equal_those_of_the_dequantized_model(tmp_path, assignment, is_tied):
@@ -129,3 +164,23 @@ def test_transformers_logits_equal_those_of_the_dequantized_model(tmp_path, assi
     # Same levels in fp32: only the order of sums may differ. Quantization itself moves logits far more.
     assert (before - expected).abs().max() > 1e-2
     assert (found - expected).abs().max() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("assignment", ["MXFP4A16", "MXFP8A16", "mixed_with_floats"])
+def test_transformers_unpacks_the_levels_of_powers_of_two(tmp_path, assignment):
+    original = tiny_llama(is_tied=False)
+    schemes = assigned_schemes(original, assignment)
+    expected = write_checkpoint(tmp_path, original, schemes)
+    # compressed-tensors unpacks them to bf16 and wants a model of that dtype.
+    loaded, notes = AutoModelForCausalLM.from_pretrained(
+        tmp_path, dtype=torch.bfloat16, output_loading_info=True
+    )
+    assert not notes["missing_keys"] and not notes["unexpected_keys"]
+    # Weights are unpacked by the first forward.
+    loaded(torch.zeros(1, 4, dtype=torch.int64))
+    for name, scheme in schemes.items():
+        found, wanted = (model.get_submodule(name).weight.float() for model in (loaded, expected))
+        # A power of two times a small float is exact in bf16; other scales are rounded, and so are levels.
+        is_exact = scheme in (FLOATS["MXFP4A16"], FLOATS["MXFP8A16"])
+        torch.testing.assert_close(found, wanted, atol=0, rtol=0 if is_exact else 2**-6)
