@@ -18,9 +18,10 @@ from quantlib.schemes import WeightScheme
 
 # Multiples of the scale that covers the extremes. Above 1: at (2**b - 1) / (2**b - 2) the positive extreme of
 # a symmetric group is no longer cut by half a step. Lowest: heavy tails under uneven importance reach down to
-# 0.3 at 4 bit; at 8 bit cutting a tail never pays below 0.9.
+# 0.3 at 4 bit; at 5 and 6 bit few groups want less than 0.5 and 0.7, and a shorter range has finer steps; at
+# 8 bit cutting a tail never pays below 0.9.
 _LARGEST_MULTIPLE = 1.07
-_SMALLEST_MULTIPLE = {2: 0.3, 3: 0.3, 4: 0.3, 8: 0.85}
+_SMALLEST_MULTIPLE = {2: 0.3, 3: 0.3, 4: 0.3, 5: 0.5, 6: 0.7, 8: 0.85}
 _NUM_COARSE = 16
 # In steps of the coarse search, around its winner.
 _FINE_STEPS = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)

@@ -6,21 +6,22 @@ from collections.abc import Mapping
 import torch
 
 from quantlib.errors import PackingError
-from quantlib.packing.bits import PACKED_BITS
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WHOLE_ROW, WeightScheme
 
 
-def require_whole_groups(name: str, columns: int, scheme: WeightScheme, *, format_name: str) -> None:
-    """Refuse widths that are not packed and groups that do not divide a row.
+def require_whole_groups(
+    name: str, columns: int, scheme: WeightScheme, *, format_name: str, widths: tuple[int, ...]
+) -> None:
+    """Refuse widths that a format does not hold and groups that do not divide a row.
 
     Raises:
         PackingError: Says which, and which group sizes would fit.
     """
-    if scheme.bits not in PACKED_BITS:
+    if scheme.bits not in widths:
         raise PackingError(
-            f"{name}: {format_name} output holds codes of {', '.join(map(str, PACKED_BITS))} bits,"
-            f" not {scheme.bits}; choose another scheme",
+            f"{name}: {format_name} output holds codes of {', '.join(map(str, widths))} bits,"
+            f" not {scheme.bits}; choose another scheme or format",
             linear=name,
             bits=scheme.bits,
         )

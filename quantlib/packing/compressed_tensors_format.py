@@ -6,11 +6,12 @@ model's dtype; ``weight_shape`` int64 [2] = (R, C); for asymmetric schemes ``wei
 [ceil(R*b/32), G], packed along the out features. A symmetric linear has no zero point tensor: vLLM refuses
 one. Codes and zero points are unsigned. The level of a code is ``weight_scale * (code - zero)``.
 
-3 bits: codes cross words and nothing is left empty, as compressed-tensors and vLLM have it since June 2026.
-Before, 10 codes were put into a word. ``weight_packed`` then has another width for every row of more than
-150 columns, so that either side refuses the other's file by its shape instead of misreading it.
+3, 5 and 6 bits: codes cross words and nothing is left empty, as compressed-tensors and vLLM have it since
+June 2026. Before, no code crossed a word (10 codes of 3 bits in one). ``weight_packed`` then has another
+width for every row of more than 150 columns (90 at 5 bits, 75 at 6), so that either side refuses the other's
+file by its shape instead of misreading it.
 
-Left out: 5, 6 and 7 bits; ``weight_g_idx``; ragged last groups, which compressed-tensors and vLLM refuse;
+Left out: 7 bits; ``weight_g_idx``; ragged last groups, which compressed-tensors and vLLM refuse;
 every other compressed-tensors format; and biases, which are copied like any other tensor.
 
 Source: compressed-tensors 0.20.0, compressors/pack_quantized and quantization/{quant_args,quant_config}.py;
@@ -31,6 +32,7 @@ from quantlib.schemes import WHOLE_ROW, WeightScheme
 
 NAME = "compressed-tensors"
 FORMAT_VERSION = "pack-quantized 1"
+WIDTHS = PACKED_BITS
 # The release whose config schema and layout are followed; readers record it and do not compare it.
 _UPSTREAM_VERSION = "0.20.0"
 _LAYOUT = "pack-quantized"
@@ -54,7 +56,7 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:  # 
     Raises:
         PackingError: Bits or group size.
     """
-    require_whole_groups(name, columns, scheme, format_name=NAME)
+    require_whole_groups(name, columns, scheme, format_name=NAME, widths=WIDTHS)
 
 
 def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:
@@ -231,10 +233,10 @@ def _scheme_from_group(group: Mapping[str, Any], default_layout: str | None) -> 
         return None
     layout = group.get("format") or default_layout
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
-    if layout != _LAYOUT or kind != "int" or bits not in PACKED_BITS:
+    if layout != _LAYOUT or kind != "int" or bits not in WIDTHS:
         raise PackingError(
             f"compressed-tensors checkpoints with {_LAYOUT} integers of"
-            f" {', '.join(map(str, PACKED_BITS))} bits are read; got {layout!r}, {kind!r}, {bits!r} bits"
+            f" {', '.join(map(str, WIDTHS))} bits are read; got {layout!r}, {kind!r}, {bits!r} bits"
         )
     if group.get("input_activations") or group.get("output_activations"):
         raise PackingError("compressed-tensors checkpoints with quantized activations are not read")

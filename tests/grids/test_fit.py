@@ -27,10 +27,11 @@ def weighted_error(weight_RC, grid, importance_C):
     )
 
 
-def exhaustive_error(weight_RC, bits, zeros, importance_C):
-    """Least weighted error of one group a row over 300 scales and the given zero points, in float64."""
+def exhaustive_error(weight_RC, bits, is_symmetric, importance_C):
+    """Least weighted error of one group a row over 300 scales and all zero points, in float64."""
     w, num_codes = weight_RC.double(), 2**bits
-    reach = (w.amax(1).clamp_min(0) - w.amin(1).clamp_max(0)) if len(zeros) > 1 else 2 * w.abs().amax(1)
+    reach = 2 * w.abs().amax(1) if is_symmetric else w.amax(1).clamp_min(0) - w.amin(1).clamp_max(0)
+    zeros = [num_codes // 2] if is_symmetric else range(num_codes)
     least = torch.full((len(w),), float("inf"), dtype=torch.float64)
     for multiple in torch.linspace(0.1, 1.12, 300).tolist():
         scale = (multiple * reach / (num_codes - 1))[:, None].bfloat16().double()
@@ -42,15 +43,22 @@ def exhaustive_error(weight_RC, bits, zeros, importance_C):
 
 @pytest.mark.parametrize("spread", [0.0, 1.5])
 @pytest.mark.parametrize(
-    ("name", "worst_mean"), [("W4A16", 1.01), ("W4A16_ASYM", 1.05)], ids=["symmetric", "asymmetric"]
+    ("name", "worst_mean"),
+    [
+        ("W4A16", 1.01),
+        ("W5A16", 1.03),
+        ("W6A16", 1.04),
+        ("W4A16_ASYM", 1.05),
+        ("W5A16_ASYM", 1.05),
+        ("W6A16_ASYM", 1.06),
+    ],
 )
 def test_search_comes_close_to_an_exhaustive_one(name, worst_mean, spread):
     scheme = scheme_from_name(name, WHOLE_ROW)
     weight_RC, importance_C = normal(256, 64), torch.exp(spread * normal(64, seed=1))
     found = search_scales(weight_RC, scheme, scale_dtype=torch.bfloat16, importance_C=importance_C)
-    zeros = [8] if scheme.is_symmetric else list(range(16))
-    least = exhaustive_error(weight_RC, 4, zeros, importance_C)
-    # Means over 256 groups of error / least error; the extremes' own scales reach 1.1 to 1.5 here.
+    least = exhaustive_error(weight_RC, scheme.bits, scheme.is_symmetric, importance_C)
+    # Means over 256 groups of error / least error; the extremes' own scales reach 1.09 to 1.62 here.
     assert (weighted_error(weight_RC, found, importance_C)[:, 0] / least).mean() < worst_mean
 
 
@@ -180,8 +188,8 @@ def test_extremes_error_on_normal_weights_equals_the_published_one(bits):
     grid = fit_to_extremes(weight_RC, scheme, scale_dtype=torch.float32)
     levels_RC = with_codes(grid, nearest_codes(weight_RC, grid)[0]).dequantize()
     found = (levels_RC - weight_RC).square().mean().item()
-    if bits == 8:
-        assert found < published[4] / 200
+    if bits not in published:  # so many levels that errors are uniform within a step
+        assert found == pytest.approx((grid.scale_RG.double().square().mean() / 12).item(), rel=0.02)
         return
     assert found == pytest.approx(published[bits], rel=0.01)
 

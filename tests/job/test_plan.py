@@ -114,6 +114,13 @@ def test_plan_a_mix_the_layout_cannot_say_is_refused_before_work(root):
         build_plan(tiny_options(root, rules=rules, format="gptq"), 1)
 
 
+@pytest.mark.parametrize("scheme", ["W5A16", "W6A16_ASYM"])
+def test_plan_widths_that_gptq_readers_know_as_bit_planes_only_are_refused_in_that_format(root, scheme):
+    build_plan(tiny_options(root, scheme=scheme), 1)
+    with pytest.raises(PackingError, match=r"gptq output holds codes of 2, 3, 4, 8 bits, not [56]; choose"):
+        build_plan(tiny_options(root, scheme=scheme, format="gptq"), 1)
+
+
 @pytest.mark.parametrize("family", ["gpt_oss", "gpt2"])
 def test_plan_parts_of_stored_tensors_survive_its_storage(tmp_path, family):
     plan, _ = build_plan(_options_of_family(tmp_path, family, {"num_hidden_layers": 4, "vocab_size": 96}), 1)
