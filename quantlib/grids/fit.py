@@ -33,12 +33,14 @@ _FEWEST_CHUNK_ROWS = 64
 _ALL_BUT_SIGN = 0x7FFF
 
 
-def fit_to_extremes(weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtype: torch.dtype) -> AffineGrid:
+def fit_to_extremes(
+    weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtype: torch.dtype, cuts_half_step: bool = True
+) -> AffineGrid:
     """Scales that cover the smallest and largest weight of every group.
 
-    Symmetric: scale = 2 * absmax / (2**bits - 1), zero in the middle; the positive extreme is cut by half a
-    step. Asymmetric: the range is widened to hold 0, scale = range / (2**bits - 1), zero = round(-min /
-    scale).
+    Symmetric: scale = 2 * absmax / (2**bits - 1), zero in the middle; a positive extreme is cut by half a
+    step. Not cut: scale = absmax / (2**(bits - 1) - 1), which has no use for the lowest code. Asymmetric: the
+    range is widened to hold 0, scale = range / (2**bits - 1), zero = round(-min / scale).
 
     Shapes:
         weight_RC: floating [R, C], finite; taken as fp32. The last group may be ragged.
@@ -46,6 +48,8 @@ def fit_to_extremes(weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtyp
     Args:
         scheme: Bits, symmetry and group size.
         scale_dtype: Dtype in which the output format stores scales.
+        cuts_half_step: Whether a symmetric grid may cut the positive extreme; an asymmetric one is the same
+            either way.
 
     Numerics: the scale is rounded to ``scale_dtype`` first and the zero point follows from the rounded one.
         A group of zeros gets scale 1.
@@ -58,7 +62,7 @@ def fit_to_extremes(weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtyp
         lowest_RG = -highest_RG
     else:
         lowest_RG, highest_RG = _extremes(weight_RC, width)
-    fit, is_bounded_RG = _cover(lowest_RG, highest_RG, scheme, scale_dtype)
+    fit, is_bounded_RG = _cover(lowest_RG, highest_RG, scheme, scale_dtype, cuts_half_step)
     return AffineGrid(
         scheme=scheme,
         scale_RG=fit.scale_R.to(scale_dtype),
@@ -182,13 +186,19 @@ class _Fit:
 
 
 def _cover(
-    lowest_R: torch.Tensor, highest_R: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype
+    lowest_R: torch.Tensor,
+    highest_R: torch.Tensor,
+    scheme: WeightScheme,
+    scale_dtype: torch.dtype,
+    cuts_half_step: bool = True,
 ) -> tuple[_Fit, torch.Tensor]:
     """The fit that covers these extremes and 0, and which of its scales had to be bounded."""
     lowest_R, highest_R = lowest_R.clamp_max(0), highest_R.clamp_min(0)
     num_steps = scheme.num_codes - 1
-    if scheme.is_symmetric:
+    if scheme.is_symmetric and cuts_half_step:
         wanted_R = torch.maximum(-lowest_R, highest_R) * (2 / num_steps)
+    elif scheme.is_symmetric:
+        wanted_R = torch.maximum(-lowest_R, highest_R) / (scheme.middle_code - 1)
     else:
         wanted_R = highest_R / num_steps - lowest_R / num_steps
     is_bounded_R = is_outside_stored(wanted_R, scale_dtype)

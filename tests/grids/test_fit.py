@@ -179,7 +179,29 @@ def test_extremes_symmetric_scale_is_absmax_over_seven_and_a_half_in_stored_dtyp
     assert (grid.scale_RG == wanted).float().mean() > 0.99
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_extremes_that_are_not_cut_are_levels_and_spare_the_lowest_code(bits, dtype):
+    scheme, weight_RC = WeightScheme(bits=bits, is_symmetric=True, group_size=64), normal(64, 128).to(dtype)
+    grid = fit_to_extremes(weight_RC, scheme, scale_dtype=torch.float32, cuts_half_step=False)
+    codes_RC, num_clipped_R = nearest_codes(weight_RC, grid)
+    assert num_clipped_R.sum() == 0
+    magnitude_RG = (codes_RC.int() - 2 ** (bits - 1)).view(64, 2, 64).abs().amax(2)
+    assert (magnitude_RG == 2 ** (bits - 1) - 1).all()
+    absmax_RG = weight_RC.double().view(64, 2, 64).abs().amax(2)
+    torch.testing.assert_close(grid.scale_RG.double() * magnitude_RG, absmax_RG, atol=0, rtol=2**-22)
+
+
+def test_extremes_of_an_asymmetric_grid_have_one_fit():
+    scheme, weight_RC = scheme_from_name("W4A16_ASYM", 64), normal(16, 128)
+    cut, uncut = (
+        fit_to_extremes(weight_RC, scheme, scale_dtype=torch.bfloat16, cuts_half_step=cuts)
+        for cuts in (True, False)
+    )
+    assert torch.equal(cut.scale_RG, uncut.scale_RG) and torch.equal(cut.zero_RG, uncut.zero_RG)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_extremes_error_on_normal_weights_equals_the_published_one(bits):
     # Mean squared error of N(0, 1) in groups of 128 with absmax / ((2**b - 1) / 2), published to 3 digits.
     published = {2: 0.3026, 3: 0.0564, 4: 0.01231}

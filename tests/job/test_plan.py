@@ -68,6 +68,8 @@ def test_plan_identity_does_not_depend_on_where_and_by_whom(root, plan, change):
         {"group_size": 16},
         {"method": "rtn"},
         {"format": "gptq"},
+        {"scale_search": "minmax"},
+        {"scale_search": "absmax"},
         {"propagation": "quantized"},
         {"sequences": 9},
         {"seed": 1},

@@ -228,7 +228,7 @@ def test_neither_descent_nor_refit_raises_the_loss_from_any_codes(columns, schem
         before = after
 
 
-@pytest.mark.parametrize("search", ["minmax", "mse"])
+@pytest.mark.parametrize("search", ["minmax", "absmax", "mse"])
 @pytest.mark.parametrize("order", COLUMN_ORDERS)
 @pytest.mark.parametrize("name", SCHEME_NAMES)
 def test_method_costs_less_than_rounding_on_the_same_scales(name, order, search):
