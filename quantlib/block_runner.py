@@ -40,6 +40,7 @@ from quantlib.memory_watch import (
 )
 from quantlib.model.late_weights import LateWeight, stored_weight
 from quantlib.model.skeleton import OuterModel, Skeleton, load_skeleton
+from quantlib.solver_settings import FROM_EXTREMES
 from quantlib.stage_clock import StageClock
 from quantlib.steps import score_streams, stream_error
 from quantlib.storage import open_store
@@ -121,7 +122,7 @@ class BlockRunner:
         plan = bundle.shared
         kind = refuse_other_device(plan.device_kind, mixed_gpus=plan.options["mixed_gpus"])
         # One thread rounds as fast as a client reads; more would spin on the cores that storage needs.
-        is_light = not bundle.has_streams and plan.options["scale_search"] == "minmax"
+        is_light = not bundle.has_streams and plan.options["scale_search"] in FROM_EXTREMES
         torch.set_num_threads(1 if is_light else plan.threads)
         if plan.options["worker_memory"] is not None:
             give_back_what_is_freed()

@@ -77,10 +77,14 @@ _INTEGERS = {
     "W2A16": (2, True),
     "W3A16": (3, True),
     "W4A16": (4, True),
+    "W5A16": (5, True),
+    "W6A16": (6, True),
     "W8A16": (8, True),
     "W2A16_ASYM": (2, False),
     "W3A16_ASYM": (3, False),
     "W4A16_ASYM": (4, False),
+    "W5A16_ASYM": (5, False),
+    "W6A16_ASYM": (6, False),
     "W8A16_ASYM": (8, False),
 }
 # Floats, whose groups are part of the format.

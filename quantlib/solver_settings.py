@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-SCALE_SEARCHES = ("minmax", "mse", "hessian", "inverse-hessian")
+# What follows from the extremes of a group alone.
+FROM_EXTREMES = ("minmax", "absmax")
+SCALE_SEARCHES = (*FROM_EXTREMES, "mse", "hessian", "inverse-hessian")
 COLUMN_ORDERS = ("activation", "natural", "group-aware")
 
 
@@ -13,8 +15,9 @@ class SolverSettings:
     """How codes are chosen where a method leaves a choice; a method without data ignores what needs them.
 
     Attributes:
-        scale_search: What a group's scale is searched for: ``minmax`` covers the extremes, ``mse`` has the
-            least squared error, ``hessian`` the least weighted by diag(H), ``inverse-hessian`` by
+        scale_search: What a group's scale is searched for: ``minmax`` covers the extremes, of a symmetric
+            group all but half a step of the positive one, ``absmax`` covers them whole; ``mse`` has the least
+            squared error, ``hessian`` the least weighted by diag(H), ``inverse-hessian`` by
             1 / diag(H^-1), the cost of an error after the other columns have made up for it.
         column_order: In which order columns are solved: by falling diagonal of H (``activation``), as they
             stand (``natural``), or by falling diagonal inside groups and groups by their largest

@@ -7,7 +7,7 @@ from quantlib.packing.bits import PACKED_BITS
 from quantlib.schemes import FLOAT_NAMES, INTEGER_NAMES, has_own_groups, scheme_from_name
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize("is_symmetric", [True, False])
 def test_scheme_from_name_gives_bits_and_symmetry(bits, is_symmetric):
     scheme = scheme_from_name(f"W{bits}A16" + ("" if is_symmetric else "_ASYM"), 64)
@@ -31,8 +31,10 @@ def test_group_size_is_a_choice_for_integers_only():
             scheme_from_name(name, 64)
 
 
-@pytest.mark.parametrize("name", ["W5A16", "W4A8", "w4a16", ""])
+@pytest.mark.parametrize("name", ["W7A16", "W4A8", "w4a16", ""])
 def test_scheme_from_unknown_name_lists_the_known_ones(name):
-    with pytest.raises(RecipeError, match="use one of W2A16, W3A16, W4A16, W8A16, W2A16_ASYM") as raised:
+    with pytest.raises(
+        RecipeError, match="use one of W2A16, W3A16, W4A16, W5A16, W6A16, W8A16, W2A16_ASYM"
+    ) as raised:
         scheme_from_name(name, 64)
     assert raised.value.facts["scheme"] == name

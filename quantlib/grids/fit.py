@@ -20,9 +20,10 @@ from quantlib.schemes import WeightScheme
 
 # Multiples of the scale that covers the extremes. Above 1: at (2**b - 1) / (2**b - 2) the positive extreme of
 # a symmetric group is no longer cut by half a step. Lowest: heavy tails under uneven importance reach down to
-# 0.3 at 4 bit; at 8 bit cutting a tail never pays below 0.9.
+# 0.3 at 4 bit; at 5 and 6 bit few groups want less than 0.5 and 0.7, and a shorter range has finer steps; at
+# 8 bit cutting a tail never pays below 0.9.
 _LARGEST_MULTIPLE = 1.07
-_SMALLEST_MULTIPLE = {2: 0.3, 3: 0.3, 4: 0.3, 8: 0.85}
+_SMALLEST_MULTIPLE = {2: 0.3, 3: 0.3, 4: 0.3, 5: 0.5, 6: 0.7, 8: 0.85}
 _NUM_COARSE = 16
 # Of powers of two: up to where nothing is cut, and down to where cutting a heavy tail seldom pays.
 _POWER_MULTIPLES = (2.0, 0.5, 0.25, 0.125)
@@ -36,13 +37,17 @@ _FEWEST_CHUNK_ROWS = 64
 _ALL_BUT_SIGN = 0x7FFF
 
 
-def fit_to_extremes(weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtype: torch.dtype) -> AffineGrid:
+def fit_to_extremes(
+    weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtype: torch.dtype, cuts_half_step: bool = True
+) -> AffineGrid:
     """Scales that cover the smallest and largest weight of every group.
 
-    Symmetric integers: scale = 2 * absmax / (2**bits - 1), zero in the middle; the positive extreme is cut by
-    half a step. Asymmetric: the range is widened to hold 0, scale = range / (2**bits - 1), zero = round(-min
-    / scale). Floats: absmax becomes the largest value; with powers of two, the power of two in absmax becomes
-    that of the largest value, which cuts what lies beyond it (OCP Microscaling Formats 1.0, section 6.3).
+    Symmetric integers: scale = 2 * absmax / (2**bits - 1), zero in the middle; the positive extreme is
+    cut by half a step. Not cut: scale = absmax / (2**(bits - 1) - 1), which has no use for the lowest
+    code. Asymmetric: the range is widened to hold 0, scale = range / (2**bits - 1), zero = round(-min /
+    scale). Floats: absmax becomes the largest value; with powers of two, the power of two in absmax
+    becomes that of the largest value, which cuts what lies beyond it (OCP Microscaling Formats 1.0,
+    section 6.3).
 
     Shapes:
         weight_RC: floating [R, C], finite; taken as fp32. The last group may be ragged.
@@ -50,6 +55,8 @@ def fit_to_extremes(weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtyp
     Args:
         scheme: Bits, symmetry and group size.
         scale_dtype: Dtype in which the output format stores scales.
+        cuts_half_step: Whether a symmetric grid may cut the positive extreme; an asymmetric one is the same
+            either way.
 
     Numerics: the scale is rounded to ``scale_dtype`` first and the zero point follows from the rounded one.
         A group of zeros gets scale 1.
@@ -63,7 +70,7 @@ def fit_to_extremes(weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtyp
         lowest_RG = -highest_RG
     else:
         lowest_RG, highest_RG = _extremes(weight_RC, width)
-    fit, is_bounded_RG = _cover(lowest_RG, highest_RG, scheme, scale_dtype)
+    fit, is_bounded_RG = _cover(lowest_RG, highest_RG, scheme, scale_dtype, cuts_half_step)
     return AffineGrid(
         scheme=scheme,
         scale_RG=fit.scale_R.to(scale_dtype),
@@ -188,7 +195,11 @@ class _Fit:
 
 
 def _cover(
-    lowest_R: torch.Tensor, highest_R: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype
+    lowest_R: torch.Tensor,
+    highest_R: torch.Tensor,
+    scheme: WeightScheme,
+    scale_dtype: torch.dtype,
+    cuts_half_step: bool = True,
 ) -> tuple[_Fit, torch.Tensor]:
     """The fit that covers these extremes and 0, and which of its scales had to be bounded."""
     lowest_R, highest_R = lowest_R.clamp_max(0), highest_R.clamp_min(0)
@@ -197,7 +208,8 @@ def _cover(
         largest_power = FLOAT_FORMATS[scheme.number].largest_power
         wanted_R = power_below(torch.maximum(-lowest_R, highest_R)) / largest_power
     elif scheme.is_symmetric:
-        wanted_R = torch.maximum(-lowest_R, highest_R) * (1 / levels_of(scheme).reach)
+        largest_R, levels = torch.maximum(-lowest_R, highest_R), levels_of(scheme)
+        wanted_R = largest_R * (1 / levels.reach) if cuts_half_step else largest_R / levels.bounds[1]
     else:
         wanted_R = highest_R / num_steps - lowest_R / num_steps
     is_bounded_R = is_outside_stored(wanted_R, scale_dtype)

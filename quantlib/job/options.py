@@ -84,8 +84,9 @@ class JobOptions:
     scale_search: str | None = declare(
         None,
         _HOW,
-        "What a scale is searched for: to cover the extremes, for least squared error, or for least error as"
-        " the calibration text weighs it; by default hessian, at 3 bits inverse-hessian.",
+        "What a scale is searched for: to cover the extremes (minmax cuts the upper one of a symmetric group"
+        " by half a step, absmax does not), for least squared error, or for least error as the calibration"
+        " text weighs it; by default hessian, at 3 bits inverse-hessian.",
         choices=SCALE_SEARCHES,
         in_identity=True,
     )

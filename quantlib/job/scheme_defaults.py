@@ -23,7 +23,7 @@ _CORRECTED = {
     "correct_targets": True,
     "scale_search": "inverse-hessian",
 }
-_BY_BITS = {2: _POLISHED, 3: _CORRECTED, 4: _PLAIN, 8: _PLAIN}
+_BY_BITS = {2: _POLISHED, 3: _CORRECTED, 4: _PLAIN, 5: _PLAIN, 6: _PLAIN, 8: _PLAIN}
 FOLLOWING = tuple(_PLAIN)
 
 

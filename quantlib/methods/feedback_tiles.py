@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from quantlib.grids.affine import AffineGrid, with_codes
-from quantlib.grids.fit import fit_to_extremes, search_scales
 from quantlib.grids.levels import levels_of
 from quantlib.linalg import Factor
 from quantlib.methods.column_solver import solve_codes_of_batch
 from quantlib.methods.contracts import Circumstances, SolvedRows
 from quantlib.methods.coordinate_descent import descend_in_batch
+from quantlib.methods.fitted_scales import fitted_scales
 from quantlib.methods.measures import error_energy, expected_energy, weight_energy
 from quantlib.methods.scale_refit import refit_scales
 from quantlib.schemes import WeightScheme
@@ -91,9 +91,13 @@ def solve_tiles(
 
 def _fitted(tile: FeedbackTile, scheme: WeightScheme, scale_dtype: torch.dtype) -> AffineGrid:
     problem = tile.problem
-    if problem.settings.scale_search == "minmax":
-        return fit_to_extremes(tile.weight_RC, scheme, scale_dtype=scale_dtype)
-    return search_scales(tile.weight_RC, scheme, scale_dtype=scale_dtype, importance_C=problem.importance_C)
+    return fitted_scales(
+        tile.weight_RC,
+        scheme,
+        search=problem.settings.scale_search,
+        scale_dtype=scale_dtype,
+        importance_C=problem.importance_C,
+    )
 
 
 def _solved(tiles: Sequence[FeedbackTile], fitted: Sequence[AffineGrid]) -> list[_Solved]:

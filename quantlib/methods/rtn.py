@@ -8,8 +8,8 @@ import torch
 
 from quantlib.fresh_bytes import fresh_bytes
 from quantlib.grids.affine import rounded_parts, with_codes
-from quantlib.grids.fit import fit_to_extremes, search_scales
 from quantlib.methods.contracts import Circumstances, SolvedRows
+from quantlib.methods.fitted_scales import fitted_scales
 from quantlib.methods.measures import check_finite, check_shape, error_energy, plain_energies, weight_energy
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import SolverSettings
@@ -24,8 +24,8 @@ def prepare(
 ) -> "Rounding":
     """Rounding of an input group's linears (see `contracts.Prepare` for arguments).
 
-    Scales cover the extremes with ``minmax``; every other search is one for the least squared error. The
-    Hessian does not influence a code; where there is one, the reported error is weighted by it.
+    Scales cover the extremes with ``minmax`` and ``absmax``; every other search is one for the least squared
+    error. The Hessian does not influence a code; where there is one, the reported error is weighted by it.
     """
     return Rounding(
         hessian_CC=hessian_CC,
@@ -69,8 +69,9 @@ class Rounding:
         return solved
 
     def _rounded(self, weight_RC: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype) -> SolvedRows:
-        fit = fit_to_extremes if self.settings.scale_search == "minmax" else search_scales
-        grid = fit(weight_RC, scheme, scale_dtype=scale_dtype)
+        grid = fitted_scales(
+            weight_RC, scheme, search=self.settings.scale_search, scale_dtype=scale_dtype, importance_C=None
+        )
         codes_RC = fresh_bytes(weight_RC.shape, weight_RC.device)
         quantized = with_codes(grid, codes_RC)
         num_clipped, whole, lost = 0, 0.0, 0.0

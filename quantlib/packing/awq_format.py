@@ -39,6 +39,7 @@ from quantlib.schemes import WeightScheme
 NAME = "awq"
 FORMAT_VERSION = "awq gemm 1"
 BITS = 4
+WIDTHS = (BITS,)
 CODES_PER_WORD = 8
 _LAYOUT = "gemm"
 
@@ -55,7 +56,7 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:
         PackingError: Bits, group size, or out features that fill no whole words.
     """
     require_integers(name, scheme, format_name=NAME)
-    require_whole_groups(name, columns, scheme, format_name=NAME, widths=(BITS,))
+    require_whole_groups(name, columns, scheme, format_name=NAME, widths=WIDTHS)
     if rows % CODES_PER_WORD:
         raise PackingError(
             f"{name}: awq output needs out features in multiples of {CODES_PER_WORD}, got {rows};"

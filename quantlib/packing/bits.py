@@ -2,12 +2,12 @@
 
 Codes follow each other without gaps along one dimension, the first code in the lowest bits of the first
 word: read as one long little-endian number, a line is sum(code[i] << bits * i). At 2, 4 and 8 bits no code
-crosses a byte. At 3 bits 8 codes fill 3 bytes and 32 codes 3 words, in which code 10 has its highest bit
-and code 21 its two highest in the word after; this is the layout of GPTQ since its first release and of
-compressed-tensors since June 2026.
+crosses a byte. At b = 3 or 5 bits 8 codes fill b bytes, at 6 bits 4 codes 3 bytes, and 32 codes b words: at 3
+bits code 10 has its highest bit and code 21 its two highest in the word after. This is the layout of
+compressed-tensors since June 2026 and, up to 4 bits and at 8, of GPTQ since its first release.
 
-Left out: 5, 6 and 7 bits, which GPTQ readers know as bit planes only (``gptq_p``), and layouts that leave
-the rest of a word empty (10 codes of 3 bits a word, as compressed-tensors had it before).
+Left out: 7 bits, and layouts that leave the rest of a word empty (10 codes of 3 bits a word, as
+compressed-tensors had it before).
 
 A word is its four bytes in little-endian order, so the work is done on bytes, one pass for each byte that a
 code of the repeating pattern touches, and the bytes are reinterpreted as words in place: packing needs one
@@ -22,7 +22,8 @@ from quantlib.errors import PackingError
 from quantlib.fresh_bytes import fresh_bytes
 from quantlib.grouping import row_parts
 
-PACKED_BITS = (2, 3, 4, 8)
+# Of them every format names those that it holds.
+PACKED_BITS = (2, 3, 4, 5, 6, 8)
 BITS_PER_WORD = 32
 _BITS_PER_BYTE = 8
 _BYTES_PER_WORD = 4
@@ -45,7 +46,7 @@ def pack_words(codes: torch.Tensor, *, bits: int, dim: int) -> torch.Tensor:
 
     Args:
         codes: Values 0 .. 2**bits - 1.
-        bits: Width of a code, 2, 3, 4 or 8.
+        bits: Width of a code, one of `PACKED_BITS`.
         dim: 0 or 1, the dimension that becomes words.
 
     Returns:
@@ -84,7 +85,7 @@ def unpack_words(words: torch.Tensor, *, bits: int, dim: int, length: int) -> to
 
     Args:
         words: Packed codes.
-        bits: Width of a code, 2, 3, 4 or 8.
+        bits: Width of a code, one of `PACKED_BITS`.
         dim: 0 or 1, the dimension that is packed.
         length: Number of codes along ``dim``.
 

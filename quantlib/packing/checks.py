@@ -1,13 +1,12 @@
 """Checks between a quantized linear, its scheme and its tensors that all formats make."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 import torch
 
 from quantlib.errors import PackingError
 from quantlib.grids.formats import INTEGER
-from quantlib.packing.bits import PACKED_BITS
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WHOLE_ROW, WeightScheme
 
@@ -18,7 +17,7 @@ def require_whole_groups(
     scheme: WeightScheme,
     *,
     format_name: str,
-    widths: Collection[int] = PACKED_BITS,
+    widths: tuple[int, ...],
 ) -> None:
     """Refuse integers of widths that the layout does not have and groups that do not divide a row.
 
@@ -28,7 +27,7 @@ def require_whole_groups(
     if scheme.number == INTEGER and scheme.bits not in widths:
         raise PackingError(
             f"{name}: {format_name} output holds codes of {', '.join(map(str, widths))} bits,"
-            f" not {scheme.bits}; choose another scheme",
+            f" not {scheme.bits}; choose another scheme or format",
             linear=name,
             bits=scheme.bits,
         )

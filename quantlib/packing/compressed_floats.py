@@ -21,7 +21,7 @@ import torch
 from quantlib.errors import PackingError
 from quantlib.grids.formats import POWER_SCALES
 from quantlib.grids.stored_scale import POWERS_DTYPE
-from quantlib.packing.checks import require_shape, require_whole_groups, take_tensor
+from quantlib.packing.checks import require_shape, take_tensor
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WHOLE_ROW, WeightScheme, scheme_from_name
 
@@ -86,7 +86,6 @@ def unpack_floats(name: str, tensors: Mapping[str, torch.Tensor], layout: FloatL
     else:
         codes_RC = torch.stack((stored & 0xF, stored >> 4), dim=-1).flatten(1)
     rows, columns = codes_RC.shape
-    require_whole_groups(name, columns, layout.scheme, format_name=layout.name)
     require_shape(f"{name}.weight_scale", scale_RG, (rows, layout.scheme.num_groups(columns)))
     if layout.scheme.scales == POWER_SCALES:
         scale_RG = _powers_of(name, take_tensor(tensors, f"{name}.weight_scale", torch.uint8))

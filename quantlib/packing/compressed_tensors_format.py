@@ -7,11 +7,12 @@ asymmetric schemes ``weight_zero_point`` int32 [ceil(R*b/32), G], packed along t
 linear has no zero point tensor: vLLM refuses one. Codes and zero points are unsigned. The level of a code is
 ``weight_scale * (code - zero)``.
 
-3 bits: codes cross words and nothing is left empty, as compressed-tensors and vLLM have it since June 2026.
-Before, 10 codes were put into a word. ``weight_packed`` then has another width for every row of more than
-150 columns, so that either side refuses the other's file by its shape instead of misreading it.
+3, 5 and 6 bits: codes cross words and nothing is left empty, as compressed-tensors and vLLM have it since
+June 2026. Before, no code crossed a word (10 codes of 3 bits in one). ``weight_packed`` then has another
+width for every row of more than 150 columns (90 at 5 bits, 75 at 6), so that either side refuses the other's
+file by its shape instead of misreading it.
 
-Left out: 5, 6 and 7 bits; ``weight_g_idx``; ragged last groups, which compressed-tensors and vLLM refuse;
+Left out: 7 bits; ``weight_g_idx``; ragged last groups, which compressed-tensors and vLLM refuse;
 and biases, which are copied like any other tensor.
 
 Source: compressed-tensors 0.20.0, compressors/pack_quantized and quantization/{quant_args,quant_config}.py;
@@ -40,6 +41,7 @@ from quantlib.schemes import WHOLE_ROW, WeightScheme
 
 NAME = "compressed-tensors"
 FORMAT_VERSION = "pack-quantized 1"
+WIDTHS = PACKED_BITS
 # The release whose config schema and layout are followed; readers record it and do not compare it.
 _UPSTREAM_VERSION = "0.20.0"
 _LAYOUT = "pack-quantized"
@@ -64,7 +66,7 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:  # 
     Raises:
         PackingError: Bits or group size.
     """
-    require_whole_groups(name, columns, scheme, format_name=NAME)
+    require_whole_groups(name, columns, scheme, format_name=NAME, widths=WIDTHS)
 
 
 def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:
@@ -105,7 +107,10 @@ def unpack(name: str, tensors: Mapping[str, torch.Tensor], scheme: WeightScheme)
     """
     layout = layout_of(scheme)
     if layout is not None:
-        return unpack_floats(name, tensors, layout)
+        quantized = unpack_floats(name, tensors, layout)
+        rows, columns = quantized.codes_RC.shape
+        check(name, rows, columns, scheme)
+        return quantized
     packed_RP, scale_RG, shape = (take_tensor(tensors, n) for n in packed_names(name)[:3])
     require_shape(f"{name}.weight_shape", shape, (2,))
     rows, columns = (int(size) for size in shape.tolist())
@@ -259,10 +264,10 @@ def _scheme_from_group(
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
     if kind == "float":
         return scheme_from_values(str(layout), weights, name)
-    if layout != _LAYOUT or kind != INTEGER or bits not in PACKED_BITS:
+    if layout != _LAYOUT or kind != INTEGER or bits not in WIDTHS:
         raise PackingError(
             f"compressed-tensors checkpoints with {_LAYOUT} integers of"
-            f" {', '.join(map(str, PACKED_BITS))} bits are read; got {layout!r}, {kind!r}, {bits!r} bits"
+            f" {', '.join(map(str, WIDTHS))} bits are read; got {layout!r}, {kind!r}, {bits!r} bits"
         )
     if weights.get("actorder") in ("group", "dynamic", True):
         raise PackingError(

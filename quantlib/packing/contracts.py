@@ -27,6 +27,11 @@ class PackingFormat(Protocol):
         """Changes whenever this module would write other bytes for the same quantized linear."""
         ...
 
+    @property
+    def WIDTHS(self) -> tuple[int, ...]:
+        """Bits of the integer codes that the layout holds."""
+        ...
+
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The dtype scales are stored in, to which methods round them before they choose codes."""
         ...

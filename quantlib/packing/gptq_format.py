@@ -21,7 +21,8 @@ everybody else, for which they are refused here.
 
 Left out: ``desc_act`` (columns are stored in their own order, groups are consecutive); ragged last groups,
 for which the layout has a place and GPTQModel a kernel, but which vLLM and SGLang refuse; asymmetric "gptq"
-checkpoints of other tools; bit planes (``gptq_p``); and biases, which are copied like any other tensor.
+checkpoints of other tools; 5, 6 and 7 bits, which readers know as bit planes only (``gptq_p``); and biases,
+which are copied like any other tensor.
 
 Source: GPTQModel 7.7, gptqmodel/nn_modules/qlinear/__init__.py and utils/model.py (conventions); vLLM,
 csrc/quantization/gptq (q_gemm.cu, matrix_view.cuh), quantization/gptq.py and utils/gptq_utils.py (how
@@ -38,7 +39,7 @@ from typing import Any
 import torch
 
 from quantlib.errors import PackingError
-from quantlib.packing.bits import BITS_PER_WORD, PACKED_BITS, num_words, pack_words, transposed, unpack_words
+from quantlib.packing.bits import BITS_PER_WORD, num_words, pack_words, transposed, unpack_words
 from quantlib.packing.checks import (
     require_consistent,
     require_integers,
@@ -52,6 +53,7 @@ from quantlib.schemes import WHOLE_ROW, WeightScheme
 
 NAME = "gptq"
 FORMAT_VERSION = "gptq 1"
+WIDTHS = (2, 3, 4, 8)
 _V1, _V2 = "gptq", "gptq_v2"
 
 
@@ -67,7 +69,7 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:
         PackingError: Bits, group size, or a side that is not a multiple of 32.
     """
     require_integers(name, scheme, format_name=NAME)
-    require_whole_groups(name, columns, scheme, format_name=NAME)
+    require_whole_groups(name, columns, scheme, format_name=NAME, widths=WIDTHS)
     for side, size in (("out", rows), ("in", columns)):
         if size % BITS_PER_WORD:
             raise PackingError(
@@ -275,9 +277,9 @@ def _matches(rule: str, name: str) -> bool:
 def _scheme_from_values(values: Mapping[str, Any]) -> WeightScheme:
     bits, group_size = values.get("bits"), values.get("group_size", WHOLE_ROW)
     is_symmetric = values.get("sym", True)
-    if bits not in PACKED_BITS or not isinstance(group_size, int) or not isinstance(is_symmetric, bool):
+    if bits not in WIDTHS or not isinstance(group_size, int) or not isinstance(is_symmetric, bool):
         raise PackingError(
-            f"gptq checkpoints of {', '.join(map(str, PACKED_BITS))} bits are read; got bits {bits!r},"
+            f"gptq checkpoints of {', '.join(map(str, WIDTHS))} bits are read; got bits {bits!r},"
             f" group_size {group_size!r}, sym {is_symmetric!r}"
         )
     # Some writers say "format" for the same thing.

@@ -48,7 +48,7 @@ INTEGERS = {"type": "int", "dynamic": False}
 
 
 @pytest.mark.parametrize("is_symmetric", [True, False])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 @pytest.mark.parametrize(("rows", "columns", "size"), [(192, 96, 32), (40, 70, None), (300, 64, 16)])
 def test_packed_integers(tmp_path, bits, is_symmetric, rows, columns, size):
     how = {"strategy": "group", "group_size": size} if size else {"strategy": "channel"}

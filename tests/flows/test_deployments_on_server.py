@@ -59,7 +59,7 @@ def test_serve_registers_a_form_with_constraints_texts_and_defaults(served):
     assert schema["required"] == ["params"]
     assert form["required"] == ["source", "output"]
     assert form["additionalProperties"] is False
-    names = [f"W{bits}A16{kind}" for kind in ("", "_ASYM") for bits in (2, 3, 4, 8)]
+    names = [f"W{bits}A16{kind}" for kind in ("", "_ASYM") for bits in (2, 3, 4, 5, 6, 8)]
     assert form["properties"]["scheme"]["enum"] == names
     assert form["properties"]["sequences"]["minimum"] == 1
     assert form["properties"]["sequence_length"]["default"] == 2048
@@ -78,7 +78,7 @@ def test_serve_registers_a_schedule_that_is_off(served):
     ("wrong", "field"),
     [
         ({"group_size": 5}, "params.group_size"),
-        ({"scheme": "W5A16"}, "params.scheme"),
+        ({"scheme": "W7A16"}, "params.scheme"),
         ({"sequences": 0}, "params.sequences"),
         ({"sequences": "64"}, "params.sequences"),
         ({"source": " "}, "params.source"),

@@ -47,7 +47,7 @@ def test_form_has_every_option_in_order_with_its_text_and_default():
 
 def test_form_has_constraints_where_a_server_can_check_them():
     properties = schema()["properties"]
-    integers = [f"W{bits}A16{kind}" for kind in ("", "_ASYM") for bits in (2, 3, 4, 8)]
+    integers = [f"W{bits}A16{kind}" for kind in ("", "_ASYM") for bits in (2, 3, 4, 5, 6, 8)]
     assert properties["scheme"]["enum"] == [*integers, "FP8A16", "MXFP4A16", "MXFP8A16"]
     assert properties["sequences"]["minimum"] == 1
     assert {"minimum": 1, "type": "integer"} in properties["workers"]["anyOf"]
@@ -131,7 +131,7 @@ def test_params_from_options_survives_json():
     "wrong",
     [
         {"bogus": 1},
-        {"scheme": "W5A16"},
+        {"scheme": "W7A16"},
         {"sequences": 0},
         {"sequences": "64"},
         {"sequences": True},

@@ -12,18 +12,22 @@ from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW, WeightScheme, scheme_from
 
 EXAMPLE = torch.tensor([[1.6, -0.7, -3.4, 1.7, -2.9, 0.5, 2.3, 6.2]])
 
-# Scale, zero and codes (minus the middle for symmetric ones) of EXAMPLE as one group, as published.
+# Scale, zero and codes (minus the middle for symmetric ones) of EXAMPLE as one group, by hand: symmetric
+# scales are 6.2 / 7.5 or, with nothing cut, 6.2 / 7 and 6.2 / 127; asymmetric ones are 9.6 / 15 and 9.6 / 255
+# with zeros 3.4 / 0.64 = 5.3 and 3.4 / 0.0376 = 90.3.
 VECTORS = [
-    ("W4A16", 0.826667, 8, [2, -1, -4, 2, -4, 1, 3, 7]),
-    ("W4A16_ASYM", 0.64, 5, [7, 4, 0, 8, 0, 6, 9, 15]),
-    ("W8A16_ASYM", 0.0376471, 90, [132, 71, 0, 135, 13, 103, 151, 255]),
+    ("W4A16", True, 0.826667, 8, [2, -1, -4, 2, -4, 1, 3, 7]),
+    ("W4A16", False, 0.885714, 8, [2, -1, -4, 2, -3, 1, 3, 7]),
+    ("W8A16", False, 0.0488189, 128, [33, -14, -70, 35, -59, 10, 47, 127]),
+    ("W4A16_ASYM", True, 0.64, 5, [7, 4, 0, 8, 0, 6, 9, 15]),
+    ("W8A16_ASYM", True, 0.0376471, 90, [132, 71, 0, 135, 13, 103, 151, 255]),
 ]
 
 
-@pytest.mark.parametrize(("scheme", "scale", "zero", "codes"), VECTORS)
-def test_extremes_published_vector_gives_published_codes(scheme, scale, zero, codes):
+@pytest.mark.parametrize(("scheme", "cuts_half_step", "scale", "zero", "codes"), VECTORS)
+def test_extremes_published_vector_gives_published_codes(scheme, cuts_half_step, scale, zero, codes):
     named = scheme_from_name(scheme, WHOLE_ROW)
-    grid = fit_to_extremes(EXAMPLE, named, scale_dtype=torch.float32)
+    grid = fit_to_extremes(EXAMPLE, named, scale_dtype=torch.float32, cuts_half_step=cuts_half_step)
     found, _ = nearest_codes(EXAMPLE, grid)
     assert grid.scale_RG.item() == pytest.approx(scale, abs=5e-7)
     if named.is_symmetric:
@@ -34,11 +38,20 @@ def test_extremes_published_vector_gives_published_codes(scheme, scale, zero, co
     assert found[0].tolist() == codes
 
 
-def test_affine_uint8_vector_means_published_levels():
-    grid = fit_to_extremes(EXAMPLE, scheme_from_name("W8A16_ASYM", WHOLE_ROW), scale_dtype=torch.float32)
+# Codes above times their scale; absmax int8 is exact at the extreme, affine uint8 off by its rounded zero.
+@pytest.mark.parametrize(
+    ("scheme", "wanted"),
+    [
+        ("W8A16_ASYM", [1.5812, -0.7153, -3.3882, 1.6941, -2.8988, 0.4894, 2.2965, 6.2118]),
+        ("W8A16", [1.6110, -0.6835, -3.4173, 1.7087, -2.8803, 0.4882, 2.2945, 6.2]),
+    ],
+    ids=["affine_uint8", "absmax_int8"],
+)
+def test_eight_bit_vector_means_published_levels(scheme, wanted):
+    named = scheme_from_name(scheme, WHOLE_ROW)
+    grid = fit_to_extremes(EXAMPLE, named, scale_dtype=torch.float32, cuts_half_step=False)
     levels = with_codes(grid, nearest_codes(EXAMPLE, grid)[0]).dequantize()
-    wanted = torch.tensor([[1.5812, -0.7153, -3.3882, 1.6941, -2.8988, 0.4894, 2.2965, 6.2118]])
-    torch.testing.assert_close(levels, wanted, atol=5e-5, rtol=0)
+    torch.testing.assert_close(levels, torch.tensor([wanted]), atol=6e-5, rtol=0)
 
 
 def test_offsets_ties_go_to_even():

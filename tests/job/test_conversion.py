@@ -41,12 +41,23 @@ def _tensors(folder: str | Path) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("output_format", ["compressed-tensors", "gptq", "awq"])
-@pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_conversion_finished_output_is_verified_and_evaluates_to_the_reported_perplexity(
-    tmp_path, output_format, method
-):
-    options = tiny_options(tmp_path, format=output_format, method=method)
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"format": "compressed-tensors", "method": "gptq"},
+        {"format": "compressed-tensors", "method": "rtn"},
+        {"format": "gptq", "method": "gptq"},
+        {"format": "gptq", "method": "rtn"},
+        {"format": "awq", "method": "gptq", "scheme": "W4A16_ASYM"},
+        {"format": "awq", "method": "rtn"},
+        {"scheme": "W5A16", "method": "rtn", "scale_search": "absmax"},
+        {"scheme": "W5A16", "method": "gptq"},
+        {"scheme": "W6A16_ASYM", "method": "gptq"},
+    ],
+    ids=lambda given: "-".join(given.values()),
+)
+def test_conversion_finished_output_is_verified_and_evaluates_to_the_reported_perplexity(tmp_path, given):
+    options = tiny_options(tmp_path, **given)
     report = quantize(options)
     uri = normalize_uri(options.output)
     verified = verify_checkpoint(

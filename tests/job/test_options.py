@@ -70,7 +70,7 @@ def test_options_from_minimal_request_takes_every_default():
         ({"correct_targets": 1}, "correct_targets must be true or false, found 1"),
         ({"group_size": 4}, "group_size must be at least 8 or -1, found 4"),
         ({"group_size": -2}, "group_size must be at least 8 or -1, found -2"),
-        ({"scheme": "W5A16"}, "scheme must be one of W2A16, W3A16, W4A16, W8A16, W2A16_ASYM"),
+        ({"scheme": "W7A16"}, "scheme must be one of W2A16, W3A16, W4A16, W5A16, W6A16, W8A16, W2A16_ASYM"),
         ({"scheme": 4}, "scheme must be text, found 4"),
         ({"scheme": None}, "scheme must be text, found None"),
         ({"device": "tpu"}, "device must be one of cpu, cuda, found 'tpu'"),
@@ -168,6 +168,8 @@ _CORRECTED = ("quantized", True, 2, True, "inverse-hessian")
     [
         ({"scheme": "W4A16"}, _PLAIN),
         ({"scheme": "W8A16_ASYM"}, _PLAIN),
+        ({"scheme": "W5A16"}, _PLAIN),
+        ({"scheme": "W6A16_ASYM"}, _PLAIN),
         ({"scheme": "W3A16"}, _CORRECTED),
         ({"scheme": "W2A16_ASYM"}, _POLISHED),
         ({"scheme": "W3A16", "scale_search": "mse"}, (*_CORRECTED[:4], "mse")),

@@ -68,6 +68,8 @@ def test_plan_identity_does_not_depend_on_where_and_by_whom(root, plan, change):
         {"group_size": 16},
         {"method": "rtn"},
         {"format": "gptq"},
+        {"scale_search": "minmax"},
+        {"scale_search": "absmax"},
         {"propagation": "quantized"},
         {"sequences": 9},
         {"seed": 1},
@@ -112,6 +114,13 @@ def test_plan_a_mix_the_layout_cannot_say_is_refused_before_work(root):
     rules = [{"match": "*.down_proj", "scheme": "W4A16_ASYM"}]
     with pytest.raises(PackingError, match="symmetric"):
         build_plan(tiny_options(root, rules=rules, format="gptq"), 1)
+
+
+@pytest.mark.parametrize("scheme", ["W5A16", "W6A16_ASYM"])
+def test_plan_widths_that_gptq_readers_know_as_bit_planes_only_are_refused_in_that_format(root, scheme):
+    build_plan(tiny_options(root, scheme=scheme), 1)
+    with pytest.raises(PackingError, match=r"gptq output holds codes of 2, 3, 4, 8 bits, not [56]; choose"):
+        build_plan(tiny_options(root, scheme=scheme, format="gptq"), 1)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gpt2"])

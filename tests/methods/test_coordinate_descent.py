@@ -47,7 +47,7 @@ def loss(weight_RC, codes_RC, grid, hessian_CC, damping):
     rows=st.integers(1, 6),
     columns=st.integers(1, 60),
     group_size=st.sampled_from([8, 16, WHOLE_ROW]),
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
     is_symmetric=st.booleans(),
     seed=st.integers(0, 10**6),
 )

@@ -11,7 +11,7 @@ from quantlib.grids.affine import nearest_codes
 from quantlib.grids.fit import fit_to_extremes, search_scales
 from quantlib.methods import METHODS
 from quantlib.schemes import scheme_from_name
-from quantlib.solver_settings import SCALE_SEARCHES, SolverSettings
+from quantlib.solver_settings import FROM_EXTREMES, SCALE_SEARCHES, SolverSettings
 from tests.support.reference_solver import correlated_inputs
 
 W4, W8 = scheme_from_name("W4A16", 64), scheme_from_name("W8A16_ASYM", 32)
@@ -264,13 +264,13 @@ def test_gptq_scales_are_those_of_the_search_that_was_asked_for(search):
         "hessian": h.diagonal(),
         "inverse-hessian": (1.0 / inverse.diagonal()).float(),
     }
-    if search == "minmax":
-        wanted = fit_to_extremes(w, W4, scale_dtype=torch.bfloat16)
+    if search in FROM_EXTREMES:
+        wanted = fit_to_extremes(w, W4, scale_dtype=torch.bfloat16, cuts_half_step=search == "minmax")
     else:
         wanted = search_scales(w, W4, scale_dtype=torch.bfloat16, importance_C=importances[search])
     found = run(gptq, {"w": w}, {"w": W4}, h, 500, scale_search=search)["w"].quantized
     assert (found.scale_RG == wanted.scale_RG).double().mean() > 0.99
-    if search in ("minmax", "mse"):
+    if search in (*FROM_EXTREMES, "mse"):
         rounded = run(rtn, {"w": w}, {"w": W4}, None, 0, scale_search=search)["w"].quantized
         assert torch.equal(rounded.scale_RG, wanted.scale_RG)
         assert torch.equal(rounded.codes_RC, nearest_codes(w, wanted)[0])

@@ -41,7 +41,7 @@ MANY_TOKENS = 10**9
 
 schemes = st.builds(
     WeightScheme,
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
     is_symmetric=st.booleans(),
     group_size=st.sampled_from([8, 16, WHOLE_ROW]),
 )

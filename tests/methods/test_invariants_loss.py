@@ -31,7 +31,7 @@ W2 = WeightScheme(bits=2, is_symmetric=True, group_size=WHOLE_ROW)
 
 schemes = st.builds(
     WeightScheme,
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
     is_symmetric=st.booleans(),
     group_size=st.sampled_from([8, 16, WHOLE_ROW]),
 )
@@ -228,7 +228,7 @@ def test_neither_descent_nor_refit_raises_the_loss_from_any_codes(columns, schem
         before = after
 
 
-@pytest.mark.parametrize("search", ["minmax", "mse"])
+@pytest.mark.parametrize("search", ["minmax", "absmax", "mse"])
 @pytest.mark.parametrize("order", COLUMN_ORDERS)
 @pytest.mark.parametrize("name", INTEGER_NAMES)
 def test_method_costs_less_than_rounding_on_the_same_scales(name, order, search):

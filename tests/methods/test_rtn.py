@@ -7,7 +7,7 @@ from quantlib import grouping
 from quantlib.errors import NumericsError
 from quantlib.methods import METHODS
 from quantlib.methods.rtn import prepare
-from quantlib.schemes import INTEGER_NAMES, scheme_from_name
+from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW, scheme_from_name
 from quantlib.solver_settings import SolverSettings
 
 rtn = METHODS["rtn"]
@@ -121,6 +121,18 @@ def test_rtn_energies_and_clipped_weights_equal_those_in_float64(name, columns, 
     assert solved.weight_energy == pytest.approx(exact.square().sum().item(), rel=1e-6)
     assert solved.error_energy == pytest.approx(error.square().sum().item(), rel=1e-6)
     assert solved.num_clipped == int((error.abs() > scale / 2).sum())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rtn_absmax_in_whole_rows_of_8_bits_is_absmax_int8(dtype):
+    w = weight().to(dtype)
+    found = round_rows(w, scheme_from_name("W8A16", WHOLE_ROW), scale_search="absmax").quantized
+    absmax = w.double().abs().amax(1, keepdim=True)
+    assert torch.equal(found.scale_RG, (absmax / 127).float().bfloat16())
+    codes = (w.double() / found.scale_RG.double()).round().clamp(-127, 127)
+    assert torch.equal(found.codes_RC.double() - 128, codes)
+    # bitsandbytes keeps absmax and rounds 127 * w / absmax; a bf16 scale is off by 2**-9 at most.
+    assert ((127 * w.double() / absmax).round() - codes).abs().max() <= 1
 
 
 @pytest.mark.parametrize("scale_search", ["minmax", "mse"])

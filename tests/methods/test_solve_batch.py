@@ -22,7 +22,7 @@ _KINDS = ("usual", "usual", "usual", "no tokens", "constant", "more damping", "n
 
 schemes = st.builds(
     WeightScheme,
-    bits=st.sampled_from([2, 3, 4, 8]),
+    bits=st.sampled_from([2, 3, 4, 5, 6, 8]),
     is_symmetric=st.booleans(),
     group_size=st.sampled_from([16, 64, WHOLE_ROW]),
 )

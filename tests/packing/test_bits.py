@@ -31,6 +31,14 @@ def unsigned_words(words: torch.Tensor) -> list[int]:
         (3, [0] * 31 + [7], [0, 0, 0xE0000000]),
         (3, [0] * 10 + [7], [0xC0000000, 0x1]),
         (3, [0] * 32 + [5], [0, 0, 0, 0x5]),
+        # Eight codes are 0x398a418820, as base 32 digits.
+        (5, range(8), [0x8A418820, 0x39]),
+        # Code 6 has its three highest bits in the second word, code 12 its highest in the third.
+        (5, [0] * 6 + [31] + [0] * 5 + [31], [0xC0000000, 0xF0000007, 0x1]),
+        (5, [0] * 31 + [31], [0, 0, 0, 0, 0xF8000000]),
+        # Four codes fill three bytes: 0o03020100 = 0x0c2040, 0o07060504 = 0x1c6144, and so on.
+        (6, range(16), [0x440C2040, 0xA2481C61, 0x3CE34C2C]),
+        (6, [0] * 5 + [63] + [0] * 4 + [63], [0xC0000000, 0xF000000F, 0x3]),
     ],
 )
 def test_pack_known_codes_gives_known_words(bits, codes, expected):
@@ -99,16 +107,16 @@ def test_pack_leaves_its_input_alone(bits):
     assert torch.equal(words, words_before)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6])
 def test_pack_code_out_of_range_is_refused(bits):
     codes = torch.tensor([[0, 2**bits]], dtype=torch.uint8)
     with pytest.raises(PackingError, match=f"{2**bits} does not fit {bits} bits"):
         pack_words(codes, bits=bits, dim=1)
 
 
-@pytest.mark.parametrize("bits", [0, 1, 5, 6, 7, 16])
+@pytest.mark.parametrize("bits", [0, 1, 7, 16])
 def test_width_that_is_not_packed_is_refused(bits):
-    with pytest.raises(PackingError, match=f"{bits} bits are not packed; use one of 2, 3, 4, 8"):
+    with pytest.raises(PackingError, match=f"{bits} bits are not packed; use one of 2, 3, 4, 5, 6, 8"):
         pack_words(torch.zeros(1, 8, dtype=torch.uint8), bits=bits, dim=1)
     with pytest.raises(PackingError, match=f"{bits} bits are not packed"):
         unpack_words(torch.zeros(1, 8, dtype=torch.int32), bits=bits, dim=1, length=8)
@@ -119,7 +127,10 @@ def test_pack_signed_codes_are_refused():
         pack_words(torch.zeros(1, 8, dtype=torch.int8), bits=4, dim=1)
 
 
-@pytest.mark.parametrize(("bits", "length", "needed"), [(4, 9, 2), (3, 32, 3), (3, 33, 4), (3, 10, 1)])
+@pytest.mark.parametrize(
+    ("bits", "length", "needed"),
+    [(4, 9, 2), (3, 32, 3), (3, 33, 4), (3, 10, 1), (5, 32, 5), (5, 33, 6), (6, 16, 3), (6, 17, 4)],
+)
 @pytest.mark.parametrize("too_many", [1, -1])
 def test_unpack_wrong_number_of_words_is_refused(bits, length, needed, too_many):
     words = torch.zeros(1, needed + too_many, dtype=torch.int32)

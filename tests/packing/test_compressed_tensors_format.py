@@ -25,6 +25,8 @@ W4_ASYM = WeightScheme(bits=4, is_symmetric=False, group_size=16)
 W8_ROW = WeightScheme(bits=8, is_symmetric=True, group_size=WHOLE_ROW)
 W3 = WeightScheme(bits=3, is_symmetric=True, group_size=32)
 W3_ASYM = WeightScheme(bits=3, is_symmetric=False, group_size=16)
+W5 = WeightScheme(bits=5, is_symmetric=True, group_size=32)
+W6_ASYM = WeightScheme(bits=6, is_symmetric=False, group_size=16)
 W2_ASYM = WeightScheme(bits=2, is_symmetric=False, group_size=64)
 
 
@@ -63,7 +65,7 @@ def test_words_are_those_of_upstream_in_both_directions(bits, rows, columns, dim
         assert torch.equal(unpack_from_int32(ours, bits, codes.shape, packed_dim=dim), signed)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", PACKED_BITS)
 @pytest.mark.parametrize("is_symmetric", [True, False])
 @pytest.mark.parametrize(
     ("rows", "columns", "group_size"),
@@ -84,7 +86,7 @@ def test_pack_upstream_rounds_levels_once_to_a_half_precision_scale(dtype):
     assert torch.equal(found, quantized.dequantize().to(dtype))
 
 
-@pytest.mark.parametrize("scheme", [W4, W4_ASYM, W8_ROW, W3, W3_ASYM, W2_ASYM])
+@pytest.mark.parametrize("scheme", [W4, W4_ASYM, W8_ROW, W3, W3_ASYM, W5, W6_ASYM, W2_ASYM])
 def test_unpack_reads_what_upstream_compressed(scheme):
     quantized = random_quantized(48, 64, scheme, scale_dtype=torch.float32)
     parsed = upstream_config(compressed_tensors_format.quantization_config({NAME: scheme}))
@@ -107,16 +109,20 @@ def test_unpack_shape_that_contradicts_the_words_is_refused():
         compressed_tensors_format.unpack(NAME, packed, W4)
 
 
-def test_unpack_three_bit_words_with_gaps_are_refused_by_their_number():
-    quantized = random_quantized(8, 160, W3, scale_dtype=torch.float32)
+@pytest.mark.parametrize(("bits", "columns", "needed"), [(3, 151, 15), (5, 91, 15), (6, 76, 15)])
+def test_unpack_words_with_gaps_are_refused_by_their_number(bits, columns, needed):
+    scheme = WeightScheme(bits=bits, is_symmetric=True, group_size=WHOLE_ROW)
+    quantized = random_quantized(8, columns, scheme, scale_dtype=torch.float32)
     packed = compressed_tensors_format.pack(NAME, quantized)
-    # 10 codes a word, as releases of compressed-tensors before June 2026 packed them.
+    # No code crosses a word, as releases of compressed-tensors before June 2026 packed them.
+    each = 32 // bits
     with_gaps = [
-        [words_of(row[i : i + 10], 3)[0] for i in range(0, 160, 10)] for row in quantized.codes_RC.tolist()
+        [words_of(row[i : i + each], bits)[0] for i in range(0, columns, each)]
+        for row in quantized.codes_RC.tolist()
     ]
     packed[f"{NAME}.weight_packed"] = torch.tensor(with_gaps).to(torch.int32)
-    with pytest.raises(PackingError, match=r"weight_packed must be \(8, 15\), got \(8, 16\)"):
-        compressed_tensors_format.unpack(NAME, packed, W3)
+    with pytest.raises(PackingError, match=rf"weight_packed must be \(8, {needed}\), got \(8, 16\)"):
+        compressed_tensors_format.unpack(NAME, packed, scheme)
 
 
 def test_ragged_last_group_is_refused_here_because_upstream_refuses_it():
@@ -160,8 +166,14 @@ ASSIGNMENTS = {
     "one_scheme": dict.fromkeys(names_in_blocks(), W4),
     "one_scheme_some_kept": dict.fromkeys(names_in_blocks(), W4)
     | {"layers.0.q_proj": None, "layers.2.down_proj": None},
-    "three_schemes_some_kept": dict.fromkeys(names_in_blocks(), W4)
-    | {"layers.0.q_proj": None, "layers.1.q_proj": W8_ROW, "layers.1.k_proj": W4_ASYM},
+    "five_schemes_some_kept": dict.fromkeys(names_in_blocks(), W4)
+    | {
+        "layers.0.q_proj": None,
+        "layers.1.q_proj": W8_ROW,
+        "layers.1.k_proj": W4_ASYM,
+        "layers.2.q_proj": W5,
+        "layers.2.k_proj": W6_ASYM,
+    },
 }
 
 
@@ -205,6 +217,8 @@ def test_quantization_config_ignores_exactly_the_kept_linears():
         ("W3A16", 3, True),
         ("W4A16", 4, True),
         ("W4A16_ASYM", 4, False),
+        ("W5A16", 5, True),
+        ("W6A16", 6, True),
         ("W8A16", 8, True),
     ],
 )
@@ -244,8 +258,8 @@ def test_scheme_of_full_name_wins_over_regex_and_regex_over_class():
     ("block", "message"),
     [
         (
-            {"format": "pack-quantized", "config_groups": {"a": group(["Linear"], num_bits=5)}},
-            "of 2, 3, 4, 8 bits are read; got .* 5 bits",
+            {"format": "pack-quantized", "config_groups": {"a": group(["Linear"], num_bits=7)}},
+            "of 2, 3, 4, 5, 6, 8 bits are read; got .* 7 bits",
         ),
         ({"format": "pack-quantized", "config_groups": {"a": group(["Linear"], type="float")}}, "float"),
         ({"format": "float-quantized", "config_groups": {"a": group(["Linear"])}}, "float-quantized"),

@@ -15,6 +15,8 @@ W4 = WeightScheme(bits=4, is_symmetric=True, group_size=32)
 W4_ASYM = WeightScheme(bits=4, is_symmetric=False, group_size=16)
 W8_ROW = WeightScheme(bits=8, is_symmetric=True, group_size=WHOLE_ROW)
 W3 = WeightScheme(bits=3, is_symmetric=True, group_size=32)
+W5 = WeightScheme(bits=5, is_symmetric=True, group_size=32)
+W6_ASYM = WeightScheme(bits=6, is_symmetric=False, group_size=32)
 W2_ASYM = WeightScheme(bits=2, is_symmetric=False, group_size=32)
 FLOATS = {name: scheme_from_name(name) for name in FLOAT_NAMES}
 
@@ -102,6 +104,8 @@ def assigned_schemes(model, assignment):
         "asymmetric": W4_ASYM,
         "whole_row": W8_ROW,
         "three_bits": W3,
+        "five_bits": W5,
+        "six_bits_asymmetric": W6_ASYM,
         "two_bits_asymmetric": W2_ASYM,
         **FLOATS,
     }
@@ -138,6 +142,8 @@ def write_checkpoint(folder, model, schemes):
         ("whole_row", False),
         ("mixed", True),
         ("three_bits", False),
+        ("five_bits", False),
+        ("six_bits_asymmetric", False),
         ("two_bits_asymmetric", False),
         ("FP8A16", False),
     ],

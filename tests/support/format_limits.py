@@ -3,7 +3,7 @@
 from quantlib.packing import FORMATS
 from quantlib.schemes import INTEGER_NAMES, scheme_from_name
 
-HELD_BITS = {"compressed-tensors": (2, 3, 4, 8), "gptq": (2, 3, 4, 8), "awq": (4,)}
+HELD_BITS = {"compressed-tensors": (2, 3, 4, 5, 6, 8), "gptq": (2, 3, 4, 8), "awq": (4,)}
 # Out and in features are multiples of these.
 SIDES = {"compressed-tensors": (1, 1), "gptq": (32, 32), "awq": (8, 1)}
 FORMATS_AND_BITS = [(name, bits) for name in FORMATS for bits in HELD_BITS[name]]

@@ -1,14 +1,14 @@
 """What compressed-tensors stores: packed integers, plain integers, 8-bit floats and 4-bit floats.
 
 Of a linear [R, C] with a scale for every group of columns, row, block or whole weight:
-``weight_packed`` int32, codes of 2, 3, 4 or 8 bits along C, with ``weight_shape``; zero points are packed
+``weight_packed`` int32, codes of 2 to 6 or 8 bits along C, with ``weight_shape``; zero points are packed
 along R, ``weight_g_idx`` is the group of each column (``pack-quantized``).
 ``weight`` int8 or float8 (``int-quantized``, ``float-quantized``, ``naive-quantized``, ``mxfp8-quantized``).
 ``weight_packed`` uint8, two 4-bit floats a byte; ``weight_scale`` float8 times ``1 / weight_global_scale``
 for 16 of them (``nvfp4-pack-quantized``), or E8M0 bytes for 32 (``mxfp4-pack-quantized``).
 
-Left out: 3-bit codes of releases before June 2026, 10 in a word; 5, 6 and 7 bits; sparse weights;
-transforms, which change what a linear's input is.
+Left out: codes of 3, 5 and 6 bits of releases before June 2026, none of which crosses a word; 7 bits; sparse
+weights; transforms, which change what a linear's input is.
 
 Source: compressed-tensors 0.20.0, compressors/ and quantization/lifecycle/forward.py.
 """
@@ -27,8 +27,8 @@ from quantlib.checkpoint.decoders.e2m1 import values_of
 from quantlib.checkpoint.decoders.scale_grid import Block, block_of, groups_of_columns, scale_rows
 from quantlib.checkpoint.header import TensorEntry
 from quantlib.errors import CheckpointError
-from quantlib.packing.bits import BITS_PER_WORD, PACKED_BITS, num_words, unpack_words
-from quantlib.packing.compressed_tensors_format import group_of
+from quantlib.packing.bits import BITS_PER_WORD, num_words, unpack_words
+from quantlib.packing.compressed_tensors_format import WIDTHS, group_of
 
 _ROLES = {
     "scale": ".weight_scale",
@@ -127,10 +127,10 @@ def _packed(linear: str, parts: dict[str, TensorEntry], quantization: Mapping[st
     weights = (group_of(quantization, linear) or {}).get("weights") or {}
     bits, size = weights.get("num_bits"), weights.get("group_size")
     rows, groups = parts["codes"].shape[0], (1, *parts["scale"].shape)[-1]
-    if bits not in PACKED_BITS or "shape" not in parts or parts["scale"].shape not in ((rows, groups), (1,)):
+    if bits not in WIDTHS or "shape" not in parts or parts["scale"].shape not in ((rows, groups), (1,)):
         found = ", ".join(f"{role} {list(entry.shape)}" for role, entry in parts.items())
         raise CheckpointError(
-            f"{linear} is stored packed; wanted codes of {', '.join(map(str, PACKED_BITS))} bits by"
+            f"{linear} is stored packed; wanted codes of {', '.join(map(str, WIDTHS))} bits by"
             f" config_groups, scales by group or row, and a weight_shape; found {bits!r} bits, {found}",
             linear=linear,
         )

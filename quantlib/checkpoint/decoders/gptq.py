@@ -25,7 +25,8 @@ from quantlib.checkpoint.decoders.contracts import Found, ReadStored
 from quantlib.checkpoint.decoders.scale_grid import groups_of_columns
 from quantlib.checkpoint.header import TensorEntry
 from quantlib.errors import CheckpointError
-from quantlib.packing.bits import BITS_PER_WORD, PACKED_BITS, transposed, unpack_words
+from quantlib.packing.bits import BITS_PER_WORD, transposed, unpack_words
+from quantlib.packing.gptq_format import WIDTHS
 
 _V1, _V2 = "gptq", "gptq_v2"
 _CODES = ".qweight"
@@ -62,12 +63,12 @@ def _decoded(
     words, rows = parts["codes"].shape
     groups, zero_words = parts["zeros"].shape
     bits = zero_words * BITS_PER_WORD // max(1, rows)
-    columns = words * BITS_PER_WORD // bits if bits in PACKED_BITS else 0
+    columns = words * BITS_PER_WORD // bits if bits in WIDTHS else 0
     fits = columns and parts["scales"].shape == (groups, rows)
     if not fits or ("g_idx" in parts and parts["g_idx"].shape != (columns,)):
         shapes = ", ".join(f"{role} {list(entry.shape)}" for role, entry in parts.items())
         raise CheckpointError(
-            f"{linear}: {shapes} do not fit each other as codes of {', '.join(map(str, PACKED_BITS))} bits;"
+            f"{linear}: {shapes} do not fit each other as codes of {', '.join(map(str, WIDTHS))} bits;"
             " the checkpoint is damaged or of another layout",
             linear=linear,
         )

@@ -1,0 +1,35 @@
+"""Scales by the search that was asked for.
+
+R rows (out features), C columns (in features).
+"""
+
+import torch
+
+from quantlib.grids.affine import AffineGrid
+from quantlib.grids.fit import fit_to_extremes, search_scales
+from quantlib.schemes import WeightScheme
+from quantlib.solver_settings import FROM_EXTREMES
+
+
+def fitted_scales(
+    weight_RC: torch.Tensor,
+    scheme: WeightScheme,
+    *,
+    search: str,
+    scale_dtype: torch.dtype,
+    importance_C: torch.Tensor | None,
+) -> AffineGrid:
+    """The grid of a row tile.
+
+    Shapes:
+        weight_RC: floating [R, C], finite.
+        importance_C: fp32 [C], by which the search weighs errors; None for equal importance. Extremes need
+            none.
+
+    Args:
+        search: One of `quantlib.solver_settings.SCALE_SEARCHES`.
+        scale_dtype: Dtype in which the output format stores scales.
+    """
+    if search in FROM_EXTREMES:
+        return fit_to_extremes(weight_RC, scheme, scale_dtype=scale_dtype, cuts_half_step=search != "absmax")
+    return search_scales(weight_RC, scheme, scale_dtype=scale_dtype, importance_C=importance_C)
