@@ -119,6 +119,13 @@ def test_what_does_not_fit_is_refused_when_it_is_opened(tmp_path, changed, quant
         opened(write_source(tmp_path, stored, {"quant_method": "gptq", **quantization}))
 
 
+@pytest.mark.parametrize("bits", [5, 6])
+def test_widths_that_are_bit_planes_elsewhere_are_refused_by_their_shapes(tmp_path, bits):
+    stored = stored_as(*gptq_values(32, 64, bits, 2), bits)
+    with pytest.raises(CheckpointError, match="do not fit each other as codes of 2, 3, 4, 8 bits"):
+        opened(write_source(tmp_path, stored, {"quant_method": "gptq"}))
+
+
 @pytest.mark.parametrize(
     ("zeros", "group", "said"),
     [(3, 0, "other than 8"), (8, 2, "groups 0 to 2, there are"), (8, -1, "groups -1 to 1")],
