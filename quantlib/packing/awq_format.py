@@ -96,9 +96,10 @@ def unpack(name: str, tensors: Mapping[str, torch.Tensor], scheme: WeightScheme)
     """
     qweight, qzeros = (take_tensor(tensors, n, torch.int32) for n in packed_names(name)[:2])
     scales = take_tensor(tensors, f"{name}.scales")
-    if qweight.dim() != 2:
+    if qweight.dim() != 2 or not qweight.numel():
         raise PackingError(
-            f"tensor {name}.qweight must be a matrix, got {tuple(qweight.shape)}", tensor=f"{name}.qweight"
+            f"tensor {name}.qweight must be a matrix of words, got {tuple(qweight.shape)}",
+            tensor=f"{name}.qweight",
         )
     columns, num_words = qweight.shape
     rows = num_words * CODES_PER_WORD

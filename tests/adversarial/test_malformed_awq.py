@@ -27,9 +27,11 @@ def test_sound_tensors_are_read():
 @pytest.mark.parametrize(
     ("part", "tensor", "said"),
     [
-        ("qweight", torch.zeros((), dtype=torch.int32), r"qweight must be a matrix, got \(\)"),
+        ("qweight", torch.zeros((), dtype=torch.int32), r"qweight must be a matrix of words, got \(\)"),
         ("qweight", torch.zeros(64, dtype=torch.int32), "must be a matrix"),
         ("qweight", torch.zeros(64, 2, 1, dtype=torch.int32), "must be a matrix"),
+        ("qweight", torch.zeros(0, 2, dtype=torch.int32), r"matrix of words, got \(0, 2\)"),
+        ("qweight", torch.zeros(64, 0, dtype=torch.int32), r"matrix of words, got \(64, 0\)"),
         ("qweight", torch.zeros(64, 2, dtype=torch.int64), "must be torch.int32, got torch.int64"),
         ("qweight", torch.zeros(64, 2), "must be torch.int32, got torch.float32"),
         ("qweight", torch.zeros(65, 2, dtype=torch.int32), "divides its 65 columns, got 32"),

@@ -87,6 +87,7 @@ def test_zero_points_are_read_whatever_else_the_config_says(tmp_path, given):
         ({"qzeros": torch.zeros(2, 3, dtype=torch.int32)}, {}, "do not fit each other"),
         ({"qzeros": torch.zeros(0, 2, dtype=torch.int32), "scales": torch.ones(0, 16)}, {}, "do not fit"),
         ({"qweight": torch.zeros(63, 2, dtype=torch.int32)}, {}, "do not fit each other"),
+        ({"qweight": torch.zeros(0, 2, dtype=torch.int32)}, {}, "do not fit each other"),
         ({"qweight": torch.zeros(64, 2, dtype=torch.int16)}, {}, r"codes I16 \[64, 2\]"),
     ],
 )

@@ -60,7 +60,7 @@ def _fit(codes: TensorEntry, zeros: TensorEntry, scales: TensorEntry) -> bool:
     return (
         zeros.shape == (groups, words)
         and scales.shape == (groups, words * CODES_PER_WORD)
-        and groups > 0
+        and min(columns, words, groups) > 0
         and columns % groups == 0
     )
 
