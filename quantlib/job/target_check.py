@@ -10,6 +10,7 @@ from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.job.serving import ServedLinear, Serving
 from quantlib.job.targets import refuse_unserved
 from quantlib.model.families import open_config
+from quantlib.schemes import WeightScheme
 
 
 def check_target(options: JobOptions, config: Mapping[str, Any], blocks: Sequence[BlockPlan]) -> None:
@@ -44,26 +45,23 @@ def serving_of(options: JobOptions, config: Mapping[str, Any], blocks: Sequence[
 
 
 def _served(blocks: Sequence[BlockPlan], styles: Mapping[str, str]) -> tuple[ServedLinear, ...]:
-    alike: dict[tuple[Any, ...], ServedLinear] = {}
+    names: dict[ServedLinear, list[str]] = {}
     for linear in (linear for block in blocks for linear in block.linears):
-        if linear.scheme is None:
-            continue
-        made = _served_linear(linear, styles)
-        key = dataclasses.astuple(dataclasses.replace(made, name=""))
-        first = alike.get(key, dataclasses.replace(made, count=0))
-        alike[key] = dataclasses.replace(first, count=first.count + 1)
-    return tuple(alike.values())
+        if linear.scheme is not None:
+            names.setdefault(_nameless(linear, linear.scheme, styles), []).append(linear.name)
+    return tuple(
+        dataclasses.replace(linear, name=alike[0], count=len(alike)) for linear, alike in names.items()
+    )
 
 
-def _served_linear(linear: LinearPlan, styles: Mapping[str, str]) -> ServedLinear:
-    assert linear.scheme is not None
+def _nameless(linear: LinearPlan, scheme: WeightScheme, styles: Mapping[str, str]) -> ServedLinear:
     is_expert = linear.experts is not None
     return ServedLinear(
-        name=linear.name,
-        count=1,
+        name="",
+        count=0,
         rows=linear.rows,
         columns=linear.columns,
-        scheme=linear.scheme,
+        scheme=scheme,
         is_expert=is_expert,
         split=split_of(linear.path, styles, is_expert=is_expert),
     )

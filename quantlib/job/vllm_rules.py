@@ -43,7 +43,7 @@ def _heads(serving: Serving) -> list[Fault]:
     devices, heads, kv_heads = serving.tensor_parallel, serving.heads, serving.kv_heads
     if heads is not None and heads % devices:
         return [(None, f"{heads} attention heads over {devices} devices")]
-    if kv_heads is not None and max(kv_heads, devices) % min(kv_heads, devices):
+    if kv_heads and max(kv_heads, devices) % min(kv_heads, devices):
         return [(None, f"{kv_heads} heads of keys and values over {devices} devices")]
     return []
 

@@ -3,6 +3,8 @@
 import json
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from quantlib.__main__ import main
 from quantlib.errors import RecipeError
@@ -114,3 +116,36 @@ def test_command_line_prints_what_the_plan_was_checked_for(root, capsys):
     assert "\nchecked for vllm on 2 devices: breaks none of its rules" in capsys.readouterr().out
     assert main([*words, "--tensor-parallel", "4"]) == 2
     assert "error: vllm would not serve this output:" in capsys.readouterr().err
+
+
+def _takes(request):
+    try:
+        build_plan(request, 1)
+    except RecipeError:
+        return False
+    return True
+
+
+def _logits(folder):
+    model, notes = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert not notes["missing_keys"] and not notes["unexpected_keys"]
+    with torch.no_grad():
+        return model(torch.arange(3, 35)[None]).logits
+
+
+@pytest.mark.parametrize("scheme", ["W8A16", "W8A16_ASYM"])
+@pytest.mark.parametrize(
+    ("family", "settings"), [("llama", {}), ("qwen3_moe", {"moe_intermediate_size": 32, "num_experts": 4})]
+)
+def test_transformers_loads_as_it_is_what_its_rules_take_and_nothing_else(tmp_path, family, settings, scheme):
+    source = tiny_source(tmp_path / "source", family, **settings)
+    request = rtn(tmp_path, scheme=scheme)
+    quantize(request)
+    is_taken = _takes(rtn(tmp_path, scheme=scheme, target="transformers"))
+    assert is_taken == (scheme == "W8A16")
+    if is_taken:
+        original = _logits(source)
+        assert (_logits(tmp_path / "output") - original).abs().max() < 0.05 * original.abs().max()
+    else:
+        with pytest.raises(RuntimeError):
+            _logits(tmp_path / "output")
