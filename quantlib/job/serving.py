@@ -35,7 +35,7 @@ class Serving:
 
     Attributes:
         linears: All that is quantized.
-        kept: Names of linears of the blocks that rules keep as they are.
+        kept: Names of linears of the blocks, experts apart, that rules keep as they are.
         format: Layout of the output.
         tensor_parallel: Devices that share every matrix.
         heads: Attention heads; None where the model does not say one number.
@@ -55,7 +55,7 @@ Fault = tuple[ServedLinear | None, str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
+class EngineRule:
     """One thing that an engine rejects.
 
     Attributes:
@@ -75,11 +75,11 @@ class Rule:
 class Finding:
     """What breaks one rule."""
 
-    rule: Rule
+    rule: EngineRule
     faults: tuple[Fault, ...]
 
 
-def findings(rules: Sequence[Rule], serving: Serving) -> Iterator[Finding]:
+def findings(rules: Sequence[EngineRule], serving: Serving) -> Iterator[Finding]:
     """The rules that are broken, and by what."""
     for rule in rules:
         if faults := tuple(rule.faults(serving)):

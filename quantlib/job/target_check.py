@@ -36,7 +36,7 @@ def serving_of(options: JobOptions, config: Mapping[str, Any], blocks: Sequence[
     assert options.format is not None  # Chosen by `options_from`.
     return Serving(
         linears=_served(blocks, split_styles(text.base_model_tp_plan or {})),
-        kept=tuple(x.name for block in blocks for x in block.linears if x.scheme is None),
+        kept=tuple(x.name for b in blocks for x in b.linears if x.scheme is None and x.experts is None),
         format=options.format,
         tensor_parallel=options.tensor_parallel,
         heads=_number(text, "num_attention_heads"),

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from quantlib.errors import RecipeError
 from quantlib.job import transformers_rules, vllm_rules
-from quantlib.job.serving import Fault, Finding, Rule, ServedLinear, Serving, findings
+from quantlib.job.serving import EngineRule, Fault, Finding, ServedLinear, Serving, findings
 from quantlib.schemes import WHOLE_ROW, scheme_from_name
 
 DEFAULT_FORMAT = "compressed-tensors"
@@ -29,7 +29,7 @@ class Engine:
     """
 
     default_format: str
-    rules: tuple[Rule, ...]
+    rules: tuple[EngineRule, ...]
 
 
 ENGINES: Mapping[str, Engine] = {
@@ -96,7 +96,7 @@ def _advice(broken: Sequence[Finding], remedies: Sequence[str]) -> str:
     return f"What would do instead: {'; or '.join(ways)}" if ways else "Nothing that can be set here would do"
 
 
-def _remedies(rules: Sequence[Rule], serving: Serving, at_fault: Sequence[ServedLinear]) -> list[str]:
+def _remedies(rules: Sequence[EngineRule], serving: Serving, at_fault: Sequence[ServedLinear]) -> list[str]:
     """The smallest changes, in words, after which no rule is broken."""
     formats = () if serving.format == DEFAULT_FORMAT else (DEFAULT_FORMAT,)
     choices = itertools.product((None, *formats), (None, *_SCHEMES), (None, *_GROUP_SIZES), (False, True))
@@ -113,7 +113,7 @@ def _num_changes(choice: tuple[object, ...]) -> int:
 
 
 def _remedy(
-    rules: Sequence[Rule],
+    rules: Sequence[EngineRule],
     serving: Serving,
     at_fault: Sequence[ServedLinear],
     layout: str | None,

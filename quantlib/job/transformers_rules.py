@@ -7,7 +7,7 @@ source.
 from collections import Counter
 from collections.abc import Iterator
 
-from quantlib.job.serving import Fault, Rule, ServedLinear, Serving, of_linears
+from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, of_linears
 
 _WITH_COMPRESSED_TENSORS = "transformers 5.23.0 with compressed-tensors 0.20.0, tried"
 _WITH_OPTIMUM = "optimum 2.3.0, optimum/gptq/quantizer.py, convert_model"
@@ -41,24 +41,24 @@ def _one_device(serving: Serving) -> Iterator[Fault]:
 
 
 RULES = (
-    Rule(
+    EngineRule(
         wanted="symmetric schemes; asymmetric ones only with CompressedTensorsConfig(dequantize=True), for"
         " which no target need be named, and asymmetric experts not at all",
         source=_WITH_COMPRESSED_TENSORS,
         faults=of_linears(_symmetric, formats=("compressed-tensors",)),
     ),
-    Rule(
+    EngineRule(
         wanted="gptq files without quantized experts, which are no linears in transformers",
         source=_WITH_OPTIMUM,
         faults=of_linears(_no_experts, formats=("gptq",)),
     ),
-    Rule(
+    EngineRule(
         wanted="gptq files in which all linears of the blocks have one scheme",
         source=_WITH_OPTIMUM,
         faults=_one_scheme,
         spares_kept=False,
     ),
-    Rule(
+    EngineRule(
         wanted="one device a matrix, as far as is known here",
         source="what it does with packed tensors on several was not tried",
         faults=_one_device,

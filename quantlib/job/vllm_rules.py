@@ -5,7 +5,7 @@ reject more: 0.19 asymmetric experts, for example, and what is before mid-2026 t
 """
 
 from quantlib.job.parallel_splits import IN, OUT
-from quantlib.job.serving import Fault, Rule, ServedLinear, Serving, of_linears
+from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, of_linears
 from quantlib.schemes import WHOLE_ROW
 
 _RELEASE = "vLLM 0.33.0"
@@ -87,51 +87,51 @@ def _whole_words(linear: ServedLinear, devices: int) -> str | None:
 
 
 RULES = (
-    Rule(
+    EngineRule(
         wanted="gptq files with symmetric 4 or 8 bits",
         source=f"{_RELEASE}, model_executor/layers/quantization/auto_gptq.py, TYPE_MAP",
         faults=of_linears(_gptq_scheme, formats=("gptq",)),
     ),
-    Rule(
+    EngineRule(
         wanted="gptq files with groups of 32, 64 or 128 or one scale a row",
         source=f"{_RELEASE}, model_executor/layers/quantization/utils/marlin_utils.py,"
         " verify_marlin_supported",
         faults=of_linears(_gptq_group_size, formats=("gptq",)),
     ),
     # A row of experts is taken by Marlin alone, and on Hopper another kernel comes first.
-    Rule(
+    EngineRule(
         wanted="routed experts with groups, not one scale a row",
         source=f"{_RELEASE}, model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/"
         "compressed_tensors_moe_wna16.py, and utils/humming/priority.py",
         faults=of_linears(_grouped_expert, formats=("compressed-tensors",)),
     ),
-    Rule(
+    EngineRule(
         wanted="attention heads, and those of keys and values, that go evenly over the devices",
         source=f"{_RELEASE}, config/model.py, verify_with_parallel_config, and"
         " model_executor/layers/linear.py, QKVParallelLinear",
         faults=_heads,
         spares_kept=False,
     ),
-    Rule(
+    EngineRule(
         wanted="sides that go evenly over the devices",
         source=f"{_RELEASE}, model_executor/layers/linear.py and fused_moe/config.py",
         faults=of_linears(_even_side),
         spares_kept=False,
     ),
-    Rule(
+    EngineRule(
         wanted="whole groups on every device",
         source=f"{_RELEASE}, distributed/utils.py, verify_group_size_divides_partition, and"
         " model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/"
         "compressed_tensors_moe_wna16.py",
         faults=of_linears(_whole_groups, formats=("compressed-tensors",)),
     ),
-    Rule(
+    EngineRule(
         wanted="whole groups on every device",
         source=f"{_RELEASE}, model_executor/kernels/linear/mixed_precision/marlin.py, and of experts"
         " model_executor/layers/quantization/moe_wna16.py, which halves groups down to 32",
         faults=of_linears(_whole_gptq_groups, formats=("gptq",)),
     ),
-    Rule(
+    EngineRule(
         wanted="whole 32-bit words of packed codes and zero points on every device",
         source=f"{_RELEASE}, model_executor/parameter.py, _adjust_shard_indexes_for_packing",
         faults=of_linears(_whole_words),

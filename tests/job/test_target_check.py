@@ -66,6 +66,16 @@ def test_experts_are_told_from_what_every_token_goes_through(tmp_path):
     assert sorted(experts.values()) == [8, 16]
 
 
+def test_transformers_takes_gptq_files_whose_experts_are_kept(tmp_path):
+    tiny_source(tmp_path / "source", "qwen3_moe", moe_intermediate_size=32, num_experts=4, head_dim=32)
+    options = {"format": "gptq", "target": "transformers"}
+    with pytest.raises(
+        RecipeError, match="found routed experts .* 23 more.*\n.*rule that keeps these linears"
+    ):
+        build_plan(rtn(tmp_path, **options), 1)
+    build_plan(rtn(tmp_path, rules=[{"match": "*.experts.*", "keep": True}], **options), 1)
+
+
 def test_latent_attention_has_no_heads_of_keys(tmp_path):
     serving = family_serving(tmp_path, "deepseek_v3", {}, group_size=-1)
     assert (serving.heads, serving.kv_heads) == (4, None)
