@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from quantlib.errors import RecipeError
 from quantlib.job import transformers_rules, vllm_rules
-from quantlib.job.serving import EngineRule, Fault, Finding, ServedLinear, Serving, findings
+from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, findings
 from quantlib.schemes import WHOLE_ROW, scheme_from_name
 
 DEFAULT_FORMAT = "compressed-tensors"
@@ -56,6 +56,10 @@ def refuse_unserved(target: str, serving: Serving) -> None:
     if not broken:
         return
     at_fault = [linear for found in broken for linear, _ in found.faults if linear is not None]
+    ways = _remedies(rules, serving, at_fault)
+    # Keeping all of them would leave nothing quantized.
+    if all(found.rule.spares_kept for found in broken) and not set(serving.linears).issubset(at_fault):
+        ways.append("a rule that keeps these linears as they are")
     raise RecipeError(
         "\n".join(
             (
@@ -64,7 +68,7 @@ def refuse_unserved(target: str, serving: Serving) -> None:
                     f"- it takes {found.rule.wanted}; found {_described(found.faults)} ({found.rule.source})"
                     for found in broken
                 ),
-                _advice(broken, _remedies(rules, serving, at_fault)),
+                _advice(ways),
             )
         ),
         option="target",
@@ -89,15 +93,12 @@ def _described(faults: Sequence[Fault]) -> str:
     return f"{words} ({linear.name}{f' and {more} more' if more else ''})"
 
 
-def _advice(broken: Sequence[Finding], remedies: Sequence[str]) -> str:
-    ways = [*remedies]
-    if all(found.rule.spares_kept for found in broken):
-        ways.append("a rule that keeps these linears as they are")
+def _advice(ways: Sequence[str]) -> str:
     return f"What would do instead: {'; or '.join(ways)}" if ways else "Nothing that can be set here would do"
 
 
 def _remedies(rules: Sequence[EngineRule], serving: Serving, at_fault: Sequence[ServedLinear]) -> list[str]:
-    """The smallest changes, in words, after which no rule is broken."""
+    """The smallest changes of options, in words, after which no rule is broken."""
     formats = () if serving.format == DEFAULT_FORMAT else (DEFAULT_FORMAT,)
     choices = itertools.product((None, *formats), (None, *_SCHEMES), (None, *_GROUP_SIZES), (False, True))
     by_size = itertools.groupby(sorted(choices, key=_num_changes), key=_num_changes)
