@@ -15,6 +15,8 @@ from quantlib.job.option_table import REQUIRED, Option, fields_of, is_optional, 
 from quantlib.job.options import JobOptions, default_of, options_from
 from quantlib.job.provenance import with_replayed_values
 from quantlib.job.rules import Rule
+from quantlib.job.targets import default_format
+from quantlib.schemes import DEFAULT_GROUP_SIZE, has_own_groups
 
 # Literal with choices known only at run time; a type checker sees no type in it.
 _LITERAL: Any = Literal
@@ -91,9 +93,11 @@ class QuantizeParams(create_model("_JobFields", __base__=_Form, **_job_fields())
     def title(self) -> str:
         """What a run is called: the model's last path part and the scheme."""
         values = self.model_dump()
+        layout = values["format"] or default_format(values["target"])
         model = values["source"].rstrip("/").rpartition("/")[2]
-        groups = "" if values["group_size"] is None else f" g{values['group_size']}"
-        return f"{model} to {values['scheme']}{groups} {values['format']}"
+        own = has_own_groups(values["scheme"])
+        groups = "" if own else f" g{values['group_size'] or DEFAULT_GROUP_SIZE}"
+        return f"{model} to {values['scheme']}{groups} {layout}"
 
     def to_options(self) -> JobOptions:
         """The validated request; values left at their defaults are those of the run it replays, if any.

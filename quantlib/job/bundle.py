@@ -22,6 +22,8 @@ OWN_OPTIONS = (
     "group_size",
     "method",
     "format",
+    "target",
+    "tensor_parallel",
     "scale_search",
     "column_order",
     "descent_passes",

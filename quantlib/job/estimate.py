@@ -43,6 +43,8 @@ def describe_plan(
         "group_size": plan.options["group_size"],
         "method": plan.options["method"],
         "format": plan.options["format"],
+        "target": plan.options["target"],
+        "tensor_parallel": plan.options["tensor_parallel"],
         "solver": {name: plan.options[name] for name in FOLLOWING},
         "blocks": len(plan.blocks),
         "units": len(plan.units),
@@ -83,6 +85,7 @@ def format_plan(described: dict[str, Any]) -> str:
         f"{described['model_type']}: {described['blocks']} blocks,"
         f" {described['linears_quantized']} linears to {described['scheme']} g{described['group_size']}"
         f" by {described['method']}, {described['format']}",
+        *_target_lines(described),
         *_solver_lines(described),
         *account_lines(described["tensors"]),
         f"{described['units']} units in {len(described['shards'])} shards,"
@@ -113,6 +116,14 @@ def _memory_lines(described: dict[str, Any]) -> list[str]:
     if described["most_slices"] > 1:
         measures.append(f"up to {described['most_slices']} passes of the cells through a block")
     return lines + [f"to fit: {', '.join(measures)}"] * bool(measures)
+
+
+def _target_lines(described: dict[str, Any]) -> list[str]:
+    if described["target"] is None:
+        return []
+    number = described["tensor_parallel"]
+    devices = f" on {number} devices" if number > 1 else ""
+    return [f"checked for {described['target']}{devices}: breaks none of its rules that are known here"]
 
 
 def _solver_lines(described: dict[str, Any]) -> list[str]:

@@ -14,6 +14,7 @@ from quantlib.job.node_terms import labels_from, resources_from
 from quantlib.job.option_table import REQUIRED, Option, check_value, declare, fields_of
 from quantlib.job.rules import Rule, rule_values, rules_from
 from quantlib.job.scheme_defaults import FOLLOWING, with_scheme_defaults
+from quantlib.job.targets import TARGETS, default_format
 from quantlib.job.text_sources import text_sources
 from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES
@@ -29,7 +30,8 @@ _WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evalua
 class JobOptions:
     """A validated request. ``None`` means: decided by the plan from the model or the machine.
 
-    Choices that follow the scheme (`scheme_defaults`) have been made by `options_from`; none of them is None.
+    Choices that follow the scheme (`scheme_defaults`) or the target (the format) have been made by
+    `options_from`; none of them is None.
     """
 
     source: str = declare(REQUIRED, _WHAT, "Checkpoint to convert: s3://, file:// or a path.")
@@ -59,12 +61,21 @@ class JobOptions:
         choices=("gptq", "rtn"),
         in_identity=True,
     )
-    format: str = declare(
-        "compressed-tensors",
+    format: str | None = declare(
+        None,
         _HOW,
-        "Layout of the output, by serving engine.",
+        "Layout of the output; by default the one that the target reads best, else the first.",
         choices=("compressed-tensors", "gptq", "awq"),
         in_identity=True,
+    )
+    target: str | None = declare(
+        None,
+        _HOW,
+        "Engine that is to serve the output; what it would reject is refused before any work.",
+        choices=TARGETS,
+    )
+    tensor_parallel: int = declare(
+        1, _HOW, "Devices among which the target splits every matrix; needs a target.", minimum=1
     )
     propagation: str | None = declare(
         None,
@@ -242,8 +253,8 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
 
     Raises:
         RecipeError: An unknown key, a missing one, a value out of its range, a wrong rule, gptq without
-            calibration text, a mix without weights, or nodes that cannot be; names the option, the value and
-            what is allowed.
+            calibration text, a mix without weights, devices without a target, or nodes that cannot be; names
+            the option, the value and what is allowed.
 
     >>> options_from({"source": "m", "output": "q", "method": "rtn", "group_size": 64}).group_size
     64
@@ -260,6 +271,7 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
     options = dataclasses.replace(
         options,
         group_size=_scheme(options).group_size,
+        format=options.format or default_format(options.target),
         **_following(options, {name: getattr(options, name) for name in FOLLOWING}),
     )
     _refuse_missing_calibration(options, rules)
@@ -269,6 +281,12 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
         if getattr(options, name) is not None:
             parse_bytes(getattr(options, name), name)
     _refuse_impossible_nodes(options)
+    if options.tensor_parallel > 1 and options.target is None:
+        raise RecipeError(
+            f"tensor_parallel {options.tensor_parallel} is about how an engine splits the output, and no"
+            f" target is named; name one of {', '.join(TARGETS)}, or leave it out",
+            option="tensor_parallel",
+        )
     if options.correct_targets and options.propagation != "quantized":
         raise RecipeError(
             f"correct_targets needs propagation quantized, found {options.propagation}: with the original"
@@ -284,6 +302,8 @@ def default_of(options: JobOptions, name: str) -> Any:
         return _following(options, dict.fromkeys(FOLLOWING))[name]
     if name == "group_size":
         return scheme_from_name(options.scheme).group_size
+    if name == "format":
+        return default_format(options.target)
     return option_fields()[name][0].default
 
 

@@ -32,6 +32,7 @@ from quantlib.job.options import ALL_EXPERTS, JobOptions
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
 from quantlib.job.provenance import MACHINE_SETTINGS, check_replay, read_provenance, recorded_settings
 from quantlib.job.report import REPORT_NAME
+from quantlib.job.target_check import check_target
 from quantlib.job.texts import planned_rows
 from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_kind, may_share
 from quantlib.model.families import experts_per_token
@@ -170,6 +171,7 @@ def build_plan(
     replayed = read_provenance(options.replay, options.storage_engine) if options.replay else None
     source = normalize_uri(options.source)
     checkpoint, skeleton = model or open_model(options)
+    assert options.format is not None  # Chosen by `options_from`.
     packer = FORMATS[options.format]
     blocks = tuple(
         _plan_block(skeleton.block_spec(index), options, packer) for index in range(skeleton.num_blocks)
@@ -183,6 +185,7 @@ def build_plan(
         *_unused_matrices(skeleton, checkpoint),
     )
     packer.quantization_config(schemes_of(blocks), kept_linears)
+    check_target(options, checkpoint.config, blocks)
     calibrates = any(linear.method == "gptq" for block in blocks for linear in block.linears)
     rows, texts = planned_rows(options, checkpoint, calibrates=calibrates)
     fixed = _settings_of(stored) or (recorded_settings(replayed) if replayed else None)

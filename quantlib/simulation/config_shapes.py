@@ -37,7 +37,8 @@ def shipped_shape(options: JobOptions) -> ModelShape:
         options: Their source is ``shapes:llama-3.1-405b``.
 
     Raises:
-        RecipeError: No such name; or rules, or a method without calibration.
+        RecipeError: No such name; or rules, a method without calibration, or a target, which is checked
+            against the linears of a checkpoint.
     """
     name = options.source.removeprefix(PREFIX)
     if name not in SHIPPED:
@@ -45,12 +46,14 @@ def shipped_shape(options: JobOptions) -> ModelShape:
             f"there are no shapes of {name!r}; shipped are {', '.join(PREFIX + known for known in SHIPPED)}",
             option="source",
         )
-    if options.rules or options.method != "gptq":
-        found = "rules" if options.rules else f"method {options.method}"
+    unknown = ["rules"] * bool(options.rules)
+    unknown += [f"method {options.method}"] * (options.method != "gptq")
+    unknown += [f"target {options.target}"] * (options.target is not None)
+    if unknown:
         raise RecipeError(
-            f"{options.source} is predicted for gptq with one scheme, found {found}; leave it out, or name a"
-            " checkpoint",
-            option=found.partition(" ")[0],
+            f"{options.source} is predicted for gptq with one scheme, found {unknown[0]}; leave it out, or"
+            " name a checkpoint",
+            option=unknown[0].partition(" ")[0],
         )
     return shape_of_config(name, shipped_config(name), scheme_from_name(options.scheme, options.group_size))
 

@@ -72,6 +72,7 @@ LAYERS = {
     "quantlib.job.planner": 6,
     "quantlib.job.accounting": 6,
     "quantlib.job.fused_sets": 6,
+    "quantlib.job.target_check": 6,
     "quantlib.job.texts": 6,
     "quantlib.job.finished": 6,
     "quantlib.job.publish": 6,

@@ -19,6 +19,8 @@ FULL = {
     **REQUEST,
     "scheme": "W8A16_ASYM",
     "group_size": -1,
+    "target": "vllm",
+    "tensor_parallel": 4,
     "workers": 2,
     "worker_labels": "pool=in(a, b)",
     "placement": "strict-spread",
@@ -64,6 +66,19 @@ def test_form_to_options_equals_plain_values(values):
 def test_params_from_options_and_back_changes_nothing(values):
     options = options_from(values)
     assert params_from(options).to_options() == options
+
+
+def test_form_names_targets_and_takes_no_other():
+    target = schema()["properties"]["target"]
+    assert {"enum": ["vllm", "transformers"], "type": "string"} in target["anyOf"]
+    assert schema()["properties"]["tensor_parallel"]["minimum"] == 1
+    with pytest.raises(ValidationError):
+        QuantizeParams.model_validate({**REQUEST, "target": "sglang"})
+
+
+def test_a_run_is_titled_by_the_format_that_the_target_decides():
+    titled = QuantizeParams.model_validate({**REQUEST, "target": "vllm"}).title
+    assert titled == "tiny to W4A16 g128 compressed-tensors"
 
 
 def test_checkpoint_interval_schema_is_one_range():

@@ -22,6 +22,8 @@ def test_options_from_minimal_request_takes_every_default():
         "group_size": 128,
         "method": "rtn",
         "format": "compressed-tensors",
+        "target": None,
+        "tensor_parallel": 1,
         "propagation": "original",
         "correct_targets": False,
         "scale_search": "hessian",
@@ -75,6 +77,9 @@ def test_options_from_minimal_request_takes_every_default():
         ({"scheme": None}, "scheme must be text, found None"),
         ({"device": "tpu"}, "device must be one of cpu, cuda, found 'tpu'"),
         ({"evaluation": " "}, "evaluation must not be empty"),
+        ({"target": "sglang"}, "target must be one of vllm, transformers, found 'sglang'"),
+        ({"tensor_parallel": 0, "target": "vllm"}, "tensor_parallel must be at least 1, found 0"),
+        ({"tensor_parallel": 2}, "and no target is named; name one of vllm, transformers, or leave it out"),
         ({"workers": 0}, "workers must be at least 1, found 0"),
         ({"checkpoint_every": -1}, "checkpoint_every must be at least 1 or 0, found -1"),
         ({"replay": ""}, "replay must not be empty"),
@@ -192,6 +197,11 @@ def test_options_choices_that_nobody_made_follow_the_scheme(given, wanted):
 def test_options_corrected_targets_are_refused_on_original_activations_below_4_bits_too():
     with pytest.raises(RecipeError, match="correct_targets needs propagation quantized, found original"):
         options_from({**REQUEST, "scheme": "W3A16", "propagation": "original", "correct_targets": True})
+
+
+def test_options_the_format_follows_the_target_unless_it_is_named():
+    assert options_from({**REQUEST, "target": "vllm"}).format == "compressed-tensors"
+    assert options_from({**REQUEST, "target": "vllm", "format": "gptq"}).format == "gptq"
 
 
 def test_options_cannot_be_changed():

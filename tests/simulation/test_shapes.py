@@ -115,6 +115,7 @@ def test_cells_are_those_of_a_gpu():
         ({"source": "shapes:gpt-5"}, "no shapes of 'gpt-5'; shipped are shapes:llama-3.1-70b"),
         ({"method": "rtn"}, "found method rtn; leave it out"),
         ({"rules": [{"match": "*", "keep": True}]}, "found rules; leave it out"),
+        ({"target": "vllm"}, "found target vllm; leave it out"),
     ],
 )
 def test_what_shapes_cannot_tell_is_refused(changes, said):

@@ -1,0 +1,170 @@
+"""Engines that serve outputs: what each rejects, known before any work.
+
+An engine is data: its name, the layout it reads best, and its rules. All that breaks one is said at once,
+with what would do instead; that is tried against the same rules.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from quantlib.errors import RecipeError
+from quantlib.grids.formats import INTEGER
+from quantlib.job import transformers_rules, vllm_rules
+from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, findings
+from quantlib.schemes import WHOLE_ROW, scheme_from_name
+
+DEFAULT_FORMAT = "compressed-tensors"
+_GROUP_SIZES = (128, 64, 32, WHOLE_ROW)
+_SCHEMES = ("W4A16", "W8A16", "W4A16_ASYM", "W8A16_ASYM")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Engine:
+    """One serving engine, as far as it was read: integers in some layouts.
+
+    Attributes:
+        formats: Layouts whose rules are known.
+        default_format: Layout of outputs for it, where nobody names one.
+        rules: What it rejects.
+    """
+
+    default_format: str
+    rules: tuple[EngineRule, ...]
+    formats: tuple[str, ...] = ("compressed-tensors", "gptq")
+
+
+ENGINES: Mapping[str, Engine] = {
+    "vllm": Engine(default_format=DEFAULT_FORMAT, rules=vllm_rules.RULES),
+    "transformers": Engine(default_format=DEFAULT_FORMAT, rules=transformers_rules.RULES),
+}
+TARGETS = tuple(ENGINES)
+
+
+def default_format(target: str | None) -> str:
+    """The layout of an output where nobody names one."""
+    return DEFAULT_FORMAT if target is None else ENGINES[target].default_format
+
+
+def refuse_unserved(target: str, serving: Serving) -> None:
+    """Refuse an output that an engine would reject.
+
+    Raises:
+        RecipeError: What the engine rejects of such an output is not known. Or, of every rule that is broken,
+            what the engine takes, how many linears break it, one of them, and who says so; and what would do.
+    """
+    _refuse_unknown(target, serving)
+    rules = ENGINES[target].rules
+    broken = list(findings(rules, serving))
+    if not broken:
+        return
+    at_fault = [linear for found in broken for linear, _ in found.faults if linear is not None]
+    ways = _remedies(rules, serving, at_fault)
+    # Keeping all of them would leave nothing quantized.
+    if all(found.rule.spares_kept for found in broken) and not set(serving.linears).issubset(at_fault):
+        ways.append("a rule that keeps these linears as they are")
+    raise RecipeError(
+        "\n".join(
+            (
+                f"{target} would not serve this output:",
+                *(
+                    f"- it takes {found.rule.wanted}; found {_described(found.faults)} ({found.rule.source})"
+                    for found in broken
+                ),
+                _advice(ways),
+            )
+        ),
+        option="target",
+        target=target,
+        findings=[
+            {
+                "wanted": found.rule.wanted,
+                "source": found.rule.source,
+                "linears": sum(linear.count for linear, _ in found.faults if linear is not None),
+                "example": next((linear.name for linear, _ in found.faults if linear is not None), None),
+            }
+            for found in broken
+        ],
+    )
+
+
+def _refuse_unknown(target: str, serving: Serving) -> None:
+    unknown = next((linear.scheme for linear in serving.linears if linear.scheme.number != INTEGER), None)
+    if serving.format in ENGINES[target].formats and unknown is None:
+        return
+    raise RecipeError(
+        f"what {target} rejects is known of integers in {' and '.join(ENGINES[target].formats)} files, found"
+        f" {serving.format if unknown is None else unknown}; leave target out, or choose one of these",
+        option="target",
+        target=target,
+    )
+
+
+def _described(faults: Sequence[Fault]) -> str:
+    linear, words = faults[0]
+    if linear is None:
+        return words
+    more = sum(other.count for other, _ in faults if other is not None) - 1
+    return f"{words} ({linear.name}{f' and {more} more' if more else ''})"
+
+
+def _advice(ways: Sequence[str]) -> str:
+    return f"What would do instead: {'; or '.join(ways)}" if ways else "Nothing that can be set here would do"
+
+
+def _remedies(rules: Sequence[EngineRule], serving: Serving, at_fault: Sequence[ServedLinear]) -> list[str]:
+    """The smallest changes of options, in words, after which no rule is broken."""
+    formats = () if serving.format == DEFAULT_FORMAT else (DEFAULT_FORMAT,)
+    choices = itertools.product((None, *formats), (None, *_SCHEMES), (None, *_GROUP_SIZES), (False, True))
+    by_size = itertools.groupby(sorted(choices, key=_num_changes), key=_num_changes)
+    for _, alike in by_size:
+        found = (_remedy(rules, serving, at_fault, *choice) for choice in alike)
+        if ways := [words for words in found if words is not None]:
+            return ways
+    return []
+
+
+def _num_changes(choice: tuple[object, ...]) -> int:
+    return sum(bool(part) for part in choice)
+
+
+def _remedy(
+    rules: Sequence[EngineRule],
+    serving: Serving,
+    at_fault: Sequence[ServedLinear],
+    layout: str | None,
+    scheme: str | None,
+    group_size: int | None,
+    on_fewer: bool,
+) -> str | None:
+    """What a choice is called, if no rule is broken after it; on fewer devices on as many as possible."""
+    if any(group_size and linear.columns % group_size for linear in at_fault):
+        return None
+    linears = tuple(
+        _changed(linear, scheme, group_size) if linear in at_fault else linear for linear in serving.linears
+    )
+    devices = range(serving.tensor_parallel - 1, 0, -1) if on_fewer else (serving.tensor_parallel,)
+    for number in devices:
+        changed = dataclasses.replace(
+            serving, linears=linears, tensor_parallel=number, format=layout or serving.format
+        )
+        if next(findings(rules, changed), None) is None:
+            parts = (
+                layout and f"format {layout}",
+                scheme and f"scheme {scheme}",
+                group_size and f"group_size {group_size}",
+                on_fewer and f"tensor_parallel {number}",
+            )
+            return " with ".join(part for part in parts if part)
+    return None
+
+
+def _changed(linear: ServedLinear, scheme: str | None, group_size: int | None) -> ServedLinear:
+    group_size = group_size or linear.scheme.group_size
+    changed = (
+        dataclasses.replace(linear.scheme, group_size=group_size)
+        if scheme is None
+        else scheme_from_name(scheme, group_size)
+    )
+    return dataclasses.replace(linear, scheme=changed)
