@@ -312,7 +312,9 @@ def test_command_prints_the_table_or_its_values(root, tmp_path, capsys, kept):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_outputs_of_a_comparison_that_is_ended_from_outside_are_gone(root, tmp_path, number):
     work = tmp_path / "work"
-    values = given_values(root, work=str(work), sequences=3000, evaluation_sequences=3000)
+    text = str(tiny_text(tmp_path / "long.jsonl", documents=4000))
+    long = {"calibration": text, "evaluation": text, "sequences": 3000, "evaluation_sequences": 3000}
+    values = given_values(root, work=str(work), **long)
     process = subprocess.Popen(
         [sys.executable, "-m", "quantlib", *line_of(values)], stderr=subprocess.PIPE, text=True
     )
