@@ -90,11 +90,14 @@ def _drawn(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
             f" {number(row['kl_divergence'])}, perplexity x {number(row['ratio'], 5)}"
         )
         yield _mark(row["method"], x, y, title)
-        yield _text(f"m-{row['method']}", place.left, place.bottom - 3, label)
+        # How wide the text gets depends on the reader's font: it grows away from its mark.
+        is_left = place.left < x
+        kind = f"m-{row['method']}{' end' if is_left else ''}"
+        yield _text(kind, place.right if is_left else place.left, place.bottom - 3, label)
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return f"{row['scheme']}@{row['group_size']} x {number(row['ratio'])}"
+    return f"{row['scheme']}@{row['group_size']} x {number(row['ratio'], 5)}"
 
 
 def _axes(scale: _Scale) -> Iterator[str]:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 # Of 12-unit text in a system font: a character on average, and a line.
-_CHARACTER, _LINE = 6.4, 14.0
+_CHARACTER, _LINE = 6.8, 14.0
 _GAP = 8.0
 
 
