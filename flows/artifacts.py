@@ -20,9 +20,11 @@ from prefect.artifacts import (
 from prefect.logging import get_run_logger
 
 from flows.summary import block_rows, summary_markdown
+from quantlib.job.comparison_text import comparison_markdown
 from quantlib.job.stages import Progress
 
 PROGRESS_KEY, BLOCKS_KEY, SUMMARY_KEY = "quantize-progress", "quantize-blocks", "quantize-summary"
+COMPARISON_KEY = "compare-schemes"
 _MIN_INTERVAL_S = 3.0
 
 
@@ -58,6 +60,14 @@ def publish_report(report: Mapping[str, Any]) -> None:
     with _view_only():
         create_markdown_artifact(
             summary_markdown(report), key=SUMMARY_KEY, description="What the conversion did"
+        )
+
+
+def publish_comparison(comparison: Mapping[str, Any]) -> None:
+    """Leave the table of a comparison with its run."""
+    with _view_only():
+        create_markdown_artifact(
+            comparison_markdown(comparison), key=COMPARISON_KEY, description="Schemes side by side"
         )
 
 

@@ -1,8 +1,8 @@
 """The `quantmill` command.
 
-``quantize`` calls the flow in this process: against the configured Prefect server, or a temporary one.
-``serve`` registers deployments and executes their runs. Everything else is ``python -m quantlib`` in a child
-process. Exit codes: 0 done, 2 the request is wrong (nothing was written), 1 failed.
+``quantize`` and ``compare`` call their flow in this process: against the configured Prefect server, or a
+temporary one. ``serve`` registers deployments and executes their runs. Everything else is ``python -m
+quantlib`` in a child process. Exit codes: 0 done, 2 the request is wrong (nothing was written), 1 failed.
 """
 
 import argparse
@@ -17,7 +17,16 @@ from typing import Any
 from flows.child_process import run_quantlib
 from flows.prefect_environment import prepare_prefect, refuse_unreachable_server
 from quantlib.errors import QuantError, RecipeError
-from quantlib.job.command_line import COMMANDS, Command, build_parser, requests_of, values_of
+from quantlib.job.command_line import (
+    COMMANDS,
+    Command,
+    after_interrupt,
+    build_parser,
+    comparison_values,
+    requests_of,
+    values_of,
+)
+from quantlib.job.comparison_request import comparison_request
 from quantlib.job.options import JobOptions
 
 _PROGRAM = "quantmill"
@@ -49,13 +58,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{_PROGRAM}: error: {error}", file=sys.stderr)
         return 2 if error.before_work else 1
     except KeyboardInterrupt:
-        print(f"{_PROGRAM}: interrupted; the same command continues the job", file=sys.stderr)
+        print(f"{_PROGRAM}: interrupted; {after_interrupt(arguments)}", file=sys.stderr)
         return 130
 
 
 def _dispatch(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if arguments.command == "serve":
         return _serve(arguments)
+    if arguments.command == "compare":
+        values = comparison_values(arguments)
+        is_here = comparison_request(values).options.runner == "inprocess"
+        return run_quantlib(argv) if is_here else _compare(values, arguments)
     if arguments.command not in ("plan", "quantize"):
         values_of(arguments)  # refused here, before a process that loads torch is started
         return run_quantlib(argv)
@@ -65,13 +78,17 @@ def _dispatch(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     return _quantize(requests, arguments)
 
 
-def _quantize(requests: Sequence[JobOptions], arguments: argparse.Namespace) -> int:
+def _find_server(arguments: argparse.Namespace) -> None:
+    """Have Prefect's environment in place: what imports Prefect, which reads it then, comes after this."""
     is_temporary = prepare_prefect(is_verbose=arguments.verbose)
     if is_temporary:
         print(f"{_PROGRAM}: starting a temporary Prefect server", file=sys.stderr)
     else:
         refuse_unreachable_server()
-    # Prefect reads its settings at import, so after prepare_prefect.
+
+
+def _quantize(requests: Sequence[JobOptions], arguments: argparse.Namespace) -> int:
+    _find_server(arguments)
     from flows.params import params_from
     from flows.progress import progress_heard_by
     from flows.quantize_model import quantize_model, quantize_recipes
@@ -84,6 +101,21 @@ def _quantize(requests: Sequence[JobOptions], arguments: argparse.Namespace) -> 
         else:
             reports = quantize_recipes([params_from(options) for options in requests])
     _print_reports(reports, is_json=arguments.json)
+    return 0
+
+
+def _compare(values: dict[str, Any], arguments: argparse.Namespace) -> int:
+    _find_server(arguments)
+    from flows.params import CompareParams
+    from flows.progress import progress_heard_by
+    from flows.quantize_model import compare_schemes
+    from quantlib.job.comparison_text import format_comparison
+    from quantlib.job.progress_bar import progress_bar
+
+    hear_interrupts()
+    with progress_bar() as show, progress_heard_by(show):
+        comparison = compare_schemes(CompareParams.model_validate(values))
+    print(json.dumps(comparison, indent=1) if arguments.json else format_comparison(comparison))
     return 0
 
 

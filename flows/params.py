@@ -1,6 +1,6 @@
-"""The form of a conversion: the table of job options as a pydantic model.
+"""The forms of a conversion and of a comparison: the table of job options as pydantic models.
 
-Prefect stores the model's JSON schema with a deployment. Its server checks every submitted run against it
+Prefect stores a model's JSON schema with a deployment. Its server checks every submitted run against it
 (a wrong value is refused before a run exists) and its UI draws the form from it. So all that can be said in
 the schema is said there; what is left (a regular expression that does not compile, gptq without calibration
 text) is found by `options_from` when the run starts.
@@ -11,6 +11,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
+from quantlib.job.comparison_request import (
+    NOT_COMPARED,
+    OUTPUT_HELP,
+    SCHEMES_HELP,
+    ComparisonRequest,
+    comparison_request,
+)
 from quantlib.job.option_table import REQUIRED, Option, fields_of, is_optional, kind_of
 from quantlib.job.options import JobOptions, default_of, options_from
 from quantlib.job.provenance import with_replayed_values
@@ -28,6 +35,12 @@ class _Form(BaseModel):
     """What all generated forms share: unknown keys are refused, text is no number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    def values_given(self) -> dict[str, Any]:
+        """The values that are not the defaults, with which a form fills in what was left alone."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        values = self.model_dump(exclude_unset=True)
+        return {name: value for name, value in values.items() if value != defaults[name]}
 
 
 def _field(found: dataclasses.Field[Any], option: Option, position: int) -> tuple[Any, Any]:
@@ -75,6 +88,20 @@ def _job_fields() -> dict[str, Any]:
     return fields
 
 
+def _comparison_fields() -> dict[str, Any]:
+    """Those of a job, with the entries in place of the scheme, and an output that may be absent."""
+    fields = _job_fields()
+    places: dict[str, dict[str, Any]] = {name: {"position": n} for n, name in enumerate(fields)}
+    text: Any = Annotated[str, Field(pattern=r"\S")]
+    schemes = Field(..., title="Schemes", description=SCHEMES_HELP, json_schema_extra=places["scheme"])
+    output = Field(None, title="Output", description=OUTPUT_HELP, json_schema_extra=places["output"])
+    return {
+        **{name: field for name, field in fields.items() if name not in NOT_COMPARED},
+        "schemes": (Annotated[list[text], Field(min_length=1)], schemes),
+        "output": (text | None, output),
+    }
+
+
 class RuleParams(create_model("_RuleFields", __base__=_Form, **_fields(Rule))):
     """An exception for some linears; the first rule that matches a linear decides."""
 
@@ -106,12 +133,28 @@ class QuantizeParams(create_model("_JobFields", __base__=_Form, **_job_fields())
             RecipeError: What the schema cannot say is wrong; see `options_from` and `with_replayed_values`.
             StorageError: The provenance to be replayed cannot be read.
         """
-        return self._options or options_from(with_replayed_values(self._values_given()))
+        return self._options or options_from(with_replayed_values(self.values_given()))
 
-    def _values_given(self) -> dict[str, Any]:
-        defaults = {name: field.default for name, field in type(self).model_fields.items()}
-        values = self.model_dump(exclude_unset=True)
-        return {name: value for name, value in values.items() if value != defaults[name]}
+
+class CompareParams(create_model("_ComparisonFields", __base__=_Form, **_comparison_fields())):
+    """A comparison of schemes and methods on one checkpoint."""
+
+    model_config = ConfigDict(title="Comparison")
+
+    @property
+    def title(self) -> str:
+        """What a run is called: the model's last path part and the entries."""
+        values = self.model_dump()
+        model = values["source"].rstrip("/").rpartition("/")[2]
+        return f"{model} by {', '.join(values['schemes'])}"
+
+    def to_request(self) -> ComparisonRequest:
+        """The validated request.
+
+        Raises:
+            RecipeError: What the schema cannot say is wrong; see `comparison_request`.
+        """
+        return comparison_request(self.values_given())
 
 
 def params_from(options: JobOptions) -> QuantizeParams:

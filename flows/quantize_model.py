@@ -1,24 +1,27 @@
-"""The flows that convert a checkpoint: into one output, or into several from one reading.
+"""The flows that convert a checkpoint: into one output, into several from one reading, or to compare them.
 
 The flow's process is the Ray driver: Prefect tasks wait for Ray workers and get back small dicts. What is
 done in which order is `quantlib.job.conversion`'s; here are only the Prefect run around it and what it shows.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from prefect import flow
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.artifacts import ProgressArtifact, publish_report
-from flows.params import QuantizeParams
+from flows.artifacts import ProgressArtifact, publish_comparison, publish_report
+from flows.params import CompareParams, QuantizeParams
 from flows.progress import tell_listener
 from flows.stages import PrefectStages
 from quantlib.errors import RecipeError
+from quantlib.job.comparison_run import compare
 from quantlib.job.conversion import convert
 from quantlib.job.options import JobOptions
 from quantlib.job.stages import Progress
+
+T = TypeVar("T")
 
 # Tasks only wait, and the conversion starts no more stages at a time than there are workers, plus writes.
 _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)  # Prefect types the parameter too narrowly
@@ -48,7 +51,7 @@ def quantize_model(params: QuantizeParams) -> dict[str, Any]:
     Raises:
         QuantError: With ``before_work`` set when the request was refused before anything was written.
     """
-    (report,) = _convert([params])
+    (report,) = _convert([_validated(params.to_options)])
     return report
 
 
@@ -70,11 +73,33 @@ def quantize_recipes(conversions: list[QuantizeParams]) -> list[dict[str, Any]]:
     Raises:
         QuantError: With ``before_work`` set when a request was refused before anything was written.
     """
-    return _convert(conversions)
+    return _convert([_validated(params.to_options) for params in conversions])
 
 
-def _convert(conversions: Sequence[QuantizeParams]) -> list[dict[str, Any]]:
-    requests = [_validated(params) for params in conversions]
+@flow(
+    name="compare-schemes",
+    flow_run_name="{params.title}",
+    task_runner=_TASK_RUNNER,
+    persist_result=False,
+)
+def compare_schemes(params: CompareParams) -> dict[str, Any]:
+    """Convert a checkpoint by several schemes and methods from one reading, and compare what came of it.
+
+    Args:
+        params: What to compare, and whether the outputs are kept.
+
+    Returns:
+        The comparison, as JSON values.
+
+    Raises:
+        QuantError: With ``before_work`` set when the request was refused before anything was written.
+    """
+    comparison = compare(_validated(params.to_request), _convert)
+    publish_comparison(comparison)
+    return comparison
+
+
+def _convert(requests: Sequence[JobOptions]) -> list[dict[str, Any]]:
     # Ray loads with the first run, not when a deployment is registered or a form is drawn.
     from workers.api import open_crew
 
@@ -91,9 +116,9 @@ def _convert(conversions: Sequence[QuantizeParams]) -> list[dict[str, Any]]:
     return reports
 
 
-def _validated(params: QuantizeParams) -> JobOptions:
+def _validated(validate: Callable[[], T]) -> T:
     try:
-        return params.to_options()
+        return validate()
     except RecipeError as error:
         error.before_work = True
         raise

@@ -7,9 +7,12 @@ import argparse
 import dataclasses
 import json
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from quantlib.checkpoint.compare import compare_checkpoints
@@ -30,7 +33,17 @@ from quantlib.inprocess import quantize_all
 from quantlib.job.accounts import account_lines
 from quantlib.job.bundle import bundle_of
 from quantlib.job.clean import clean_work, format_cleaned
-from quantlib.job.command_line import COMMANDS, build_parser, requests_of, values_of
+from quantlib.job.command_line import (
+    COMMANDS,
+    after_interrupt,
+    build_parser,
+    comparison_values,
+    requests_of,
+    values_of,
+)
+from quantlib.job.comparison_request import comparison_request
+from quantlib.job.comparison_run import compare
+from quantlib.job.comparison_text import format_comparison
 from quantlib.job.estimate import describe_plan, format_plan
 from quantlib.job.memory import Room, Surroundings, budgets_from, heap_bytes, plan_memory
 from quantlib.job.options import JobOptions
@@ -47,7 +60,8 @@ from quantlib.simulation.shapes import ModelShape, shape_of_plan
 from quantlib.storage import join_uri, normalize_uri, open_store
 
 _INTERRUPTED = 130
-# What a command other than quantize raises when it was asked for something that cannot be.
+_WRITING = ("quantize", "compare")
+# What a command other than these raises when it was asked for something that cannot be.
 _REQUEST_ERRORS = (
     CheckpointError,
     CorpusError,
@@ -70,11 +84,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"quantmill: error: {error}", file=sys.stderr)
         return (
             2
-            if error.before_work or (parsed.command != "quantize" and isinstance(error, _REQUEST_ERRORS))
+            if error.before_work or (parsed.command not in _WRITING and isinstance(error, _REQUEST_ERRORS))
             else 1
         )
     except KeyboardInterrupt:
-        print("quantmill: interrupted; the same command continues the job", file=sys.stderr)
+        print(f"quantmill: interrupted; {after_interrupt(parsed)}", file=sys.stderr)
         return _INTERRUPTED
 
 
@@ -141,6 +155,28 @@ def _quantize(parsed: argparse.Namespace) -> int:
         print(format_summary(report))
         print(f"Report: {join_uri(report['output'], HTML_NAME)}")
     return 0
+
+
+def _compare(parsed: argparse.Namespace) -> int:
+    request = comparison_request(comparison_values(parsed))
+    with progress_bar() as on_progress, _interrupted_by_termination():
+        comparison = compare(request, lambda requests: quantize_all(requests, on_progress))
+    print(json.dumps(comparison, indent=1) if parsed.json else format_comparison(comparison))
+    return 0
+
+
+@contextmanager
+def _interrupted_by_termination() -> Iterator[None]:
+    """Have a termination raise KeyboardInterrupt, so that what is not to be kept is removed then too."""
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _verify(parsed: argparse.Namespace) -> int:
@@ -249,6 +285,7 @@ def _report(parsed: argparse.Namespace) -> int:
 _RUN: dict[str, Callable[[Any], int]] = {
     "plan": _plan,
     "quantize": _quantize,
+    "compare": _compare,
     "verify": _verify,
     "evaluate": _evaluate,
     "inspect": _inspect,

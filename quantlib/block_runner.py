@@ -347,7 +347,7 @@ class BlockRunner:
         Returns:
             ``groups``: of each in order what `pack` gives.
         """
-        with self._working("solve"):
+        with self._working("solve", output):
             self._forget_prepared(but=output)
             mine, totals = self._outputs[output], [_totals(sums) for sums in statistics]
             planned = mine.plan.blocks[block]
@@ -367,7 +367,7 @@ class BlockRunner:
 
         What its group shares is kept for the next tile, until `forget_prepared`.
         """
-        with self._working("solve"):
+        with self._working("solve", output):
             self._forget_prepared(but=output)
             mine, totals = self._outputs[output], _totals(statistics)
             solved = mine.solver.solve_tile(mine.plan.blocks[block], tile, _merged(parts), totals, tokens)
@@ -381,7 +381,7 @@ class BlockRunner:
         self, block: int, output: int, group: int, tiles: Sequence[TileRows], tokens: GroupTokens
     ) -> dict[str, Any]:
         """Pack an input group from all its tiles, in order: ``packed`` tensors and rows of the report."""
-        with self._working("solve"):
+        with self._working("solve", output):
             mine = self._outputs[output]
             packed, rows = mine.solver.pack(mine.plan.blocks[block], group, tiles, tokens)
             return {"packed": self._share(packed), "linears": rows}
@@ -406,7 +406,7 @@ class BlockRunner:
         Returns:
             Of an evaluation cell, the sums of `stream_error`.
         """
-        with self._working("evaluate"):
+        with self._working("evaluate", output):
             cell, module = self._cells[key], self._module(_QUANTIZED, block)
             stream = cell.quantized[output] if cell.quantized else cell.main
             assert stream is not None
@@ -457,6 +457,7 @@ class BlockRunner:
         stores = {id(store): store for store in every}.values()
         return {
             "stages": self._clock.stages,
+            "own_stages": self._clock.own_stages,
             "timeline": self._clock.timeline(),
             "bytes_read": sum(store.traffic.bytes_read for store in stores),
             "bytes_written": sum(store.traffic.bytes_written for store in stores),
@@ -477,14 +478,14 @@ class BlockRunner:
             raise WorkerError("the job was stopped; the same command continues it")
 
     @contextmanager
-    def _working(self, stage: str) -> Iterator[None]:
+    def _working(self, stage: str, output: int | None = None) -> Iterator[None]:
         self._refuse_if_stopped()
-        with self._computing(stage):
+        with self._computing(stage, output):
             yield
 
     @contextmanager
-    def _computing(self, stage: str) -> Iterator[None]:
-        with self._clock.computing(stage), torch.inference_mode():
+    def _computing(self, stage: str, output: int | None = None) -> Iterator[None]:
+        with self._clock.computing(stage, output), torch.inference_mode():
             try:
                 yield
             finally:

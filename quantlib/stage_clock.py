@@ -122,10 +122,12 @@ class StageClock:
 
     Attributes:
         stages: Stage -> ``seconds``, ``cpu_seconds``, ``calls``.
+        own_stages: Output -> the same, of what was done for it alone.
     """
 
     def __init__(self) -> None:
         self.stages: dict[str, dict[str, float]] = {}
+        self.own_stages: dict[int, dict[str, dict[str, float]]] = {}
         self._storage_cpu_seconds = 0.0
         self._began = time.monotonic()
         self._monotonic_to_wall = time.time() - self._began
@@ -133,14 +135,18 @@ class StageClock:
         self._lock = threading.Lock()
 
     @contextmanager
-    def computing(self, stage: str) -> Iterator[None]:
-        """Time of the computing lane: CPU of the whole process, less that of the storage thread."""
+    def computing(self, stage: str, output: int | None = None) -> Iterator[None]:
+        """Time of the computing lane: CPU of the whole process, less that of the storage thread.
+
+        Args:
+            output: The only one for which it is done, if there is one.
+        """
         wall, cpu, storage = time.monotonic(), time.process_time(), self._storage_cpu_seconds
         try:
             yield
         finally:
             used = time.process_time() - cpu - (self._storage_cpu_seconds - storage)
-            self._spend("compute", stage, wall, max(0.0, used))
+            self._spend("compute", stage, wall, max(0.0, used), output)
 
     @contextmanager
     def storage(self, stage: str) -> Iterator[None]:
@@ -167,11 +173,17 @@ class StageClock:
         shift = self._monotonic_to_wall
         return interval.stage, interval.start + shift, interval.end + shift
 
-    def _spend(self, lane: str, stage: str, start: float, cpu_seconds: float) -> None:
+    def _spend(
+        self, lane: str, stage: str, start: float, cpu_seconds: float, output: int | None = None
+    ) -> None:
         end = time.monotonic()
         with self._lock:
-            spent = self.stages.setdefault(stage, {"seconds": 0.0, "cpu_seconds": 0.0, "calls": 0})
-            spent["seconds"] += end - start
-            spent["cpu_seconds"] += cpu_seconds
-            spent["calls"] += 1
+            tables = [self.stages]
+            if output is not None:
+                tables.append(self.own_stages.setdefault(output, {}))
+            for table in tables:
+                spent = table.setdefault(stage, {"seconds": 0.0, "cpu_seconds": 0.0, "calls": 0})
+                spent["seconds"] += end - start
+                spent["cpu_seconds"] += cpu_seconds
+                spent["calls"] += 1
             self._lanes[lane].add(stage, start, end)

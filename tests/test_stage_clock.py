@@ -175,3 +175,21 @@ def test_threads_share_a_lane():
         "write": rounds,
     }
     assert {stage for stage, _, _ in clock.timeline()["storage"]} == {"read", "write"}
+
+
+def test_what_is_done_for_one_output_is_told_apart_and_counts_in_all():
+    clock = StageClock()
+    for output, calls_of_output in ((0, 1), (None, 2), (1, 3)):
+        for _ in range(calls_of_output):
+            with clock.computing("solve", output):
+                pass
+    with clock.computing("evaluate", 1):
+        pass
+    assert {n: {s: x["calls"] for s, x in own.items()} for n, own in clock.own_stages.items()} == {
+        0: {"solve": 1},
+        1: {"solve": 3, "evaluate": 1},
+    }
+    assert clock.stages["solve"]["calls"] == 6
+    assert (
+        sum(own["solve"]["seconds"] for own in clock.own_stages.values()) <= clock.stages["solve"]["seconds"]
+    )

@@ -6,13 +6,14 @@ are those that each would have by itself.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from quantlib.errors import PlanMismatchError, RecipeError
+from quantlib.errors import PlanMismatchError, QuantError, RecipeError
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan
 from quantlib.job.provenance import MACHINE_SETTINGS
+from quantlib.storage import uri_name
 
 # Options in which outputs of one reading may differ: where they go, and how their codes are found.
 OWN_OPTIONS = (
@@ -76,6 +77,21 @@ def bundle_of(plans: Sequence[Plan]) -> Bundle:
     bundle = Bundle(shared=shared, outputs=tuple(plans), sums=sums)
     _refuse_other_sums(bundle)
     return bundle
+
+
+def joined_refusal(refusals: Mapping[str, QuantError], num_outputs: int) -> QuantError:
+    """One error for all outputs that were refused, by their names; of an only output its own.
+
+    Args:
+        refusals: Address of an output -> why it cannot be made; not empty.
+        num_outputs: How many there are with those that can be made.
+    """
+    if num_outputs == 1:
+        return next(iter(refusals.values()))
+    reasons = ", ".join(f"{uri_name(uri)} ({error.message})" for uri, error in refusals.items())
+    return RecipeError(
+        f"{len(refusals)} of {num_outputs} outputs cannot be made: {reasons}", outputs=list(refusals)
+    )
 
 
 def _refuse_differences(first: Plan, plan: Plan) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from quantlib.errors import RecipeError
+from quantlib.job.comparison_request import NOT_COMPARED, OUTPUT_HELP, SCHEMES_HELP, comparison_request
 from quantlib.job.option_table import check_value, kind_of
 from quantlib.job.options import JobOptions, option_fields, options_from
 from quantlib.job.provenance import with_replayed_values
@@ -36,6 +37,18 @@ _RECIPE = (
         "help": "Recipe file; options given here win over it. Several make an output each, OUTPUT/FILE,"
         " from one reading.",
     },
+)
+_COMPARED = (
+    ("--schemes", {"metavar": "ENTRY", "nargs": "+", "help": SCHEMES_HELP}),
+    ("--output", {"metavar": "URI", "help": OUTPUT_HELP}),
+    (
+        "--recipe",
+        {
+            "metavar": "FILE.toml",
+            "help": "Recipe file whose options hold for all entries, but for its scheme; options given here"
+            " win over it.",
+        },
+    ),
 )
 # What `quantlib.simulation` takes; it reads these values itself.
 _CLUSTER = (
@@ -103,6 +116,13 @@ COMMANDS: dict[str, Command] = {
         addresses=_job_addresses(),
         options=_JOB_OPTIONS,
         others=(_RECIPE, _JSON),
+    ),
+    "compare": Command(
+        help="Convert a checkpoint by several schemes and methods from one reading: one table of sizes,"
+        " losses and seconds.",
+        addresses={"source": option_fields()["source"][1].help},
+        options=tuple(name for name in _JOB_OPTIONS if name not in NOT_COMPARED),
+        others=(*_COMPARED, _JSON),
     ),
     "verify": Command(
         help="Re-read every shard of an output and compare it with its record.",
@@ -281,9 +301,29 @@ def requests_of(arguments: argparse.Namespace) -> tuple[JobOptions, ...]:
 
 
 def _request(arguments: argparse.Namespace, recipe: Mapping[str, Any]) -> JobOptions:
-    given = {name: getattr(arguments, name) for name in option_fields() if hasattr(arguments, name)}
-    values = with_replayed_values({**recipe, **given})
+    values = with_replayed_values({**recipe, **_given(arguments)})
     return options_from({**_not_needed(arguments), **values})
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in option_fields() if hasattr(arguments, name)}
+
+
+def comparison_values(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``compare`` is asked for, as plain values that `comparison_request` takes.
+
+    Raises:
+        RecipeError: With ``before_work`` set; see `read_recipe` and `comparison_request`.
+    """
+    try:
+        recipe = {} if arguments.recipe is None else read_recipe(arguments.recipe)
+        recipe.pop("scheme", None)
+        values = {**recipe, **_given(arguments), "schemes": arguments.schemes}
+        comparison_request(values)
+    except RecipeError as error:
+        error.before_work = True
+        raise
+    return values
 
 
 def _placed(options: JobOptions, name: str) -> JobOptions:
@@ -330,3 +370,10 @@ def values_of(arguments: argparse.Namespace) -> dict[str, Any]:
             error.before_work = True
             raise
     return values
+
+
+def after_interrupt(arguments: argparse.Namespace) -> str:
+    """What the same command would do after it was interrupted."""
+    if arguments.command == "compare" and arguments.output is None:
+        return "nothing is kept, the same command starts over"
+    return "the same command continues the job"

@@ -148,11 +148,12 @@ def _attempt(
             block_seconds=run.seconds,
             excluded_rows=sorted(output.excluded_rows().union(run.excluded_rows)),
             telemetry=telemetry,
+            number=number,
             made_with=[other.plan.output for other in run.outputs if other is not output],
             started=started,
             seconds=seconds,
         )
-        for output in run.outputs
+        for number, output in enumerate(run.outputs)
     ]
     run.call("publish", run.crew.publish, reports)
     return reports

@@ -21,10 +21,17 @@ from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.layout import shard_names
 from quantlib.checkpoint.source import open_source
-from quantlib.errors import CheckpointError, PlanMismatchError, UnsupportedModelError
+from quantlib.errors import (
+    CheckpointError,
+    PackingError,
+    PlanMismatchError,
+    QuantError,
+    RecipeError,
+    UnsupportedModelError,
+)
 from quantlib.job.accounting import account
 from quantlib.job.activations import newest_checkpoint
-from quantlib.job.bundle import bundle_of
+from quantlib.job.bundle import bundle_of, joined_refusal
 from quantlib.job.expert_groups import merged_groups
 from quantlib.job.fused_sets import refuse_split_sets
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
@@ -84,10 +91,19 @@ def prepare_all(requests: Sequence[JobOptions], threads: int) -> list[Prepared]:
     """Plan outputs of one source; see `prepare`.
 
     Raises:
-        QuantError: One of the requests cannot be done, or not together with another.
+        QuantError: One of the requests cannot be done, or not together with another. What options, format and
+            shapes refuse is told of all requests at once.
     """
     model = open_model(requests[0])
-    prepared = [prepare(options, threads, model) for options in requests]
+    prepared: list[Prepared] = []
+    refusals: dict[str, QuantError] = {}
+    for options in requests:
+        try:
+            prepared.append(prepare(options, threads, model))
+        except (PackingError, RecipeError) as error:
+            refusals[normalize_uri(options.output)] = error
+    if refusals:
+        raise joined_refusal(refusals, len(requests))
     bundle_of([found.plan for found in prepared])
     return prepared
 

@@ -5,11 +5,12 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from quantlib.checkpoint.index import WEIGHT_FILES
+from quantlib.checkpoint.layout import spec_bytes
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.plan import Plan
 from quantlib.job.report_figures import LANES, busy_share, hidden_storage_share
@@ -32,6 +33,7 @@ def build_report(
     block_seconds: Mapping[int, Mapping[str, float]],
     excluded_rows: Sequence[int],
     telemetry: Sequence[Mapping[str, Any]],
+    number: int,
     made_with: Sequence[str],
     started: datetime,
     seconds: float,
@@ -41,7 +43,10 @@ def build_report(
     Units: seconds are wall seconds, ``cpu_seconds`` user + system of the worker processes, bytes are bytes,
     ``kl_divergence`` is nats a token (original against quantized); ``history`` is a
     `quantlib.job.history.History`. ``device_kind`` is the plan's, ``device_kinds`` are those that took part.
-    ``made_with`` are outputs made from the same reading: seconds, traffic and memory are those of all.
+    ``made_with`` are outputs made from the same reading: seconds, traffic and memory are those of all, but
+    ``own_stages`` are those of the output with this ``number`` among them. ``quantized`` has the ``weights``
+    of quantized linears and ``size_bytes`` of the tensors that stand for them: codes, scales and whatever
+    else the format wants, without biases.
 
     ``timeline.workers`` holds for every worker the second it ``began`` and for each of its lanes the
     [stage, start, end] of what it did, to the millisecond and in seconds from ``started``: planning comes
@@ -86,7 +91,11 @@ def build_report(
             "read": read,
             "written": written,
         },
-        "stages": _stages(telemetry),
+        "quantized": _quantized(plan),
+        "stages": _added(worker["stages"] for worker in telemetry),
+        "own_stages": _added(
+            worker["own_stages"].get(number, {}) if made_with else worker["stages"] for worker in telemetry
+        ),
         "timeline": _timeline(telemetry, started, seconds),
         "cpu_seconds": sum(worker["cpu_seconds"] for worker in telemetry),
         "memory": _memory(memory, telemetry),
@@ -180,10 +189,21 @@ def _memory(planned: Mapping[str, Any], telemetry: Sequence[Mapping[str, Any]]) 
     }
 
 
-def _stages(telemetry: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+def _quantized(plan: Plan) -> dict[str, int]:
+    units, weights, size_bytes = plan.block_units, 0, 0
+    for block in plan.blocks:
+        linears = {linear.name: linear for linear in block.linears if linear.scheme is not None}
+        weights += sum(linear.rows * linear.columns for linear in linears.values())
+        for spec in units[block.index].tensors:
+            linear, _, part = spec.name.rpartition(".")
+            size_bytes += spec_bytes(spec) if linear in linears and part != "bias" else 0
+    return {"weights": weights, "size_bytes": size_bytes}
+
+
+def _added(tables: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
     stages: dict[str, dict[str, float]] = {}
-    for worker in telemetry:
-        for name, spent in worker["stages"].items():
+    for table in tables:
+        for name, spent in table.items():
             total = stages.setdefault(name, {"seconds": 0.0, "cpu_seconds": 0.0, "calls": 0})
             for key in total:
                 total[key] += spent[key]

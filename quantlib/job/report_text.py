@@ -1,6 +1,6 @@
 """The report of a run for a terminal, as plain text."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from quantlib.job import report_experts
@@ -65,7 +65,7 @@ def _stages(report: Mapping[str, Any]) -> str:
         )
         for name, stage in stages
     ]
-    text = _table(("stage", "seconds", "CPU seconds", "calls"), rows) if rows else ""
+    text = text_table(("stage", "seconds", "CPU seconds", "calls"), rows) if rows else ""
     peaks = figures.part(report.get("memory"), "worker_peak_memory_bytes") or ()
     planned = figures.planned_memory(report)
     moved = report.get("bytes") or {}
@@ -94,7 +94,7 @@ def _kinds(report: Mapping[str, Any]) -> str:
         for kind, values in figures.by_kind(report, "relative_error").items()
         if figures.largest(values) is not None
     ]
-    return _table(("kind of linear", "worst error", "first block to last"), rows) if rows else ""
+    return text_table(("kind of linear", "worst error", "first block to last"), rows) if rows else ""
 
 
 def _worst(report: Mapping[str, Any]) -> str:
@@ -102,7 +102,7 @@ def _worst(report: Mapping[str, Any]) -> str:
         (str(x.get("name")), number(x["relative_error"]), number(x.get("damping_fraction")))
         for x in figures.worst_linears(report, _LISTED)
     ]
-    return _table(("worst linears", "error", "damping"), rows) if rows else ""
+    return text_table(("worst linears", "error", "damping"), rows) if rows else ""
 
 
 def _exceptions(report: Mapping[str, Any]) -> str:
@@ -132,7 +132,7 @@ def _blocks(report: Mapping[str, Any]) -> str:
         )
         for block in blocks
     ]
-    return _table(("block", "relative error", "cosine", "worst linear", "seconds"), rows) if rows else ""
+    return text_table(("block", "relative error", "cosine", "worst linear", "seconds"), rows) if rows else ""
 
 
 def _errors(block: Mapping[str, Any]) -> Iterator[float]:
@@ -141,11 +141,12 @@ def _errors(block: Mapping[str, Any]) -> Iterator[float]:
             yield linear["relative_error"]
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def text_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """Columns of text; the first stands at the left, the others at the right of their column."""
-    widths = [max(len(row[column]) for row in (heads, *rows)) for column in range(len(heads))]
+    every = (heads, *rows)
+    widths = [max(len(row[column]) for row in every) for column in range(len(heads))]
     lines = []
-    for row in (heads, *rows):
+    for row in every:
         first, *rest = (
             cell.ljust(width) if column == 0 else cell.rjust(width)
             for column, (cell, width) in enumerate(zip(row, widths, strict=True))

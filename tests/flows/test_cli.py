@@ -12,7 +12,7 @@ from flows.cli import main
 from tests.flows.conftest import clean_environment, stop, wait_until
 
 QUANTMILL = Path(sys.executable).parent / "quantmill"
-COMMANDS = ("plan", "quantize", "verify", "clean", "evaluate", "inspect", "report", "serve")
+COMMANDS = ("plan", "quantize", "compare", "verify", "clean", "evaluate", "inspect", "report", "serve")
 
 
 def test_help_lists_every_command(capsys):
@@ -37,6 +37,9 @@ def test_console_script_is_installed():
         ("quantize a b --recipe none.toml", "recipe none.toml cannot be read"),
         ("quantize a --replay none.json", "takes both source and output, or neither"),
         ("quantize --replay none.json", "there is no file://"),
+        ("compare a --schemes W4A16 --calibration c", "a comparison needs held-out text"),
+        ("compare a --schemes rtn:W9A16 --evaluation e", "'rtn:W9A16': scheme must be one of"),
+        ("compare a --schemes rtn:W4A16 --evaluation e --ray-address auto", "must reach the outputs"),
         ("clean out --storage-engine ftp", "storage_engine must be one of"),
         ("evaluate m --text t --sequence-length 2", "sequence_length must be at least 8"),
         ("inspect m --storage-engine ftp", "storage_engine must be one of"),

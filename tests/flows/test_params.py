@@ -7,9 +7,10 @@ import pytest
 from prefect.utilities.collections import visit_collection
 from pydantic import ValidationError
 
-from flows.params import QuantizeParams, params_from
+from flows.params import CompareParams, QuantizeParams, params_from
 from flows.quantize_model import quantize_model
 from quantlib.errors import RecipeError
+from quantlib.job.comparison_request import NOT_COMPARED, OUTPUT_HELP, SCHEMES_HELP, comparison_request
 from quantlib.job.options import option_fields, options_from
 from quantlib.job.provenance import with_replayed_values
 from tests.support.provenance_example import write_provenance
@@ -184,3 +185,39 @@ def test_what_a_schema_cannot_say_is_found_by_the_validator():
 def test_title_names_model_and_scheme():
     params = QuantizeParams.model_validate({**REQUEST, "source": "s3://models/tiny/", "group_size": 64})
     assert params.title == "tiny to W4A16 g64 compressed-tensors"
+
+
+COMPARISON = {
+    "source": "s3://models/tiny",
+    "schemes": ["W4A16", "rtn:W3A16_ASYM@32"],
+    "calibration": "c.txt",
+    "evaluation": "e.txt",
+    "group_size": -1,
+    "rules": [{"match": "lm_head", "keep": True}],
+}
+
+
+def test_form_of_a_comparison_has_the_options_of_a_job_and_its_entries():
+    found = CompareParams.model_json_schema()
+    properties, options = found["properties"], schema()["properties"]
+    assert properties.keys() - {"schemes"} == options.keys() - NOT_COMPARED.keys()
+    assert all(properties[name] == options[name] for name in properties.keys() - {"schemes", "output"})
+    assert sorted(found["required"]) == ["schemes", "source"]
+    assert properties["schemes"]["description"] == SCHEMES_HELP
+    assert properties["schemes"]["minItems"] == 1
+    assert properties["output"]["description"] == OUTPUT_HELP
+    assert len({values["position"] for values in properties.values()}) == len(properties)
+
+
+def test_form_of_a_comparison_is_the_request_of_plain_values():
+    properties = CompareParams.model_json_schema()["properties"]
+    defaults = {name: field["default"] for name, field in properties.items() if "default" in field}
+    for sent in (COMPARISON, {**defaults, **COMPARISON}):
+        assert CompareParams.model_validate(sent).to_request() == comparison_request(COMPARISON)
+    assert CompareParams.model_validate(COMPARISON).title == "tiny by W4A16, rtn:W3A16_ASYM@32"
+
+
+@pytest.mark.parametrize("wrong", [{"schemes": []}, {"schemes": [" "]}, {"scheme": "W4A16"}, {"replay": "p"}])
+def test_form_of_a_comparison_refuses(wrong):
+    with pytest.raises(ValidationError):
+        CompareParams.model_validate({**COMPARISON, **wrong})

@@ -209,3 +209,21 @@ def test_two_recipes_are_one_flow_run_and_two_outputs(prefect_server, converted,
         (found,) = client.post("/flow_runs/filter", json=query).json()
     assert found["state"]["type"] == "COMPLETED"
     assert found["name"] == "tiny to W4A16 g32 compressed-tensors, tiny to W8A16 g32 compressed-tensors"
+
+
+def test_comparison_is_one_flow_run_with_a_table(prefect_server, converted, inputs, tmp_path):
+    words = command(request(inputs, tmp_path / "out"), "--json", "--output", str(tmp_path / "out"))
+    words[1:4] = ["compare", str(inputs / "tiny"), "--schemes", "W4A16", "rtn:W8A16"]
+    ended = run(words, prefect_server.environment)
+    assert ended.returncode == 0, ended.stderr
+    rows = json.loads(ended.stdout)["rows"]
+    assert [row["entry"] for row in rows] == ["gptq:W4A16@32", "rtn:W8A16@32"]
+    assert rows[0]["ratio"] == converted["evaluation"]["ratio"], "as by itself"
+    wanted = {shard["name"]: shard["sha256"] for shard in converted["shards"]}
+    assert shard_digests(tmp_path / "out" / "gptq-W4A16-g32") == wanted
+    with prefect_server.client() as client:
+        query = {"flows": {"name": {"any_": ["compare-schemes"]}}}
+        (found,) = client.post("/flow_runs/filter", json=query).json()
+    assert found["state"]["type"] == "COMPLETED"
+    assert found["name"] == "tiny by W4A16, rtn:W8A16"
+    assert "| gptq:W4A16@32 |" in artifacts_of(prefect_server, found["id"])["compare-schemes"]

@@ -1,0 +1,90 @@
+"""One row of a comparison as people write it: ``[method:]SCHEME[@GROUP]``.
+
+What an entry leaves out, the options of the job say.
+"""
+
+import re
+from dataclasses import dataclass
+
+from quantlib.errors import RecipeError
+from quantlib.job.option_table import check_value
+from quantlib.job.options import option_fields
+from quantlib.schemes import WHOLE_ROW
+
+FORM = "[method:]SCHEME[@GROUP]"
+_FORM = re.compile(r"(?:([^:@]*):)?([^:@]*)(?:@([^:@]*))?")
+_NUMBER = re.compile(r"-?[0-9]+")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SchemeEntry:
+    """How one output of a comparison is quantized.
+
+    Attributes:
+        method: ``gptq`` or ``rtn``.
+        scheme: One of `quantlib.schemes.SCHEME_NAMES`.
+        group_size: Columns that share a scale; -1 for one scale a row.
+    """
+
+    method: str
+    scheme: str
+    group_size: int
+
+    def __str__(self) -> str:
+        """As `entry_from` reads it.
+
+        >>> str(SchemeEntry(method="gptq", scheme="W4A16", group_size=64))
+        'gptq:W4A16@64'
+        """
+        return f"{self.method}:{self.scheme}@{self.group_size}"
+
+    @property
+    def folder(self) -> str:
+        """Name of its output.
+
+        >>> SchemeEntry(method="rtn", scheme="W8A16", group_size=-1).folder
+        'rtn-W8A16-row'
+        """
+        group = "row" if self.group_size == WHOLE_ROW else f"g{self.group_size}"
+        return f"{self.method}-{self.scheme}-{group}"
+
+
+def entry_from(text: str, *, method: str, group_size: int) -> SchemeEntry:
+    """Read one entry.
+
+    Args:
+        text: What a person wrote.
+        method: Of an entry that names none.
+        group_size: Likewise.
+
+    Raises:
+        RecipeError: It has another form, or names a method, scheme or group size that there is not.
+
+    >>> str(entry_from("W3A16_ASYM@64", method="gptq", group_size=128))
+    'gptq:W3A16_ASYM@64'
+    >>> str(entry_from("rtn:W8A16", method="gptq", group_size=128))
+    'rtn:W8A16@128'
+    """
+    found = _FORM.fullmatch(text)
+    if found is None:
+        raise RecipeError(
+            f"schemes: an entry is {FORM}, as in rtn:W4A16@64; found {text!r}", option="schemes"
+        )
+    named_method, scheme, named_group = found.groups()
+    if named_group is not None and not _NUMBER.fullmatch(named_group):
+        raise RecipeError(
+            f"schemes: the group size of {text!r} must be a whole number, found {named_group!r}; leave @ out"
+            " for that of the job, or write @-1 for one scale a row",
+            option="schemes",
+        )
+    values = {
+        "method": method if named_method is None else named_method,
+        "scheme": scheme,
+        "group_size": group_size if named_group is None else int(named_group),
+    }
+    for name, value in values.items():
+        try:
+            check_value(name, value, option_fields()[name][0])
+        except RecipeError as error:
+            raise RecipeError(f"schemes: {text!r}: {error.message}", option="schemes") from error
+    return SchemeEntry(**values)
