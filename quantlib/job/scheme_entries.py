@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from quantlib.errors import RecipeError
 from quantlib.job.option_table import check_value
 from quantlib.job.options import option_fields
-from quantlib.schemes import WHOLE_ROW
+from quantlib.schemes import WHOLE_ROW, has_own_groups, scheme_from_name
 
 FORM = "[method:]SCHEME[@GROUP]"
 _FORM = re.compile(r"(?:([^:@]*):)?([^:@]*)(?:@([^:@]*))?")
@@ -49,21 +49,23 @@ class SchemeEntry:
         return f"{self.method}-{self.scheme}-{group}"
 
 
-def entry_from(text: str, *, method: str, group_size: int) -> SchemeEntry:
+def entry_from(text: str, *, method: str, group_size: int | None) -> SchemeEntry:
     """Read one entry.
 
     Args:
         text: What a person wrote.
         method: Of an entry that names none.
-        group_size: Likewise.
+        group_size: Likewise, unless its scheme has groups of its own; None for the scheme's.
 
     Raises:
         RecipeError: It has another form, or names a method, scheme or group size that there is not.
 
     >>> str(entry_from("W3A16_ASYM@64", method="gptq", group_size=128))
     'gptq:W3A16_ASYM@64'
-    >>> str(entry_from("rtn:W8A16", method="gptq", group_size=128))
+    >>> str(entry_from("rtn:W8A16", method="gptq", group_size=None))
     'rtn:W8A16@128'
+    >>> str(entry_from("MXFP4A16", method="gptq", group_size=64))
+    'gptq:MXFP4A16@32'
     """
     found = _FORM.fullmatch(text)
     if found is None:
@@ -77,14 +79,19 @@ def entry_from(text: str, *, method: str, group_size: int) -> SchemeEntry:
             " for that of the job, or write @-1 for one scale a row",
             option="schemes",
         )
+    if named_group is not None:
+        group_size = int(named_group)
+    elif has_own_groups(scheme):
+        group_size = None
     values = {
         "method": method if named_method is None else named_method,
         "scheme": scheme,
-        "group_size": group_size if named_group is None else int(named_group),
+        "group_size": group_size,
     }
-    for name, value in values.items():
-        try:
+    try:
+        for name, value in values.items():
             check_value(name, value, option_fields()[name][0])
-        except RecipeError as error:
-            raise RecipeError(f"schemes: {text!r}: {error.message}", option="schemes") from error
-    return SchemeEntry(**values)
+        own = scheme_from_name(scheme, group_size).group_size
+    except RecipeError as error:
+        raise RecipeError(f"schemes: {text!r}: {error.message}", option="schemes") from error
+    return SchemeEntry(method=values["method"], scheme=scheme, group_size=own)

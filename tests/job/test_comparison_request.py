@@ -45,7 +45,7 @@ def test_method_of_the_job_is_that_of_entries_without_one():
         ({"schemes": "W4A16"}, "schemes must be a list of entries"),
         ({"schemes": ["W4A16", 4]}, "schemes must be a list of entries"),
         ({"schemes": ["W4A16", "gptq:W4A16@128"]}, "gptq:W4A16@128 is there twice"),
-        ({"schemes": ["W4A16", "W8A16", "W5A16"]}, "'W5A16': scheme must be one of"),
+        ({"schemes": ["W4A16", "W8A16", "W7A16"]}, "'W7A16': scheme must be one of"),
         ({"evaluation": None}, "needs held-out text and none was given"),
         ({"calibration": None}, "gptq needs calibration text"),
         ({"replay": "p.json"}, "takes no replay, that repeats one run"),

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from quantlib.errors import RecipeError
 from quantlib.job.scheme_entries import SchemeEntry, entry_from
-from quantlib.schemes import SCHEME_NAMES
+from quantlib.schemes import FLOAT_NAMES, INTEGER_NAMES, scheme_from_name
 
 BY_DEFAULT = {"method": "gptq", "group_size": 128}
 
@@ -19,6 +19,8 @@ BY_DEFAULT = {"method": "gptq", "group_size": 128}
         ("rtn:W8A16", "rtn", "W8A16", 128, "rtn-W8A16-g128"),
         ("gptq:W4A16@32", "gptq", "W4A16", 32, "gptq-W4A16-g32"),
         ("rtn:W2A16@-1", "rtn", "W2A16", -1, "rtn-W2A16-row"),
+        ("FP8A16", "gptq", "FP8A16", -1, "gptq-FP8A16-row"),
+        ("rtn:MXFP4A16@32", "rtn", "MXFP4A16", 32, "rtn-MXFP4A16-g32"),
     ],
 )
 def test_what_an_entry_leaves_out_is_the_jobs(text, method, scheme, group_size, folder):
@@ -29,7 +31,7 @@ def test_what_an_entry_leaves_out_is_the_jobs(text, method, scheme, group_size, 
 
 @given(
     method=st.sampled_from(["gptq", "rtn"]),
-    scheme=st.sampled_from(SCHEME_NAMES),
+    scheme=st.sampled_from(INTEGER_NAMES),
     group_size=st.one_of(st.just(-1), st.integers(8, 1 << 20)),
 )
 def test_an_entry_is_read_as_it_is_written(method, scheme, group_size):
@@ -37,12 +39,20 @@ def test_an_entry_is_read_as_it_is_written(method, scheme, group_size):
     assert entry_from(str(entry), method="gptq", group_size=128) == entry
 
 
+@pytest.mark.parametrize("name", FLOAT_NAMES)
+def test_an_entry_of_floats_has_their_groups(name):
+    entry = entry_from(name, **BY_DEFAULT)
+    assert entry.group_size == scheme_from_name(name).group_size
+    assert entry_from(str(entry), **BY_DEFAULT) == entry
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
         ("awq:W4A16", "'awq:W4A16': method must be one of gptq, rtn, found 'awq'"),
         (":W4A16", "method must not be empty"),
-        ("W5A16", "'W5A16': scheme must be one of W2A16, .*, found 'W5A16'"),
+        ("W7A16", "'W7A16': scheme must be one of W2A16, .*, found 'W7A16'"),
+        ("MXFP4A16@64", "'MXFP4A16@64': scheme MXFP4A16 has a group size of its own, 32, found 64"),
         ("w4a16", "scheme must be one of"),
         ("", "scheme must not be empty"),
         ("rtn:@64", "scheme must not be empty"),
