@@ -1,7 +1,7 @@
 """What vLLM rejects of outputs, read in the source of release 0.33.0; files are those below ``vllm/``.
 
-On NVIDIA GPUs. Kernels pad tiles there, so sides need no multiples of 64 or 128 on a device. Earlier releases
-reject more: 0.19 asymmetric experts, for example, and what is before mid-2026 tiles that are not whole.
+On NVIDIA GPUs. Kernels pad tiles, so what a device has of a side need be no multiple of 64 or 128. Earlier
+releases reject more: 0.19 asymmetric experts, for example, and those before the middle of 2026 such sides.
 """
 
 from quantlib.job.parallel_splits import IN, OUT
@@ -54,7 +54,7 @@ def _whole_groups(linear: ServedLinear, devices: int) -> str | None:
 
 def _whole_gptq_groups(linear: ServedLinear, devices: int) -> str | None:
     group_size = linear.scheme.group_size
-    # What stores experts' groups twice, in halves, is done once more until they are whole.
+    # Groups of experts that straddle are halved as they are loaded: both halves get the one scale.
     while linear.is_expert and group_size >= 2 * _SMALLEST_HALVED_GROUP and group_size % 2 == 0:
         if _straddling(linear, devices, group_size) is None:
             return None
