@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlib.errors import RecipeError
+from quantlib.job.option_table import check_value
 from quantlib.job.options import JobOptions, default_of, option_fields, options_from, refuse_unknown
 from quantlib.job.scheme_entries import FORM, SchemeEntry, entry_from
 from quantlib.storage.uris import join_uri
@@ -20,7 +21,7 @@ OUTPUT_HELP = (
     " else in the folder for temporary files, and take as much room there as if they were kept."
 )
 # Options of a job that a comparison has not -> why.
-NOT_COMPARED = {"scheme": "its schemes say them", "replay": "that repeats one run"}
+NOT_COMPARED = {"scheme": "its schemes say it", "replay": "that repeats one run"}
 _OWN = ("schemes", "output")
 
 
@@ -81,6 +82,8 @@ def comparison_request(values: Mapping[str, Any]) -> ComparisonRequest:
     if common.get("propagation") is None:
         common["propagation"] = "original"
     table = option_fields()
+    if output is not None:
+        check_value("output", output, table["output"][0])
     by_default = {name: common.get(name, table[name][0].default) for name in ("method", "group_size")}
     entries = tuple(entry_from(word, **by_default) for word in words)
     _refuse_twice(entries)

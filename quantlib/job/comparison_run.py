@@ -64,7 +64,11 @@ def _store(place: str, engine: str, comparison: dict[str, Any]) -> None:
 @contextmanager
 def _place_for_a_while(options: JobOptions) -> Iterator[str]:
     """An address that nobody else has; whatever lies below it is removed at the end."""
-    above = normalize_uri(options.work or tempfile.gettempdir())
+    try:
+        above = normalize_uri(options.work or tempfile.gettempdir())
+    except StorageError as error:
+        error.before_work = True
+        raise
     place = join_uri(above, f"quantmill-compare-{uuid.uuid4().hex}")
     try:
         yield place

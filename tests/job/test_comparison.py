@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from quantlib.__main__ import main
-from quantlib.errors import QuantError, RecipeError
+from quantlib.errors import QuantError, RecipeError, StorageError
 from quantlib.inprocess import quantize, quantize_all
 from quantlib.job.comparison_request import ComparisonRequest, comparison_request
 from quantlib.job.comparison_run import compare
@@ -234,6 +234,13 @@ def test_entries_that_the_shapes_refuse_are_named_together_before_work(root, tmp
     assert re.search(r"rtn-W8A16-g40 \(.*q_proj: .* divides its 64 columns, got 40", message)
     assert "g32" not in message
     assert not list((tmp_path / "work").glob("*"))
+
+
+@pytest.mark.parametrize("place", [{"work": "ftp://x"}, {"output": "ftp://x"}])
+def test_place_that_cannot_be_is_refused_before_work(root, place):
+    with pytest.raises(StorageError, match="is not supported") as refused:
+        compare(request_of(root, ENTRIES[:2], **place), quantize_all)
+    assert refused.value.before_work
 
 
 def test_quantized_propagation_is_refused_with_the_reason(root, tmp_path):
