@@ -29,6 +29,7 @@ from quantlib.packing.bits import pack_words, transposed, unpack_words
 from quantlib.packing.checks import (
     require_consistent,
     require_integers,
+    require_multiples,
     require_shape,
     require_whole_groups,
     take_tensor,
@@ -57,14 +58,7 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:
     """
     require_integers(name, scheme, format_name=NAME)
     require_whole_groups(name, columns, scheme, format_name=NAME, widths=WIDTHS)
-    if rows % CODES_PER_WORD:
-        raise PackingError(
-            f"{name}: awq output needs out features in multiples of {CODES_PER_WORD}, got {rows};"
-            " use --format compressed-tensors, or keep this linear as it is",
-            linear=name,
-            rows=rows,
-            columns=columns,
-        )
+    require_multiples(name, {"out": rows}, CODES_PER_WORD, format_name=NAME)
 
 
 def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:

@@ -65,6 +65,26 @@ def require_integers(name: str, scheme: WeightScheme, *, format_name: str) -> No
         )
 
 
+def require_multiples(name: str, sides: Mapping[str, int], multiple: int, *, format_name: str) -> None:
+    """Refuse sides of which words are not filled.
+
+    Args:
+        sides: What they are called -> features.
+
+    Raises:
+        PackingError: Names the first that is no multiple.
+    """
+    for side, size in sides.items():
+        if size % multiple:
+            raise PackingError(
+                f"{name}: {format_name} output needs {side} features in multiples of {multiple}, got {size};"
+                " use --format compressed-tensors, or keep this linear as it is",
+                linear=name,
+                side=side,
+                features=size,
+            )
+
+
 def require_consistent(name: str, quantized: QuantizedLinear, scale_dtypes: tuple[torch.dtype, ...]) -> None:
     """Refuse a quantized linear whose parts contradict each other or its scheme.
 

@@ -43,6 +43,7 @@ from quantlib.packing.bits import BITS_PER_WORD, num_words, pack_words, transpos
 from quantlib.packing.checks import (
     require_consistent,
     require_integers,
+    require_multiples,
     require_shape,
     require_whole_groups,
     take_tensor,
@@ -70,15 +71,7 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:
     """
     require_integers(name, scheme, format_name=NAME)
     require_whole_groups(name, columns, scheme, format_name=NAME, widths=WIDTHS)
-    for side, size in (("out", rows), ("in", columns)):
-        if size % BITS_PER_WORD:
-            raise PackingError(
-                f"{name}: gptq output needs {side} features in multiples of {BITS_PER_WORD}, got {size};"
-                " use --format compressed-tensors, or keep this linear as it is",
-                linear=name,
-                rows=rows,
-                columns=columns,
-            )
+    require_multiples(name, {"out": rows, "in": columns}, BITS_PER_WORD, format_name=NAME)
 
 
 def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:

@@ -9,7 +9,13 @@ import torch
 from quantlib.errors import CheckpointError
 from quantlib.packing import awq_format
 from tests.support.awq_decoder import decoded_levels, words_of_awq
-from tests.support.quantized_sources import opened, read_in_short_runs, read_source, write_source
+from tests.support.quantized_sources import (
+    captured_tensor,
+    opened,
+    read_in_short_runs,
+    read_source,
+    write_source,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "autoawq" / "w4.json"
 LINEAR = "model.layers.0.mlp.gate_proj"
@@ -42,25 +48,20 @@ def test_levels_are_those_of_the_layout(tmp_path, rows, columns, groups):
     assert torch.equal(read_in_short_runs(folder, levels_dtype="F32")[f"{LINEAR}.weight"], wanted)
 
 
-def _tensor(stored):
-    values = torch.frombuffer(bytearray.fromhex(stored["bytes"]), dtype=getattr(torch, stored["dtype"]))
-    return values.reshape(stored["shape"])
-
-
 def test_file_of_autoawq_has_the_levels_it_has_there(tmp_path):
     golden = json.loads(GOLDEN.read_text())
-    stored = {key: _tensor(tensor) for key, tensor in golden["tensors"].items()}
+    stored = {key: captured_tensor(tensor) for key, tensor in golden["tensors"].items()}
     folder = write_source(tmp_path, stored, golden["quantization_config"], {"dtype": "float16"})
     found = read_source(folder)
-    assert torch.equal(found[golden["linear"] + ".weight"], _tensor(golden["levels"]))
+    assert torch.equal(found[golden["linear"] + ".weight"], captured_tensor(golden["levels"]))
 
 
 def test_tensors_of_autoawq_are_unpacked_and_packed_again_to_the_same_bytes():
     golden = json.loads(GOLDEN.read_text())
-    stored = {key: _tensor(tensor) for key, tensor in golden["tensors"].items()}
+    stored = {key: captured_tensor(tensor) for key, tensor in golden["tensors"].items()}
     scheme = awq_format.scheme_of(golden["quantization_config"], golden["linear"])
     read = awq_format.unpack(golden["linear"], stored, scheme)
-    assert torch.equal(read.dequantize().half(), _tensor(golden["levels"]))
+    assert torch.equal(read.dequantize().half(), captured_tensor(golden["levels"]))
     again = awq_format.pack(golden["linear"], read)
     assert again.keys() == stored.keys()
     assert all(torch.equal(again[name], stored[name]) for name in stored)

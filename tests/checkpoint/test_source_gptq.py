@@ -8,7 +8,13 @@ import torch
 
 from quantlib.errors import CheckpointError
 from tests.support.big_integers import words_of
-from tests.support.quantized_sources import opened, read_in_short_runs, read_source, write_source
+from tests.support.quantized_sources import (
+    captured_tensor,
+    opened,
+    read_in_short_runs,
+    read_source,
+    write_source,
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "gptqmodel"
 LINEAR = "model.layers.0.mlp.gate_proj"
@@ -61,18 +67,13 @@ def test_columns_in_any_order_have_the_scale_of_their_group(
     assert torch.equal(read_in_short_runs(folder, levels_dtype="F32")[f"{LINEAR}.weight"], wanted)
 
 
-def _tensor(stored):
-    values = torch.frombuffer(bytearray.fromhex(stored["bytes"]), dtype=getattr(torch, stored["dtype"]))
-    return values.reshape(stored["shape"])
-
-
 @pytest.mark.parametrize("name", ["w3", "w4", "w8"])
 def test_file_of_gptqmodel_has_the_levels_it_has_there(tmp_path, name):
     golden = json.loads((GOLDEN / f"{name}.json").read_text())
-    stored = {key: _tensor(tensor) for key, tensor in golden["tensors"].items()}
+    stored = {key: captured_tensor(tensor) for key, tensor in golden["tensors"].items()}
     folder = write_source(tmp_path, stored, golden["quantization_config"], {"dtype": "float16"})
     found = read_source(folder)
-    assert torch.equal(found[golden["linear"] + ".weight"], _tensor(golden["levels"]))
+    assert torch.equal(found[golden["linear"] + ".weight"], captured_tensor(golden["levels"]))
 
 
 @pytest.mark.parametrize(("bits", "ones"), [(2, 0x55555555), (4, 0x11111111), (8, 0x01010101)])

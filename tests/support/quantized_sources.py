@@ -79,3 +79,9 @@ def with_short_runs(checkpoint: Checkpoint) -> Checkpoint:
     """The same, of which as few rows are made at a time as can be."""
     decoded = {name: dataclasses.replace(made, run_values=1) for name, made in checkpoint.decoded.items()}
     return dataclasses.replace(checkpoint, decoded=decoded)
+
+
+def captured_tensor(stored: Mapping[str, Any]) -> torch.Tensor:
+    """A tensor of a captured file: ``dtype``, ``shape`` and ``bytes`` in hexadecimal."""
+    values = torch.frombuffer(bytearray.fromhex(stored["bytes"]), dtype=getattr(torch, stored["dtype"]))
+    return values.reshape(stored["shape"])
