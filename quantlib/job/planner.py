@@ -198,7 +198,7 @@ def build_plan(
     kept_linears = (
         *skeleton.outside_linears,
         *skeleton.kept_linears,
-        *_unused_matrices(skeleton, checkpoint),
+        *_other_matrices(skeleton, checkpoint),
     )
     packer.quantization_config(schemes_of(blocks), kept_linears)
     check_target(options, checkpoint.config, blocks)
@@ -406,12 +406,18 @@ def _decoding_bytes(
     return {name: size for name, size in found.items() if size}
 
 
-def _unused_matrices(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
-    """Modules that the model lacks and engines may build; their weights stay as they are."""
-    linears = set(skeleton.outside_linears)
+def _other_matrices(skeleton: Skeleton, checkpoint: Checkpoint) -> list[str]:
+    """Modules with a matrix that are no linears to transformers and may be to engines; they stay as they are.
+
+    Routers that multiply by a parameter, and modules that the model lacks.
+    """
+    specs = [skeleton.block_spec(index) for index in range(skeleton.num_blocks)]
+    linears = {*skeleton.outside_linears, *skeleton.kept_linears}
+    weights = {tensor for spec in specs for linear in spec.linears for tensor in linear.weight_tensors}
+    names = [name for spec in specs for name in spec.tensors if name not in weights]
     return [
         name.removesuffix(".weight")
-        for name in skeleton.unused_tensors
+        for name in (*names, *skeleton.unused_tensors)
         if name.endswith(".weight")
         and len(checkpoint.tensors[name].shape) == 2
         and name.removesuffix(".weight") not in linears

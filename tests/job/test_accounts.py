@@ -154,6 +154,22 @@ def test_what_transformers_ignores_is_named(tmp_path):
     assert reasons_of(plan)["mtp.layers.*.mlp.up_proj.weight"][1].startswith("ignored by transformers")
 
 
+@pytest.mark.parametrize(
+    ("family", "router"), [("qwen3_moe", "mlp.gate"), ("mixtral", "block_sparse_moe.gate"), ("llama", None)]
+)
+def test_routers_are_named_as_kept_whatever_they_are_to_transformers(tmp_path, family, router):
+    source = tiny_source(tmp_path / "source", family)
+    plan, _, _ = converted(tmp_path, group_size=8)
+    stored = {name.removesuffix(".weight") for name in read_all_tensors(source)}
+    routers = {name for name in stored if router is not None and name.endswith(router)}
+    assert (len(routers) > 0) == (router is not None)
+    # Engines build some of them as linears, which the config must tell to leave alone.
+    config = json.loads((Path(plan.output.removeprefix("file://")) / "config.json").read_text())
+    ignored = config["quantization_config"]["ignore"]
+    assert set(ignored) == {*routers, "lm_head"}
+    assert len(ignored) == len(set(ignored))
+
+
 def test_biases_and_kept_linears_have_their_reasons(tmp_path):
     tiny_source(tmp_path / "source", attention_bias=True)
     rules = [{"match": "*.down_proj", "keep": True}, {"match": "*.o_proj", "scheme": "W8A16"}]
