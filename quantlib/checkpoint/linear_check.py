@@ -61,7 +61,8 @@ def _findings_of_linear(
         found = "is packed" if is_packed else f"was a part of {weight.name}, which is not kept"
         yield f"{name} {found}, but quantization_config says that it is not quantized."
         return
-    for part in parts:
+    # Its weight stands for it in some formats; in the others it must be gone.
+    for part in dict.fromkeys((*parts, f"{name}.weight")):
         entry = output.tensors.get(part)
         kind = None if entry is None else (entry.dtype, entry.shape)
         if kind != expected.get(part):

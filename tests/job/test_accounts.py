@@ -308,7 +308,7 @@ FAULTS = {
     ),
     "the weight beside its packed tensors": (
         _set(f"{AT}.mlp.up_proj.weight", torch.ones(96, 64, dtype=torch.bfloat16)),
-        f"Tensor {AT}.mlp.up_proj.weight_packed is in the output and comes from nothing",
+        f"Tensor {AT}.mlp.up_proj.weight is BF16 [96, 64]; absent was expected at 4 bits",
     ),
     "a bias that nobody says was corrected": (
         _report(_forget_corrections),
@@ -330,6 +330,15 @@ def test_fault_in_the_output_is_one_sentence(finished, tmp_path, fault):
     edit, said = FAULTS[fault]
     found = [finding for finding in tampered(finished, tmp_path, edit) if said in finding]
     assert found, tampered(finished, tmp_path / "again", edit)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_weight_beside_its_packed_tensors_is_found_in_every_format(tmp_path, format_name):
+    plan, _, _ = converted(tmp_path, format=format_name)
+    output, name = Path(plan.output.removeprefix("file://")), f"{AT}.mlp.up_proj.weight"
+    _set(name, torch.ones(96, 64, dtype=torch.bfloat16))(output)
+    findings = verify_checkpoint(open_store("file:///"), plan.output, plan.source).findings
+    assert any(f"Tensor {name} is BF16 [96, 64]; absent was expected" in found for found in findings)
 
 
 def test_verify_prints_the_table_and_exits_1_on_a_violation(finished, tmp_path, capsys):
