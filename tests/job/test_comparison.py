@@ -323,7 +323,11 @@ def test_outputs_of_a_comparison_that_is_ended_from_outside_are_gone(root, tmp_p
     long = {"calibration": text, "evaluation": text, "sequences": 3000, "evaluation_sequences": 3000}
     values = given_values(root, work=str(work), **long)
     process = subprocess.Popen(
-        [sys.executable, "-m", "quantlib", *line_of(values)], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "quantlib", *line_of(values)],
+        stderr=subprocess.PIPE,
+        text=True,
+        # What a shell starts in the background ignores interrupts, and so do its children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 240
     while not list(work.rglob("plan.json")):
