@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 from quantlib.errors import PackingError
-from quantlib.grids.formats import POWER_SCALES
+from quantlib.grids.formats import INTEGER, POWER_SCALES
 from quantlib.grids.stored_scale import POWERS_DTYPE
 from quantlib.packing.checks import require_shape, take_tensor
 from quantlib.quantized import QuantizedLinear
@@ -28,6 +28,8 @@ from quantlib.schemes import WHOLE_ROW, WeightScheme, scheme_from_name
 _EXPONENT_BIAS = 127
 # No exponent: E8M0 has one code for what is no number.
 _NAN_EXPONENT = 255
+# What tells schemes apart in config_groups.
+_DECISIVE = ("num_bits", "type", "symmetric", "strategy", "group_size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -111,16 +113,13 @@ def scheme_from_values(layout: str, weights: Mapping[str, object], name: str) ->
     )
 
 
-_DECISIVE = ("num_bits", "type", "symmetric", "strategy", "group_size")
-
-
 def weights_values(scheme: WeightScheme) -> dict[str, object]:
-    """``weights`` of a group of config_groups."""
+    """``weights`` of a group of config_groups, of floats and of integers."""
     whole_row = scheme.group_size == WHOLE_ROW
     values: dict[str, object] = {
         "num_bits": scheme.bits,
-        "type": "float",
-        "symmetric": True,
+        "type": INTEGER if scheme.number == INTEGER else "float",
+        "symmetric": scheme.is_symmetric,
         "strategy": "channel" if whole_row else "group",
         "group_size": None if whole_row else scheme.group_size,
         "dynamic": False,

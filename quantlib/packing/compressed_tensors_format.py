@@ -210,22 +210,10 @@ def _group_values(scheme: WeightScheme, targets: list[str]) -> dict[str, Any]:
     layout = layout_of(scheme)
     return {
         "targets": targets,
-        "weights": _integer_values(scheme) if layout is None else weights_values(scheme),
+        "weights": weights_values(scheme),
         "input_activations": None,
         "output_activations": None,
         "format": _LAYOUT if layout is None else layout.name,
-    }
-
-
-def _integer_values(scheme: WeightScheme) -> dict[str, Any]:
-    whole_row = scheme.group_size == WHOLE_ROW
-    return {
-        "num_bits": scheme.bits,
-        "type": "int",
-        "symmetric": scheme.is_symmetric,
-        "strategy": "channel" if whole_row else "group",
-        "group_size": None if whole_row else scheme.group_size,
-        "dynamic": False,
     }
 
 

@@ -142,28 +142,35 @@ def test_writer_lost_while_others_have_evaluated_the_block(root, calm, way):
     assert shard_digests(Path(options.output)) == calm[way][0]
 
 
-def test_worker_lost_in_a_solve_while_the_next_block_is_let_go_of(root, calm, monkeypatch):
-    cluster, letting_go = ThreadCluster(3), threading.Event()
-    submit = cluster.submit
+class _SlowToLetGo(ThreadCluster):
+    """Takes long to be told that a block is not needed any more."""
 
-    def take_long(worker: int, method: str, *arguments: Any) -> Any:
-        handle = submit(worker, method, *arguments)
-        if method == "unload" and arguments[0] == 2 and not letting_go.is_set():
-            letting_go.set()
+    def __init__(self, num_workers: int, block: int) -> None:
+        super().__init__(num_workers)
+        self.letting_go, self._block = threading.Event(), block
+
+    def submit(self, worker: int, method: str, *arguments: Any) -> Any:
+        handle = super().submit(worker, method, *arguments)
+        if method == "unload" and arguments[0] == self._block and not self.letting_go.is_set():
+            self.letting_go.set()
+            # Whoever wants to change what is live meanwhile has to wait: for that there is no event.
             time.sleep(0.5)
         return handle
 
+
+def test_worker_lost_in_a_solve_while_the_next_block_is_let_go_of(root, calm):
+    cluster = _SlowToLetGo(3, block=2)
+
     def die_late(_: ThreadCluster, worker: int) -> None:
-        letting_go.wait(timeout=5)
+        cluster.letting_go.wait(timeout=5)
         cluster.kill(worker)
 
     fault = _once(lambda _, method, arguments: method == "solve" and arguments[0] == 1, die_late)
     cluster.before = lambda *call: fault(cluster, *call)
-    monkeypatch.setattr(cluster, "submit", take_long)
     # Without evaluation the streams of the next block wait for nothing of this one.
     options = _options(root, "let-go", evaluation=None)
     report = convert_on(cluster, options)
-    assert letting_go.is_set()
+    assert cluster.letting_go.is_set()
     assert shard_digests(Path(options.output)) == calm["original"][0]
     assert len(report["history"]["renewals"]) == 1
 
