@@ -13,7 +13,7 @@ from quantlib.errors import RecipeError
 from quantlib.grids.formats import INTEGER
 from quantlib.job import transformers_rules, vllm_rules
 from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, findings
-from quantlib.schemes import WHOLE_ROW, scheme_from_name
+from quantlib.schemes import WHOLE_ROW, WHOLE_TENSOR, scheme_from_name
 
 DEFAULT_FORMAT = "compressed-tensors"
 _GROUP_SIZES = (128, 64, 32, WHOLE_ROW)
@@ -90,11 +90,13 @@ def refuse_unserved(target: str, serving: Serving) -> None:
 
 
 def _refuse_unknown(target: str, serving: Serving) -> None:
-    unknown = next((linear.scheme for linear in serving.linears if linear.scheme.number != INTEGER), None)
+    schemes = (linear.scheme for linear in serving.linears)
+    unknown = next((x for x in schemes if x.number != INTEGER or x.group_size == WHOLE_TENSOR), None)
     if serving.format in ENGINES[target].formats and unknown is None:
         return
     raise RecipeError(
-        f"what {target} rejects is known of integers in {' and '.join(ENGINES[target].formats)} files, found"
+        f"what {target} rejects is known of integers by group or row in"
+        f" {' and '.join(ENGINES[target].formats)} files, found"
         f" {serving.format if unknown is None else unknown}; leave target out, or choose one of these",
         option="target",
         target=target,

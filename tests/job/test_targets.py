@@ -297,7 +297,10 @@ def test_what_vllm_takes_divides_as_every_rule_says(
 def test_output_whose_rules_are_not_known_is_refused_and_not_waved_through(target, layout, scheme, found):
     linear = served("mlp.up_proj", 512, 256, scheme=scheme, group_size=None)
     said = refusal(target, Serving(linears=(linear,), format=layout, tensor_parallel=1))
-    assert f"is known of integers in compressed-tensors and gptq files, found {found}" in said.message
+    assert (
+        f"is known of integers by group or row in compressed-tensors and gptq files, found {found}"
+        in said.message
+    )
 
 
 def test_every_target_has_a_default_format():
