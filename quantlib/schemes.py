@@ -1,16 +1,44 @@
-"""What a quantized weight should look like, before any scale is fitted.
+"""What a quantized weight should look like, before any scale is fitted, and what is multiplied with it.
 
-A scheme is data: number format, bit width, symmetry and group size. The name that people type (``W4A16``,
-``W8A16_ASYM``, ``MXFP4A16``) is looked up in one table.
+A scheme is data: number format, bit width, symmetry and group size, and what inputs are rounded to as the
+model runs. The name that people type (``W4A16``, ``W8A16_ASYM``, ``MXFP4A16``, ``W8A8``) is looked up in one
+table.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from quantlib.errors import RecipeError
 from quantlib.grids.formats import INTEGER, PLAIN_SCALES, POWER_SCALES
 
 WHOLE_ROW = -1
 DEFAULT_GROUP_SIZE = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationScheme:
+    """What inputs of linears are rounded to as a model runs: scales are found then, and none is stored.
+
+    Attributes:
+        bits: Bits of a code.
+        number: What a code is, as in `WeightScheme`; integers are symmetric.
+        group_size: Consecutive columns of a token that share a scale; ``WHOLE_ROW`` for one scale a token.
+        scales: ``PLAIN_SCALES``, in the dtype of the inputs, or ``POWER_SCALES``.
+    """
+
+    bits: int
+    number: str
+    group_size: int = WHOLE_ROW
+    scales: str = PLAIN_SCALES
+
+    def __str__(self) -> str:
+        """In words.
+
+        >>> str(ActivationScheme(bits=8, number="int"))
+        '8-bit int by token'
+        """
+        groups = "token" if self.group_size == WHOLE_ROW else f"groups of {self.group_size}"
+        powers = " with powers of two" if self.scales == POWER_SCALES else ""
+        return f"{self.bits}-bit {self.number} by {groups}{powers}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,6 +52,7 @@ class WeightScheme:
         number: What a code is: ``int``, or a name of `quantlib.grids.formats.FLOAT_FORMATS`.
         scales: How a scale is stored: ``PLAIN_SCALES``, in the dtype of the output's layout, or
             ``POWER_SCALES``.
+        inputs: What is multiplied with them is rounded to; None where inputs stay as they are.
     """
 
     bits: int
@@ -31,6 +60,7 @@ class WeightScheme:
     group_size: int
     number: str = INTEGER
     scales: str = PLAIN_SCALES
+    inputs: ActivationScheme | None = None
 
     @property
     def num_codes(self) -> int:
@@ -61,7 +91,8 @@ class WeightScheme:
             kind = f"floats {self.number}"
         groups = "one scale a row" if self.group_size == WHOLE_ROW else f"groups of {self.group_size}"
         powers = " with powers of two" if self.scales == POWER_SCALES else ""
-        return f"{self.bits} bits, {kind}, {groups}{powers}"
+        inputs = "" if self.inputs is None else f", inputs rounded to {self.inputs}"
+        return f"{self.bits} bits, {kind}, {groups}{powers}{inputs}"
 
     def num_groups(self, columns: int) -> int:
         """How many groups a row of ``columns`` columns has; a ragged last group counts.
@@ -93,8 +124,27 @@ _FLOATS = {
     "MXFP4A16": WeightScheme(bits=4, is_symmetric=True, group_size=32, number="e2m1", scales=POWER_SCALES),
     "MXFP8A16": WeightScheme(bits=8, is_symmetric=True, group_size=32, number="e4m3", scales=POWER_SCALES),
 }
-INTEGER_NAMES, FLOAT_NAMES = tuple(_INTEGERS), tuple(_FLOATS)
-SCHEME_NAMES = (*INTEGER_NAMES, *FLOAT_NAMES)
+_ROWS_OF_BYTES = WeightScheme(bits=8, is_symmetric=True, group_size=WHOLE_ROW)
+
+
+def _with_inputs_alike(weights: WeightScheme) -> WeightScheme:
+    """Inputs are rounded to what weights are: one scale a token where these have one a row."""
+    inputs = ActivationScheme(
+        bits=weights.bits, number=weights.number, group_size=weights.group_size, scales=weights.scales
+    )
+    return replace(weights, inputs=inputs)
+
+
+# Weights as those of another scheme, and inputs too; named as compressed-tensors' presets are.
+_ROUNDED_INPUTS = {
+    "W8A8": _with_inputs_alike(_ROWS_OF_BYTES),
+    "FP8_DYNAMIC": _with_inputs_alike(_FLOATS["FP8A16"]),
+    "MXFP4": _with_inputs_alike(_FLOATS["MXFP4A16"]),
+    "MXFP8": _with_inputs_alike(_FLOATS["MXFP8A16"]),
+}
+_OWN_GROUPS = {**_FLOATS, **_ROUNDED_INPUTS}
+INTEGER_NAMES, FLOAT_NAMES, ROUNDED_INPUTS_NAMES = tuple(_INTEGERS), tuple(_FLOATS), tuple(_ROUNDED_INPUTS)
+SCHEME_NAMES = (*INTEGER_NAMES, *FLOAT_NAMES, *ROUNDED_INPUTS_NAMES)
 
 
 def has_own_groups(name: str) -> bool:
@@ -103,7 +153,7 @@ def has_own_groups(name: str) -> bool:
     >>> has_own_groups("W4A16"), has_own_groups("MXFP4A16")
     (False, True)
     """
-    return name in _FLOATS
+    return name in _OWN_GROUPS
 
 
 def scheme_from_name(name: str, group_size: int | None = None) -> WeightScheme:
@@ -120,8 +170,8 @@ def scheme_from_name(name: str, group_size: int | None = None) -> WeightScheme:
     >>> str(scheme_from_name("MXFP4A16"))
     '4 bits, floats e2m1, groups of 32 with powers of two'
     """
-    if name in _FLOATS:
-        own = _FLOATS[name]
+    if name in _OWN_GROUPS:
+        own = _OWN_GROUPS[name]
         if group_size not in (None, own.group_size):
             raise RecipeError(
                 f"scheme {name} has a group size of its own, {own.group_size}, found {group_size};"

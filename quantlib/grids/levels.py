@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 
 from quantlib.grids.formats import FLOAT_FORMATS, INTEGER, FloatFormat
-from quantlib.schemes import WeightScheme
+from quantlib.schemes import ActivationScheme, WeightScheme
 
 # Exponent bits of a number as an integer, by the dtype of the arithmetic.
 _EXPONENTS = {
@@ -133,6 +133,6 @@ def _levels_of(number: str, bits: int) -> Levels:
     return IntegerLevels(bits) if number == INTEGER else FloatLevels(FLOAT_FORMATS[number])
 
 
-def levels_of(scheme: WeightScheme) -> Levels:
+def levels_of(scheme: WeightScheme | ActivationScheme) -> Levels:
     """Those of a scheme's number format."""
     return _levels_of(scheme.number, scheme.bits)

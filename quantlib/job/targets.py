@@ -22,10 +22,11 @@ _SCHEMES = ("W4A16", "W8A16", "W4A16_ASYM", "W8A16_ASYM")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """One serving engine, as far as it was read: integers in some layouts.
+    """One serving engine, as far as it was read.
 
     Attributes:
-        formats: Layouts whose rules are known.
+        formats: Layouts whose rules are known, of integers whose inputs stay as they are.
+        schemes: Names of other schemes whose rules are known.
         default_format: Layout of outputs for it, where nobody names one.
         rules: What it rejects.
     """
@@ -33,6 +34,7 @@ class Engine:
     default_format: str
     rules: tuple[EngineRule, ...]
     formats: tuple[str, ...] = ("compressed-tensors", "gptq")
+    schemes: tuple[str, ...] = ("W8A8", "FP8_DYNAMIC")
 
 
 ENGINES: Mapping[str, Engine] = {
@@ -90,12 +92,16 @@ def refuse_unserved(target: str, serving: Serving) -> None:
 
 
 def _refuse_unknown(target: str, serving: Serving) -> None:
-    unknown = next((linear.scheme for linear in serving.linears if linear.scheme.number != INTEGER), None)
-    if serving.format in ENGINES[target].formats and unknown is None:
+    engine = ENGINES[target]
+    named = {scheme_from_name(name) for name in engine.schemes}
+    schemes = [linear.scheme for linear in serving.linears if linear.scheme not in named]
+    unknown = next((x for x in schemes if x.number != INTEGER or x.inputs is not None), None)
+    if serving.format in engine.formats and unknown is None:
         return
+    found = serving.format if unknown is None else unknown
     raise RecipeError(
-        f"what {target} rejects is known of integers in {' and '.join(ENGINES[target].formats)} files, found"
-        f" {serving.format if unknown is None else unknown}; leave target out, or choose one of these",
+        f"what {target} rejects is known of integers in {' and '.join(engine.formats)} files, and of"
+        f" {' and '.join(engine.schemes)}; found {found}; leave target out, or choose one of these",
         option="target",
         target=target,
     )
@@ -140,6 +146,10 @@ def _remedy(
 ) -> str | None:
     """What a choice is called, if no rule is broken after it; on fewer devices on as many as possible."""
     if any(group_size and linear.columns % group_size for linear in at_fault):
+        return None
+    have_own_groups = any(linear.scheme.inputs is not None for linear in at_fault)
+    if have_own_groups and (scheme is None) != (group_size is None):
+        # What was asked for says nothing of groups.
         return None
     linears = tuple(
         _changed(linear, scheme, group_size) if linear in at_fault else linear for linear in serving.linears

@@ -1,13 +1,14 @@
-"""Small floats as compressed-tensors stores them, weights only.
+"""Small floats as compressed-tensors stores them.
 
-The layouts are ``naive-quantized``, ``mxfp8-quantized`` and ``mxfp4-pack-quantized``.
+The layouts are ``naive-quantized``, ``mxfp8-quantized`` and ``mxfp4-pack-quantized``; beside rounded inputs
+the first is called ``float-quantized``.
 
 Per linear (R out features, C in features, G groups along C):
 8-bit floats are a float8 ``weight`` [R, C]; 4-bit floats uint8 ``weight_packed`` [R, C / 2], the code of the
 even column in the low nibble, a sign above three bits. ``weight_scale`` is [R, G]: a number in the model's
 dtype for whole rows, or, as a power of two, uint8 with 127 more than its exponent (E8M0) for groups of 32.
 
-Left out: one scale for a whole tensor or a block, ``nvfp4-pack-quantized``, quantized activations.
+Left out: one scale for a whole tensor or a block, ``nvfp4-pack-quantized``.
 
 Source: compressed-tensors 0.20.0, compressors/{naive_quantized,mxfp4,mxfp8,nvfp4}; OCP Microscaling Formats
 (MX) 1.0, sections 5.3 and 5.4.
@@ -23,7 +24,7 @@ from quantlib.grids.formats import INTEGER, POWER_SCALES
 from quantlib.grids.stored_scale import POWERS_DTYPE
 from quantlib.packing.checks import require_shape, take_tensor
 from quantlib.quantized import QuantizedLinear
-from quantlib.schemes import WHOLE_ROW, WeightScheme, scheme_from_name
+from quantlib.schemes import WHOLE_ROW, ActivationScheme, WeightScheme, scheme_from_name
 
 _EXPONENT_BIAS = 127
 # No exponent: E8M0 has one code for what is no number.
@@ -38,7 +39,7 @@ class FloatLayout:
 
     Attributes:
         name: As ``format`` in config.json.
-        scheme: The only one it holds.
+        scheme: Of weights and inputs.
         codes: The last part of the name of the tensor with the codes.
     """
 
@@ -51,6 +52,9 @@ LAYOUTS = (
     FloatLayout(name="naive-quantized", scheme=scheme_from_name("FP8A16"), codes="weight"),
     FloatLayout(name="mxfp8-quantized", scheme=scheme_from_name("MXFP8A16"), codes="weight"),
     FloatLayout(name="mxfp4-pack-quantized", scheme=scheme_from_name("MXFP4A16"), codes="weight_packed"),
+    FloatLayout(name="float-quantized", scheme=scheme_from_name("FP8_DYNAMIC"), codes="weight"),
+    FloatLayout(name="mxfp8-quantized", scheme=scheme_from_name("MXFP8"), codes="weight"),
+    FloatLayout(name="mxfp4-pack-quantized", scheme=scheme_from_name("MXFP4"), codes="weight_packed"),
 )
 
 
@@ -96,19 +100,26 @@ def unpack_floats(name: str, tensors: Mapping[str, torch.Tensor], layout: FloatL
     )
 
 
-def scheme_from_values(layout: str, weights: Mapping[str, object], name: str) -> WeightScheme:
+def scheme_from_values(
+    layout: str, weights: Mapping[str, object], inputs: ActivationScheme | None, name: str
+) -> WeightScheme:
     """What a group of config_groups means that is stored in one of the layouts.
+
+    Args:
+        inputs: What its ``input_activations`` say.
 
     Raises:
         PackingError: It means something else than the one scheme that is read.
     """
     for found in LAYOUTS:
         expected = weights_values(found.scheme)
-        if found.name == layout and all(weights.get(key) == expected[key] for key in _DECISIVE):
+        is_alike = (found.name, found.scheme.inputs) == (layout, inputs)
+        if is_alike and all(weights.get(key) == expected[key] for key in _DECISIVE):
             return found.scheme
     read = "; ".join(f"{x.name} of {x.scheme}" for x in LAYOUTS)
     raise PackingError(
-        f"{name} is stored as {layout!r} with {dict(weights)!r}; of floats these are read: {read}",
+        f"{name} is stored as {layout!r} with {dict(weights)!r} and inputs"
+        f" {'as they are' if inputs is None else inputs}; of floats these are read: {read}",
         linear=name,
     )
 
