@@ -38,8 +38,8 @@ def rounded_inputs(x: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
     Returns:
         Shape and dtype of ``x``. What becomes of a token depends on no other one.
 
-    Numerics: of groups with powers of two all is exact but the rounding itself, in any dtype that holds the
-        scales (fp16 does not hold the smallest).
+    Numerics: of groups with powers of two all is exact but the rounding itself. A rounded value that fp16
+        does not hold becomes an infinity there.
     """
     width = x.shape[-1] if scheme.group_size == WHOLE_ROW else scheme.group_size
     levels = levels_of(scheme)
