@@ -1,7 +1,8 @@
-"""What a quantized weight should look like, before any scale is fitted.
+"""What a quantized weight should look like, before any scale is fitted, and what is multiplied with it.
 
-A scheme is data: number format, bit width, symmetry and which weights share a scale. The name that people
-type (``W4A16``, ``W8A16_ASYM``, ``MXFP4A16``, ``NF4``) is looked up in one table.
+A scheme is data: number format, bit width, symmetry, which weights share a scale, and what inputs are
+rounded to as the model runs. The name that people type (``W4A16``, ``W8A16_ASYM``, ``MXFP4A16``, ``NF4``,
+``W8A8``) is looked up in one table.
 """
 
 from dataclasses import dataclass, replace
@@ -24,6 +25,33 @@ DEFAULT_GROUP_SIZE = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ActivationScheme:
+    """What inputs of linears are rounded to as a model runs: scales are found then, and none is stored.
+
+    Attributes:
+        bits: Bits of a code.
+        number: What a code is, as in `WeightScheme`; integers are symmetric.
+        group_size: Consecutive columns of a token that share a scale; ``WHOLE_ROW`` for one scale a token.
+        scales: ``PLAIN_SCALES``, in the dtype of the inputs, or ``POWER_SCALES``.
+    """
+
+    bits: int
+    number: str
+    group_size: int = WHOLE_ROW
+    scales: str = PLAIN_SCALES
+
+    def __str__(self) -> str:
+        """In words.
+
+        >>> str(ActivationScheme(bits=8, number="int"))
+        '8-bit int by token'
+        """
+        groups = "token" if self.group_size == WHOLE_ROW else f"groups of {self.group_size}"
+        powers = " with powers of two" if self.scales == POWER_SCALES else ""
+        return f"{self.bits}-bit {self.number} by {groups}{powers}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WeightScheme:
     """How weights are stored.
 
@@ -36,6 +64,7 @@ class WeightScheme:
         scales: How a scale is stored: ``PLAIN_SCALES``, in the dtype of the output's layout, or another kind
             of `quantlib.grids.formats`.
         block_rows: Consecutive rows that share the scales of their groups; not said of whole weights.
+        inputs: What is multiplied with them is rounded to; None where inputs stay as they are.
     """
 
     bits: int
@@ -44,6 +73,7 @@ class WeightScheme:
     number: str = INTEGER
     scales: str = PLAIN_SCALES
     block_rows: int = 1
+    inputs: ActivationScheme | None = None
 
     @property
     def has_given_scales(self) -> bool:
@@ -88,7 +118,8 @@ class WeightScheme:
         groups = shared.get(self.group_size, f"groups of {self.group_size}")
         if self.block_rows > 1:
             groups = f"blocks of {self.block_rows} x {self.group_size}"
-        return f"{self.bits} bits, {kind}, {groups}{_SCALES_SAID.get(self.scales, '')}"
+        inputs = "" if self.inputs is None else f", inputs rounded to {self.inputs}"
+        return f"{self.bits} bits, {kind}, {groups}{_SCALES_SAID.get(self.scales, '')}{inputs}"
 
     def num_groups(self, columns: int) -> int:
         """How many groups a row of ``columns`` columns has; a ragged last group counts.
@@ -122,7 +153,7 @@ _INTEGERS = {
 _E4M3 = WeightScheme(bits=8, is_symmetric=True, group_size=WHOLE_ROW, number="e4m3")
 _NF4 = WeightScheme(bits=4, is_symmetric=True, group_size=64, number="nf4", scales=FULL_SCALES)
 # Floats and codebooks, whose groups are part of the format.
-_OWN = {
+_WEIGHTS_ALONE = {
     "FP8A16": _E4M3,
     "FP8A16_TENSOR": replace(_E4M3, group_size=WHOLE_TENSOR),
     "FP8A16_BLOCK": replace(_E4M3, group_size=128, block_rows=128),
@@ -134,10 +165,29 @@ _OWN = {
     "FP4": replace(_NF4, number="fp4"),
     "FP4_DQ": replace(_NF4, number="fp4", scales=NESTED_SCALES),
 }
-INTEGER_NAMES = tuple(_INTEGERS)
-FLOAT_NAMES = tuple(name for name, scheme in _OWN.items() if scheme.number in FLOAT_FORMATS)
-CODEBOOK_NAMES = tuple(name for name, scheme in _OWN.items() if scheme.number in CODEBOOKS)
-SCHEME_NAMES = (*INTEGER_NAMES, *FLOAT_NAMES, *CODEBOOK_NAMES)
+_ROWS_OF_BYTES = WeightScheme(bits=8, is_symmetric=True, group_size=WHOLE_ROW)
+
+
+def _with_inputs_alike(weights: WeightScheme) -> WeightScheme:
+    """Inputs are rounded to what weights are: one scale a token where these have one a row."""
+    inputs = ActivationScheme(
+        bits=weights.bits, number=weights.number, group_size=weights.group_size, scales=weights.scales
+    )
+    return replace(weights, inputs=inputs)
+
+
+# Weights as those of another scheme, and inputs too; named as compressed-tensors' presets are.
+_ROUNDED_INPUTS = {
+    "W8A8": _with_inputs_alike(_ROWS_OF_BYTES),
+    "FP8_DYNAMIC": _with_inputs_alike(_WEIGHTS_ALONE["FP8A16"]),
+    "MXFP4": _with_inputs_alike(_WEIGHTS_ALONE["MXFP4A16"]),
+    "MXFP8": _with_inputs_alike(_WEIGHTS_ALONE["MXFP8A16"]),
+}
+_OWN_GROUPS = {**_WEIGHTS_ALONE, **_ROUNDED_INPUTS}
+INTEGER_NAMES, ROUNDED_INPUTS_NAMES = tuple(_INTEGERS), tuple(_ROUNDED_INPUTS)
+FLOAT_NAMES = tuple(name for name, scheme in _WEIGHTS_ALONE.items() if scheme.number in FLOAT_FORMATS)
+CODEBOOK_NAMES = tuple(name for name, scheme in _WEIGHTS_ALONE.items() if scheme.number in CODEBOOKS)
+SCHEME_NAMES = (*INTEGER_NAMES, *FLOAT_NAMES, *ROUNDED_INPUTS_NAMES, *CODEBOOK_NAMES)
 
 
 def groups_said(group_size: int) -> str:
@@ -164,7 +214,7 @@ def has_own_groups(name: str) -> bool:
     >>> has_own_groups("W4A16"), has_own_groups("MXFP4A16")
     (False, True)
     """
-    return name in _OWN
+    return name in _OWN_GROUPS
 
 
 def scheme_from_name(name: str, group_size: int | None = None) -> WeightScheme:
@@ -183,8 +233,8 @@ def scheme_from_name(name: str, group_size: int | None = None) -> WeightScheme:
     >>> str(scheme_from_name("FP8A16_BLOCK"))
     '8 bits, floats e4m3, blocks of 128 x 128'
     """
-    if name in _OWN:
-        own = _OWN[name]
+    if name in _OWN_GROUPS:
+        own = _OWN_GROUPS[name]
         if group_size not in (None, own.group_size):
             raise RecipeError(
                 f"scheme {name} has a group size of its own, {own.group_size}, found {group_size};"

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from quantlib.grids.formats import CODEBOOKS, FLOAT_FORMATS, INTEGER, FloatFormat
-from quantlib.schemes import WeightScheme
+from quantlib.schemes import ActivationScheme, WeightScheme
 
 # Exponent bits of a number as an integer, by the dtype of the arithmetic.
 _EXPONENTS = {
@@ -182,6 +182,6 @@ def _levels_of(number: str, bits: int) -> Levels:
     return CodebookLevels(CODEBOOKS[number]) if number in CODEBOOKS else FloatLevels(FLOAT_FORMATS[number])
 
 
-def levels_of(scheme: WeightScheme) -> Levels:
+def levels_of(scheme: WeightScheme | ActivationScheme) -> Levels:
     """Those of a scheme's number format."""
     return _levels_of(scheme.number, scheme.bits)

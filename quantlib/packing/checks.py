@@ -59,7 +59,7 @@ def require_whole_groups(
 
 
 def require_integers(name: str, scheme: WeightScheme, *, format_name: str) -> None:
-    """Refuse number formats other than integers.
+    """Refuse number formats other than integers, and inputs that are to be rounded.
 
     Raises:
         PackingError: Names the scheme.
@@ -68,6 +68,12 @@ def require_integers(name: str, scheme: WeightScheme, *, format_name: str) -> No
         raise PackingError(
             f"{name}: {format_name} output holds integers, not {scheme}; use --format compressed-tensors,"
             " or a scheme of integers",
+            linear=name,
+        )
+    if scheme.inputs is not None:
+        raise PackingError(
+            f"{name}: {format_name} output does not say what inputs are rounded to, as {scheme} wants it;"
+            " use --format compressed-tensors, or a scheme that leaves inputs as they are",
             linear=name,
         )
 

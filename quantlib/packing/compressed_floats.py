@@ -1,7 +1,7 @@
-"""Small floats as compressed-tensors stores them, weights only.
+"""Small floats as compressed-tensors stores them.
 
 The layouts are ``naive-quantized``, ``mxfp8-quantized``, ``mxfp4-pack-quantized`` and
-``nvfp4-pack-quantized``.
+``nvfp4-pack-quantized``; beside rounded inputs the first is called ``float-quantized``.
 
 Per linear (R out features, C in features, G groups along C):
 8-bit floats are a float8 ``weight`` [R, C]; 4-bit floats uint8 ``weight_packed`` [R, C / 2], the code of the
@@ -10,7 +10,7 @@ whole rows, [1] for the whole weight or [ceil(R / 128), ceil(C / 128)] for block
 ragged; of ``mx`` layouts [R, G] for groups of 32, a power of two as uint8 with 127 more than its exponent
 (E8M0); of ``nvfp4`` float8 [R, G] for groups of 16, to be divided by fp32 ``weight_global_scale`` [1].
 
-Left out: quantized activations.
+Left out: inputs that are rounded beside one scale for a whole weight or blocks, or beside ``nvfp4``.
 
 Source: compressed-tensors 0.20.0, compressors/{naive_quantized,mxfp4,mxfp8,nvfp4}; OCP Microscaling Formats
 (MX) 1.0, sections 5.3 and 5.4.
@@ -27,7 +27,7 @@ from quantlib.grids.stored_scale import POWERS_DTYPE, stored_dividends
 from quantlib.packing.checks import require_shape, take_tensor
 from quantlib.packing.shared_scales import for_every_row, stored_once, stored_shape
 from quantlib.quantized import QuantizedLinear
-from quantlib.schemes import WHOLE_ROW, WHOLE_TENSOR, WeightScheme, scheme_from_name
+from quantlib.schemes import WHOLE_ROW, WHOLE_TENSOR, ActivationScheme, WeightScheme, scheme_from_name
 
 _EXPONENT_BIAS = 127
 # No exponent: E8M0 has one code for what is no number.
@@ -43,7 +43,7 @@ class FloatLayout:
 
     Attributes:
         name: As ``format`` in config.json.
-        scheme: The only one it holds.
+        scheme: Of weights and inputs.
         codes: The last part of the name of the tensor with the codes.
     """
 
@@ -59,6 +59,9 @@ LAYOUTS = (
     FloatLayout(name="mxfp8-quantized", scheme=scheme_from_name("MXFP8A16"), codes="weight"),
     FloatLayout(name="mxfp4-pack-quantized", scheme=scheme_from_name("MXFP4A16"), codes="weight_packed"),
     FloatLayout(name="nvfp4-pack-quantized", scheme=scheme_from_name("NVFP4A16"), codes="weight_packed"),
+    FloatLayout(name="float-quantized", scheme=scheme_from_name("FP8_DYNAMIC"), codes="weight"),
+    FloatLayout(name="mxfp8-quantized", scheme=scheme_from_name("MXFP8"), codes="weight"),
+    FloatLayout(name="mxfp4-pack-quantized", scheme=scheme_from_name("MXFP4"), codes="weight_packed"),
 )
 
 
@@ -132,19 +135,26 @@ def unpack_floats(name: str, tensors: Mapping[str, torch.Tensor], layout: FloatL
     )
 
 
-def scheme_from_values(layout: str, weights: Mapping[str, object], name: str) -> WeightScheme:
+def scheme_from_values(
+    layout: str, weights: Mapping[str, object], inputs: ActivationScheme | None, name: str
+) -> WeightScheme:
     """What a group of config_groups means that is stored in one of the layouts.
+
+    Args:
+        inputs: What its ``input_activations`` say.
 
     Raises:
         PackingError: It means something else than the one scheme that is read.
     """
     for found in LAYOUTS:
         expected = weights_values(found.scheme)
-        if found.name == layout and all(weights.get(key) == expected.get(key) for key in _DECISIVE):
+        is_alike = (found.name, found.scheme.inputs) == (layout, inputs)
+        if is_alike and all(weights.get(key) == expected.get(key) for key in _DECISIVE):
             return found.scheme
     read = "; ".join(f"{x.name} of {x.scheme}" for x in LAYOUTS)
     raise PackingError(
-        f"{name} is stored as {layout!r} with {dict(weights)!r}; of floats these are read: {read}",
+        f"{name} is stored as {layout!r} with {dict(weights)!r} and inputs"
+        f" {'as they are' if inputs is None else inputs}; of floats these are read: {read}",
         linear=name,
     )
 

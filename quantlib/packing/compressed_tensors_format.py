@@ -1,12 +1,12 @@
 """The layouts of compressed-tensors, read by vLLM, SGLang and transformers.
 
-Floats are in `compressed_floats`. Of integers this is ``pack-quantized``. Per linear (R out features, C in
-features, G groups along C, b bits, int32 words): ``weight_packed`` int32 [R, ceil(C*b/32)], codes packed
-along the in features; ``weight_scale`` [R, G] in the model's dtype; ``weight_shape`` int64 [2] = (R, C); for
-asymmetric schemes ``weight_zero_point`` int32 [ceil(R*b/32), G], packed along the out features. A symmetric
-linear has no zero point tensor: vLLM refuses one. Codes and zero points are unsigned. The level of a code is
-``weight_scale * (code - zero)``. With one scale for the whole weight ``weight_scale`` is [1], and the zero
-point int8 [1], less 2**(b - 1).
+Floats are in `compressed_floats`, integers beside rounded inputs in `compressed_int8`. Of other integers this
+is ``pack-quantized``. Per linear (R out features, C in features, G groups along C, b bits, int32 words):
+``weight_packed`` int32 [R, ceil(C*b/32)], codes packed along the in features; ``weight_scale`` [R, G] in the
+model's dtype; ``weight_shape`` int64 [2] = (R, C); for asymmetric schemes ``weight_zero_point`` int32
+[ceil(R*b/32), G], packed along the out features. A symmetric linear has no zero points: vLLM refuses them.
+Codes and zero points are unsigned. The level of a code is ``weight_scale * (code - zero)``. With one scale
+for the whole weight ``weight_scale`` is [1], and the zero point int8 [1], less 2**(b - 1).
 
 3, 5 and 6 bits: codes cross words and nothing is left empty, as compressed-tensors and vLLM have it since
 June 2026. Before, no code crossed a word (10 codes of 3 bits in one). ``weight_packed`` then has another
@@ -28,6 +28,7 @@ import torch
 
 from quantlib.errors import PackingError
 from quantlib.grids.formats import CODEBOOKS, INTEGER
+from quantlib.packing import compressed_int8
 from quantlib.packing.bits import PACKED_BITS, num_words, pack_words, unpack_words
 from quantlib.packing.checks import require_consistent, require_shape, require_whole_groups, take_tensor
 from quantlib.packing.compressed_floats import (
@@ -37,9 +38,11 @@ from quantlib.packing.compressed_floats import (
     unpack_floats,
     weights_values,
 )
+from quantlib.packing.compressed_inputs import inputs_from_values, inputs_values
+from quantlib.packing.compressed_int8 import pack_int8, scheme_of_int8, unpack_int8
 from quantlib.packing.shared_scales import for_every_row, stored_once, stored_shape
 from quantlib.quantized import QuantizedLinear
-from quantlib.schemes import WHOLE_ROW, WHOLE_TENSOR, WeightScheme
+from quantlib.schemes import ROUNDED_INPUTS_NAMES, WHOLE_ROW, WHOLE_TENSOR, ActivationScheme, WeightScheme
 
 NAME = "compressed-tensors"
 FORMAT_VERSION = "pack-quantized 1"
@@ -66,18 +69,24 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:  # 
     """Refuse what the layout cannot hold; any number of rows and, without groups, of columns fits.
 
     Raises:
-        PackingError: Bits or group size.
+        PackingError: Bits, group size, or rounded inputs beside other weights than those of a named scheme.
     """
     if scheme.number in CODEBOOKS:
         raise PackingError(
             f"{name}: {NAME} output has no layout for {scheme}; use --format bitsandbytes", linear=name
+        )
+    if scheme.inputs is not None and _layout_name(scheme) == _LAYOUT:
+        raise PackingError(
+            f"{name}: {NAME} output rounds inputs beside weights of {', '.join(ROUNDED_INPUTS_NAMES)}, not of"
+            f" {scheme}; choose one of these",
+            linear=name,
         )
     if scheme.block_rows == 1 and scheme.group_size != WHOLE_TENSOR:
         require_whole_groups(name, columns, scheme, format_name=NAME, widths=WIDTHS)
 
 
 def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """The tensors of a linear, on the device of its codes: three or four of integers, two of floats.
+    """The tensors of a linear, on the device of its codes: two, or three or four of packed integers.
 
     Raises:
         PackingError: `check` refuses it, or its parts contradict each other.
@@ -87,6 +96,8 @@ def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:
     rows, columns = codes_RC.shape
     check(name, rows, columns, quantized.scheme)
     require_consistent(name, quantized, _SCALE_DTYPES)
+    if quantized.scheme == compressed_int8.SCHEME:
+        return pack_int8(name, quantized)
     layout = layout_of(quantized.scheme)
     if layout is not None:
         return pack_floats(name, quantized, layout)
@@ -104,7 +115,7 @@ def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:
 
 
 def packed_names(name: str) -> tuple[str, ...]:
-    """Full names of the tensors `pack` may make; ``weight`` is that of 8-bit floats."""
+    """Full names of the tensors `pack` may make; ``weight`` is that of codes that are not packed."""
     endings = (
         "weight_packed",
         "weight_scale",
@@ -122,6 +133,8 @@ def unpack(name: str, tensors: Mapping[str, torch.Tensor], scheme: WeightScheme)
     Raises:
         PackingError: A tensor is missing or has another shape than ``weight_shape`` and the scheme give.
     """
+    if scheme == compressed_int8.SCHEME:
+        return unpack_int8(name, tensors)
     layout = layout_of(scheme)
     if layout is not None:
         quantized = unpack_floats(name, tensors, layout)
@@ -199,13 +212,23 @@ def scheme_of(quantization_config: Mapping[str, Any], name: str) -> WeightScheme
     A full name wins over a regex and a regex over the class "Linear"; among equals the first group wins.
 
     Raises:
-        PackingError: The group uses another layout, quantized activations, another strategy than group,
-            channel or tensor, or reordered columns.
+        PackingError: The group uses another layout, rounds inputs or outputs in another way than is known,
+            another strategy than group, channel or tensor, or reordered columns.
     """
-    if any(_matches(entry, name) for entry in quantization_config.get("ignore") or ()):
+    if _is_ignored(quantization_config, name):
         return None
     group = group_of(quantization_config, name)
     return None if group is None else _scheme_from_group(group, quantization_config.get("format"), name)
+
+
+def inputs_of(quantization_config: Mapping[str, Any], name: str) -> ActivationScheme | None:
+    """What engines round the inputs of ``name`` to, in whatever layout its weight is.
+
+    Raises:
+        PackingError: That is not known here; ``inputs`` says what it is.
+    """
+    group = None if _is_ignored(quantization_config, name) else group_of(quantization_config, name)
+    return None if group is None else inputs_from_values(group.get("input_activations"), name)
 
 
 def group_of(quantization_config: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
@@ -231,14 +254,24 @@ def side_files(quantization_config: Mapping[str, Any]) -> dict[str, bytes]:  # n
 
 
 def _group_values(scheme: WeightScheme, targets: list[str]) -> dict[str, Any]:
-    layout = layout_of(scheme)
     return {
         "targets": targets,
         "weights": weights_values(scheme),
-        "input_activations": None,
+        "input_activations": inputs_values(scheme.inputs),
         "output_activations": None,
-        "format": _LAYOUT if layout is None else layout.name,
+        "format": _layout_name(scheme),
     }
+
+
+def _layout_name(scheme: WeightScheme) -> str:
+    if scheme == compressed_int8.SCHEME:
+        return compressed_int8.NAME
+    layout = layout_of(scheme)
+    return _LAYOUT if layout is None else layout.name
+
+
+def _is_ignored(quantization_config: Mapping[str, Any], name: str) -> bool:
+    return any(_matches(entry, name) for entry in quantization_config.get("ignore") or ())
 
 
 def _targets(group: Any) -> Sequence[str]:
@@ -270,16 +303,24 @@ def _scheme_from_group(
     weights = group.get("weights")
     if weights is None:
         return None
-    if group.get("input_activations") or group.get("output_activations"):
-        raise PackingError("compressed-tensors checkpoints with quantized activations are not read")
+    if group.get("output_activations"):
+        raise PackingError("compressed-tensors checkpoints with rounded outputs of linears are not read")
+    inputs = inputs_from_values(group.get("input_activations"), name)
     layout = group.get("format") or default_layout
     bits, kind = weights.get("num_bits"), weights.get("type", "int")
     if kind == "float":
-        return scheme_from_values(str(layout), weights, name)
+        return scheme_from_values(str(layout), weights, inputs, name)
+    if layout == compressed_int8.NAME:
+        return scheme_of_int8(weights, inputs, name)
     if layout != _LAYOUT or kind != INTEGER or bits not in WIDTHS:
         raise PackingError(
             f"compressed-tensors checkpoints with {_LAYOUT} integers of"
             f" {', '.join(map(str, WIDTHS))} bits are read; got {layout!r}, {kind!r}, {bits!r} bits"
+        )
+    if inputs is not None:
+        raise PackingError(
+            f"{name} is stored as {_LAYOUT} integers with input_activations {inputs}, which is not read",
+            linear=name,
         )
     if weights.get("actorder") in ("group", "dynamic", True):
         raise PackingError(
