@@ -5,7 +5,7 @@ Codes travel from the solver to the packer; nothing is rounded a second time.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -23,27 +23,30 @@ class QuantizedLinear:
         scale_RG: floating [R, G], already in the dtype that is stored, positive and finite.
         zero_RG: uint8 [R, G], the code that means zero; None when the scheme is symmetric
             (then it is 2**(bits-1) everywhere; codes of floats know none).
+
+    Attributes:
+        model_dtype: Of the weight before, which no level depends on and some layouts state; None where
+            nobody said it.
     """
 
     codes_RC: torch.Tensor
     scale_RG: torch.Tensor
     zero_RG: torch.Tensor | None
     scheme: WeightScheme
+    model_dtype: torch.dtype | None = None
 
     def rows(self, part: slice) -> "QuantizedLinear":
         """Some rows, as views."""
         zero_RG = None if self.zero_RG is None else self.zero_RG[part]
-        return QuantizedLinear(
-            codes_RC=self.codes_RC[part], scale_RG=self.scale_RG[part], zero_RG=zero_RG, scheme=self.scheme
-        )
+        return replace(self, codes_RC=self.codes_RC[part], scale_RG=self.scale_RG[part], zero_RG=zero_RG)
 
     def to(self, device: torch.device | str) -> "QuantizedLinear":
         """The same on a device."""
-        return QuantizedLinear(
+        return replace(
+            self,
             codes_RC=self.codes_RC.to(device),
             scale_RG=self.scale_RG.to(device),
             zero_RG=None if self.zero_RG is None else self.zero_RG.to(device),
-            scheme=self.scheme,
         )
 
     def dequantize(self, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -85,9 +88,9 @@ def joined_rows(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
     if len(parts) == 1:
         return first
     zeros = [part.zero_RG for part in parts if part.zero_RG is not None]
-    return QuantizedLinear(
+    return replace(
+        first,
         codes_RC=torch.cat([part.codes_RC for part in parts]),
         scale_RG=torch.cat([part.scale_RG for part in parts]),
         zero_RG=torch.cat(zeros) if zeros else None,
-        scheme=first.scheme,
     )

@@ -37,5 +37,6 @@ def packed_on_meta(
         scale_RG=torch.empty(rows, groups, dtype=scale_dtype, device="meta"),
         zero_RG=None if scheme.is_symmetric else torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
         scheme=scheme,
+        model_dtype=model_dtype,
     )
     return packer.pack(name, quantized)
