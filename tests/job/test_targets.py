@@ -297,8 +297,27 @@ def test_what_vllm_takes_divides_as_every_rule_says(
 def test_output_whose_rules_are_not_known_is_refused_and_not_waved_through(target, layout, scheme, found):
     linear = served("mlp.up_proj", 512, 256, scheme=scheme, group_size=None)
     said = refusal(target, Serving(linears=(linear,), format=layout, tensor_parallel=1))
-    assert f"is known of integers in compressed-tensors and gptq files, found {found}" in said.message
+    known = {"bitsandbytes": "integers and nf4 and fp4 in bitsandbytes"}
+    files = known.get(target, "integers in compressed-tensors and gptq")
+    assert f"is known of {files} files, found {found}" in said.message
 
 
 def test_every_target_has_a_default_format():
-    assert {default_format(target) for target in (None, *TARGETS)} == {"compressed-tensors"}
+    found = {target: default_format(target) for target in (None, *TARGETS)}
+    assert found.pop("bitsandbytes") == "bitsandbytes"
+    assert set(found.values()) == {"compressed-tensors"}
+
+
+def test_bitsandbytes_takes_linears_on_one_device_and_no_experts():
+    rows = served("mlp.up_proj", 512, 256, scheme="W8A16", group_size=WHOLE_ROW)
+    expert = served("experts.0.up_proj", 512, 256, scheme="W8A16", group_size=WHOLE_ROW, is_expert=True)
+    refuse_unserved("bitsandbytes", Serving(linears=(rows,), format="bitsandbytes", tensor_parallel=1))
+    said = refusal(
+        "bitsandbytes", Serving(linears=(rows, expert), format="bitsandbytes", tensor_parallel=2)
+    ).message
+    assert "stay as they are; found routed experts (experts.0.up_proj) (transformers 5.23.0" in said
+    assert "one device a matrix, as far as is known here; found tensor_parallel 2" in said
+    said = refusal(
+        "bitsandbytes", Serving(linears=(rows, expert), format="bitsandbytes", tensor_parallel=1)
+    ).message
+    assert "What would do instead: a rule that keeps these linears as they are" in said
