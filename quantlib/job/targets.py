@@ -13,7 +13,7 @@ from quantlib.errors import RecipeError
 from quantlib.grids.formats import INTEGER
 from quantlib.job import bitsandbytes_rules, transformers_rules, vllm_rules
 from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, findings
-from quantlib.schemes import WHOLE_ROW, scheme_from_name
+from quantlib.schemes import WHOLE_ROW, WHOLE_TENSOR, scheme_from_name
 
 DEFAULT_FORMAT = "compressed-tensors"
 _GROUP_SIZES = (128, 64, 32, WHOLE_ROW)
@@ -100,10 +100,14 @@ def refuse_unserved(target: str, serving: Serving) -> None:
 def _refuse_unknown(target: str, serving: Serving) -> None:
     engine = ENGINES[target]
     schemes = (linear.scheme for linear in serving.linears)
-    unknown = next((scheme for scheme in schemes if scheme.number not in engine.numbers), None)
+    unknown = next(
+        (x for x in schemes if x.number not in engine.numbers or x.group_size == WHOLE_TENSOR), None
+    )
     if serving.format in engine.formats and unknown is None:
         return
-    numbers = " and ".join("integers" if number == INTEGER else number for number in engine.numbers)
+    numbers = " and ".join(
+        "integers by group or row" if number == INTEGER else number for number in engine.numbers
+    )
     raise RecipeError(
         f"what {target} rejects is known of {numbers} in {' and '.join(engine.formats)} files, found"
         f" {serving.format if unknown is None else unknown}; leave target out, or choose one of these",

@@ -8,7 +8,7 @@ import torch
 from quantlib.errors import PackingError
 from quantlib.grids.formats import INTEGER
 from quantlib.quantized import QuantizedLinear
-from quantlib.schemes import WHOLE_ROW, WeightScheme
+from quantlib.schemes import WHOLE_ROW, WHOLE_TENSOR, WeightScheme
 
 
 def require_whole_groups(
@@ -32,6 +32,13 @@ def require_whole_groups(
             bits=scheme.bits,
         )
     size = scheme.group_size
+    if size == WHOLE_TENSOR:
+        raise PackingError(
+            f"{name}: {format_name} output has no single scale for a weight; use --format compressed-tensors,"
+            " or a group size of -1 (whole row)",
+            linear=name,
+            group_size=size,
+        )
     if size == WHOLE_ROW or (size > 0 and columns % size == 0):
         return
     if scheme.number != INTEGER:

@@ -51,7 +51,8 @@ def test_form_has_every_option_in_order_with_its_text_and_default():
 def test_form_has_constraints_where_a_server_can_check_them():
     properties = schema()["properties"]
     integers = [f"W{bits}A16{kind}" for kind in ("", "_ASYM") for bits in (2, 3, 4, 5, 6, 8)]
-    assert properties["scheme"]["enum"] == [*integers, "FP8A16", "MXFP4A16", "MXFP8A16"]
+    floats = ["FP8A16", "FP8A16_TENSOR", "FP8A16_BLOCK", "MXFP4A16", "MXFP8A16", "NVFP4A16"]
+    assert properties["scheme"]["enum"] == [*integers, *floats, "NF4", "NF4_DQ", "FP4", "FP4_DQ"]
     assert properties["sequences"]["minimum"] == 1
     assert {"minimum": 1, "type": "integer"} in properties["workers"]["anyOf"]
     assert schema()["additionalProperties"] is False
@@ -170,7 +171,7 @@ def test_wrong_value_is_refused_by_the_model_and_by_its_schema(wrong):
 @pytest.mark.parametrize("size", [-2, -1, 0, 1, 7, 8, 9, 4096])
 def test_group_size_schema_allows_what_the_validator_allows(size):
     values = {**REQUEST, "group_size": size}
-    allowed = size == -1 or size >= 8
+    allowed = size in (-1, 0) or size >= 8
     assert jsonschema.Draft202012Validator(schema()).is_valid(values) is allowed
     if not allowed:
         with pytest.raises((ValidationError, RecipeError)):

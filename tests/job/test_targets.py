@@ -297,8 +297,8 @@ def test_what_vllm_takes_divides_as_every_rule_says(
 def test_output_whose_rules_are_not_known_is_refused_and_not_waved_through(target, layout, scheme, found):
     linear = served("mlp.up_proj", 512, 256, scheme=scheme, group_size=None)
     said = refusal(target, Serving(linears=(linear,), format=layout, tensor_parallel=1))
-    known = {"bitsandbytes": "integers and nf4 and fp4 in bitsandbytes"}
-    files = known.get(target, "integers in compressed-tensors and gptq")
+    known = {"bitsandbytes": "integers by group or row and nf4 and fp4 in bitsandbytes"}
+    files = known.get(target, "integers by group or row in compressed-tensors and gptq")
     assert f"is known of {files} files, found {found}" in said.message
 
 
