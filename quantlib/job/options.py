@@ -66,7 +66,7 @@ class JobOptions:
         None,
         _HOW,
         "Layout of the output; by default the one that the target reads best, else the first.",
-        choices=("compressed-tensors", "gptq", "awq"),
+        choices=("compressed-tensors", "gptq", "awq", "bitsandbytes"),
         in_identity=True,
     )
     target: str | None = declare(
