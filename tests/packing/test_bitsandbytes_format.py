@@ -104,7 +104,7 @@ def test_several_schemes_are_refused():
 
 @pytest.mark.parametrize("scheme", [scheme_from_name("W4A16", -1), scheme_from_name("W8A16_ASYM", -1)])
 def test_other_schemes_are_refused_with_those_that_fit(scheme):
-    with pytest.raises(PackingError, match="holds scheme W8A16 with group_size -1"):
+    with pytest.raises(PackingError, match="with group_size -1 and NF4, NF4_DQ, FP4, FP4_DQ, not"):
         bitsandbytes_format.check(NAME, 8, 64, scheme)
 
 
@@ -122,7 +122,8 @@ def test_blocks_of_other_tools_keep_what_transformers_keeps():
     [
         ({"llm_int8_skip_modules": "lm_head"}, "must be a list of names"),
         ({"llm_int8_skip_modules": ["mlp.("]}, "broken regex"),
-        ({"load_in_8bit": False}, "are read, got"),
+        ({"load_in_8bit": False}, "are read; got load_in_4bit False, bnb_4bit_quant_type 'nf4'"),
+        ({"load_in_8bit": False, "load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "are read; got"),
     ],
 )
 def test_blocks_that_are_not_understood_are_refused(changes, said):
