@@ -31,7 +31,6 @@ from quantlib.errors import (
 from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize_all
 from quantlib.job.accounts import account_lines
-from quantlib.job.bundle import bundle_of
 from quantlib.job.clean import clean_work, format_cleaned
 from quantlib.job.command_line import (
     COMMANDS,
@@ -47,7 +46,7 @@ from quantlib.job.comparison_text import format_comparison
 from quantlib.job.estimate import describe_plan, format_plan
 from quantlib.job.memory import Room, Surroundings, budgets_from, heap_bytes, plan_memory
 from quantlib.job.options import JobOptions
-from quantlib.job.planner import build_plan, open_model, open_planned_source
+from quantlib.job.planner import build_plan, open_planned_source, plan_all
 from quantlib.job.progress_bar import progress_bar
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_text import format_report, format_summary
@@ -100,8 +99,7 @@ def _plan(parsed: argparse.Namespace) -> int:
     if is_shipped(options.source):
         raise RecipeError(f"{options.source} has no weights: it can only be predicted; name a --cluster")
     num_workers = options.workers or 1
-    model, threads = open_model(options), default_threads(num_workers)
-    bundle = bundle_of([build_plan(request, threads, model=model)[0] for request in requests])
+    bundle = plan_all(requests, default_threads(num_workers))
     is_here = options.runner == "inprocess"
     surroundings = Surroundings(
         workers=num_workers,
@@ -114,8 +112,14 @@ def _plan(parsed: argparse.Namespace) -> int:
     memory = plan_memory(bundle, surroundings, budgets_from(options, room))
     flops_per_second = measured_flops_per_second(bundle.shared.threads)
     described = [
-        describe_plan(plan, memory, num_workers=num_workers, flops_per_second=flops_per_second)
-        for plan in bundle.outputs
+        describe_plan(
+            plan,
+            memory,
+            num_workers=num_workers,
+            flops_per_second=flops_per_second,
+            packed_with=[other.output for other in bundle.packed_with(number)],
+        )
+        for number, plan in enumerate(bundle.outputs)
     ]
     if parsed.json:
         print(json.dumps(described[0] if len(described) == 1 else described, indent=1))

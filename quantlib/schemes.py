@@ -22,8 +22,8 @@ class WeightScheme:
         is_symmetric: True when the zero point is the middle code for every group.
         group_size: Consecutive columns that share a scale; ``WHOLE_ROW`` (-1) for one scale a row.
         number: What a code is: ``int``, or a name of `quantlib.grids.formats.FLOAT_FORMATS`.
-        scales: How a scale is stored: ``PLAIN_SCALES``, in the dtype of the output's layout, or
-            ``POWER_SCALES``.
+        scales: How a scale is stored: ``PLAIN_SCALES``, in the dtype of the output's layout,
+            ``PORTABLE_SCALES``, exact in the dtypes of all layouts, or ``POWER_SCALES``.
     """
 
     bits: int

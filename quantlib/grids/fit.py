@@ -212,7 +212,7 @@ def _cover(
         wanted_R = largest_R * (1 / levels.reach) if cuts_half_step else largest_R / levels.bounds[1]
     else:
         wanted_R = highest_R / num_steps - lowest_R / num_steps
-    is_bounded_R = is_outside_stored(wanted_R, scale_dtype)
+    is_bounded_R = is_outside_stored(wanted_R, scale_dtype, scheme.scales)
     scale_R = round_to_stored(torch.where(wanted_R == 0, 1.0, wanted_R), scale_dtype, scheme.scales)
     if scheme.is_symmetric:
         zero_R = torch.full_like(scale_R, scheme.middle_code)

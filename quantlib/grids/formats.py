@@ -7,6 +7,8 @@ INTEGER = "int"
 # How a scale is stored: as a number of the dtype that the output's layout has for scales, or as a power of
 # two in a byte (E8M0).
 PLAIN_SCALES, POWER_SCALES = "plain", "e8m0"
+# As plain ones, but of values that all layouts' dtypes have: the same codes can be written in any layout.
+PORTABLE_SCALES = "portable"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

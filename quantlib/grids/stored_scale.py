@@ -3,17 +3,20 @@
 A scale is rounded to its stored dtype before anything is computed with it, so that the levels a solver works
 with are the levels a reader of the file gets. Zero, subnormal and infinite scales never leave this file: some
 readers flush subnormals to zero, which would erase the group. Powers of two travel in a dtype that holds them
-exactly and become bytes when they are packed.
+exactly and become bytes when they are packed. Portable scales have the 8 significant bits of bf16 and lie
+within the normal numbers of fp16: both dtypes have them, and so has fp32.
 """
 
 import math
 
 import torch
 
-from quantlib.grids.formats import PLAIN_SCALES, POWER_SCALES
+from quantlib.grids.formats import PLAIN_SCALES, PORTABLE_SCALES, POWER_SCALES
 
 # It holds every power of two that a byte can mean, exactly.
 POWERS_DTYPE = torch.bfloat16
+# The smallest normal number of fp16, and the largest of bf16 that is not above fp16's.
+_PORTABLE_BOUNDS = (2.0**-14, 65280.0)
 
 
 def held_dtype(kind: str, stored_dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +35,8 @@ def round_to_stored(scale: torch.Tensor, dtype: torch.dtype, kind: str = PLAIN_S
     Args:
         scale: fp32, not negative, any shape.
         dtype: bf16, fp16 or fp32.
-        kind: ``POWER_SCALES`` for the nearest power of two, of two as near ones the larger.
+        kind: ``POWER_SCALES`` for the nearest power of two, of two as near ones the larger;
+            ``PORTABLE_SCALES`` for values that bf16, fp16 and fp32 have all.
 
     Returns:
         fp32, every value exactly representable in ``dtype``.
@@ -41,8 +45,12 @@ def round_to_stored(scale: torch.Tensor, dtype: torch.dtype, kind: str = PLAIN_S
     [0.0999755859375, 6.103515625e-05, 65504.0]
     >>> round_to_stored(torch.tensor([0.7, 0.75, 3.1]), torch.bfloat16, POWER_SCALES).tolist()
     [0.5, 1.0, 4.0]
+    >>> round_to_stored(torch.tensor([0.1, 1e-7, 1e6]), torch.float16, PORTABLE_SCALES).tolist()
+    [0.10009765625, 6.103515625e-05, 65280.0]
     """
     limits = torch.finfo(dtype)
+    if kind == PORTABLE_SCALES:
+        return scale.to(torch.bfloat16).float().clamp_(*_PORTABLE_BOUNDS)
     if kind == POWER_SCALES:
         mantissa, exponent = torch.frexp(scale)
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa < 0.75).int())
@@ -61,11 +69,12 @@ def power_below(values: torch.Tensor) -> torch.Tensor:
     return torch.where(values > 0, torch.ldexp(torch.ones_like(values), exponent - 1), 0.0)
 
 
-def is_outside_stored(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def is_outside_stored(scale: torch.Tensor, dtype: torch.dtype, kind: str = PLAIN_SCALES) -> torch.Tensor:
     """Which scales `round_to_stored` had to move to a bound; zeros are not meant.
 
     >>> is_outside_stored(torch.tensor([0.0, 0.1, 1e-7, 1e6]), torch.float16).tolist()
     [False, False, True, True]
     """
     limits = torch.finfo(dtype)
-    return (scale > 0) & ((scale < limits.smallest_normal) | (scale > limits.max))
+    lowest, highest = _PORTABLE_BOUNDS if kind == PORTABLE_SCALES else (limits.smallest_normal, limits.max)
+    return (scale > 0) & ((scale < lowest) | (scale > highest))
