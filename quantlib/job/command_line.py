@@ -64,6 +64,14 @@ _CLUSTER = (
     ("--network", {"metavar": "RATE", "help": f"Network of a node of it. (default: {DEFAULT_NETWORK})"}),
     ("--storage", {"metavar": "RATE", "help": f"Storage of a node of it. (default: {DEFAULT_STORAGE})"}),
     ("--price", {"metavar": "PRICE", "help": "Of a GPU-hour of it."}),
+    (
+        "--gpu-memory",
+        {
+            "metavar": "SIZE",
+            "help": "Show instead what the weights take in every scheme, and how many GPUs of this size, such"
+            " as 80GB, hold them; SOURCE is enough, also shapes:NAME.",
+        },
+    ),
     ("--rates", {"metavar": "FILE.json", "help": "Measured rates of a GPU, in place of assumed ones."}),
 )
 # A prediction writes nothing and reads no text.
@@ -284,8 +292,8 @@ def requests_of(arguments: argparse.Namespace) -> tuple[JobOptions, ...]:
     """The requests behind ``plan`` or ``quantize``: recorded run, recipe over it, command line over both.
 
     Of several recipes there is one request for each, whose output and work prefix are those named with the
-    recipe's file name below them; of several layouts likewise, below these. With ``--cluster`` output and
-    calibration text need not be named.
+    recipe's file name below them; of several layouts likewise, below these. With ``--cluster`` or
+    ``--gpu-memory`` output and calibration text need not be named.
 
     Raises:
         RecipeError: With ``before_work`` set; see `read_recipe`, `with_replayed_values`, `options_from`; or
@@ -297,7 +305,7 @@ def requests_of(arguments: argparse.Namespace) -> tuple[JobOptions, ...]:
         files = [Path(file) for file in arguments.recipe or ()]
         if len(files) < 2:
             options = _request(arguments, read_recipe(files[0]) if files else {})
-            if getattr(arguments, "cluster", None) is not None:
+            if _is_prediction(arguments):
                 only_format(options, "a prediction")
             return requests_of_formats(options)
         _refuse_ambiguous(arguments, files)
@@ -348,13 +356,17 @@ def _refuse_ambiguous(arguments: argparse.Namespace, files: Sequence[Path]) -> N
             f"two recipes are named {twice}, and so would their outputs be; rename one of the files",
             recipe=twice,
         )
-    if getattr(arguments, "cluster", None) is not None:
+    if _is_prediction(arguments):
         raise RecipeError("a prediction is of one recipe; leave the others out", option="cluster")
+
+
+def _is_prediction(arguments: argparse.Namespace) -> bool:
+    return any(getattr(arguments, name, None) is not None for name in ("cluster", "gpu_memory"))
 
 
 def _not_needed(arguments: argparse.Namespace) -> Mapping[str, str]:
     """Values for options that a prediction does without."""
-    if getattr(arguments, "cluster", None) is not None:
+    if _is_prediction(arguments):
         return _NOT_NEEDED
     for name in ("network", "storage", "price", "rates"):
         if getattr(arguments, name, None) is not None:
