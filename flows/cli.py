@@ -97,10 +97,10 @@ def _quantize(requests: Sequence[JobOptions], arguments: argparse.Namespace) -> 
     hear_interrupts()
     with progress_bar() as show, progress_heard_by(show):
         if len(requests) == 1:
-            reports = [quantize_model(params_from(requests[0]))]
+            found = quantize_model(params_from(requests[0]))
         else:
-            reports = quantize_recipes([params_from(options) for options in requests])
-    _print_reports(reports, is_json=arguments.json)
+            found = quantize_recipes([params_from(options) for options in requests])
+    _print_reports(found if isinstance(found, list) else [found], is_json=arguments.json)
     return 0
 
 

@@ -46,7 +46,11 @@ class _Form(BaseModel):
 def _field(found: dataclasses.Field[Any], option: Option, position: int) -> tuple[Any, Any]:
     schema: dict[str, Any] = {"position": position}
     kind: Any = kind_of(found)
-    if option.choices is not None:
+    if option.choices is not None and option.several:
+        one = rf"\s*({'|'.join(option.choices)})\s*"
+        kind = Annotated[str, Field(pattern=f"^{one}(,{one})*$")]
+        schema["examples"] = list(option.choices)
+    elif option.choices is not None:
         kind = _LITERAL[option.choices]
     elif option.minimum is not None:
         below = sorted(option.also_allowed) or [option.minimum]

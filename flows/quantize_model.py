@@ -19,6 +19,7 @@ from quantlib.errors import RecipeError
 from quantlib.job.comparison_run import compare
 from quantlib.job.conversion import convert
 from quantlib.job.options import JobOptions
+from quantlib.job.several_formats import requests_of_formats
 from quantlib.job.stages import Progress
 
 T = TypeVar("T")
@@ -37,7 +38,7 @@ def _names_of_all() -> str:
     task_runner=_TASK_RUNNER,
     persist_result=False,
 )
-def quantize_model(params: QuantizeParams) -> dict[str, Any]:
+def quantize_model(params: QuantizeParams) -> dict[str, Any] | list[dict[str, Any]]:
     """Convert a checkpoint into a quantized one, from object storage to object storage.
 
     Starting it again with the same parameters finishes what an interrupted run left.
@@ -46,13 +47,13 @@ def quantize_model(params: QuantizeParams) -> dict[str, Any]:
         params: What to convert, and how.
 
     Returns:
-        The report of the run, as JSON values.
+        The report of the run, as JSON values; of several formats a list, the report of each.
 
     Raises:
         QuantError: With ``before_work`` set when the request was refused before anything was written.
     """
-    (report,) = _convert([_validated(params.to_options)])
-    return report
+    reports = _convert(requests_of_formats(_validated(params.to_options)))
+    return reports[0] if len(reports) == 1 else reports
 
 
 @flow(
@@ -73,7 +74,8 @@ def quantize_recipes(conversions: list[QuantizeParams]) -> list[dict[str, Any]]:
     Raises:
         QuantError: With ``before_work`` set when a request was refused before anything was written.
     """
-    return _convert([_validated(params.to_options) for params in conversions])
+    given = [_validated(params.to_options) for params in conversions]
+    return _convert([options for each in given for options in requests_of_formats(each)])
 
 
 @flow(

@@ -31,7 +31,6 @@ from quantlib.errors import (
 from quantlib.evaluation import evaluate_checkpoint, format_evaluation
 from quantlib.inprocess import quantize_all
 from quantlib.job.accounts import account_lines
-from quantlib.job.bundle import bundle_of
 from quantlib.job.clean import clean_work, format_cleaned
 from quantlib.job.command_line import (
     COMMANDS,
@@ -47,17 +46,27 @@ from quantlib.job.comparison_text import format_comparison
 from quantlib.job.estimate import describe_plan, format_plan
 from quantlib.job.memory import Room, Surroundings, budgets_from, heap_bytes, plan_memory
 from quantlib.job.options import JobOptions
-from quantlib.job.planner import build_plan, open_model, open_planned_source
+from quantlib.job.planner import build_plan, open_planned_source, plan_all
 from quantlib.job.progress_bar import progress_bar
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_text import format_report, format_summary
+from quantlib.job.targets import DEFAULT_FORMAT
 from quantlib.machine import default_threads, measured_flops_per_second
 from quantlib.memory_watch import machine_memory_bytes, memory_bytes
+from quantlib.schemes import DEFAULT_GROUP_SIZE, WHOLE_ROW, has_own_groups
 from quantlib.simulation.config_shapes import is_shipped, shipped_shape
 from quantlib.simulation.hardware import DEFAULT_NETWORK, DEFAULT_STORAGE, parse_cluster
 from quantlib.simulation.prediction import format_prediction, parse_price, predict, workload_of
+from quantlib.simulation.scheme_table import (
+    ServedWeights,
+    format_schemes,
+    scheme_table,
+    weights_of_plan,
+    weights_of_shape,
+)
 from quantlib.simulation.shapes import ModelShape, shape_of_plan
 from quantlib.storage import join_uri, normalize_uri, open_store
+from quantlib.units import parse_bytes
 
 _INTERRUPTED = 130
 _WRITING = ("quantize", "compare")
@@ -97,11 +106,14 @@ def _plan(parsed: argparse.Namespace) -> int:
     options = requests[0]
     if parsed.cluster is not None:
         return _predict(parsed, options)
+    if parsed.gpu_memory is not None:
+        return _schemes(parsed, options)
     if is_shipped(options.source):
-        raise RecipeError(f"{options.source} has no weights: it can only be predicted; name a --cluster")
+        raise RecipeError(
+            f"{options.source} has no weights: it can only be predicted; name a --cluster, or --gpu-memory"
+        )
     num_workers = options.workers or 1
-    model, threads = open_model(options), default_threads(num_workers)
-    bundle = bundle_of([build_plan(request, threads, model=model)[0] for request in requests])
+    bundle = plan_all(requests, default_threads(num_workers))
     is_here = options.runner == "inprocess"
     surroundings = Surroundings(
         workers=num_workers,
@@ -114,8 +126,14 @@ def _plan(parsed: argparse.Namespace) -> int:
     memory = plan_memory(bundle, surroundings, budgets_from(options, room))
     flops_per_second = measured_flops_per_second(bundle.shared.threads)
     described = [
-        describe_plan(plan, memory, num_workers=num_workers, flops_per_second=flops_per_second)
-        for plan in bundle.outputs
+        describe_plan(
+            plan,
+            memory,
+            num_workers=num_workers,
+            flops_per_second=flops_per_second,
+            packed_with=[other.output for other in bundle.packed_with(number)],
+        )
+        for number, plan in enumerate(bundle.outputs)
     ]
     if parsed.json:
         print(json.dumps(described[0] if len(described) == 1 else described, indent=1))
@@ -136,6 +154,28 @@ def _predict(parsed: argparse.Namespace, options: JobOptions) -> int:
     found = predict(shape, workload_of(options, shape), cluster, price=price)
     print(json.dumps(found, indent=1) if parsed.json else format_prediction(found))
     return 0
+
+
+def _schemes(parsed: argparse.Namespace, options: JobOptions) -> int:
+    gpu_bytes = parse_bytes(parsed.gpu_memory, "gpu_memory")
+    if is_shipped(options.source):
+        weights = weights_of_shape(shipped_shape(options))
+    else:
+        weights = _weights_of_source(options)
+    named = None if has_own_groups(options.scheme) else options.group_size
+    table = scheme_table(weights, gpu_bytes, named or DEFAULT_GROUP_SIZE)
+    print(json.dumps(table, indent=1) if parsed.json else format_schemes(table))
+    return 0
+
+
+def _weights_of_source(options: JobOptions) -> ServedWeights:
+    """With linears of any width: the schemes of the table have other groups than the request."""
+    widths = {"format": DEFAULT_FORMAT, "scheme": "W8A16", "group_size": WHOLE_ROW, "target": None}
+    # Weights have no sequences: of any length they are fine.
+    texts = {"calibration": None, "evaluation": None, "sequence_length": 8}
+    plan, _ = build_plan(dataclasses.replace(options, **widths, **texts), threads=1)
+    checkpoint = open_planned_source(open_store(plan.source, options.storage_engine), plan)
+    return weights_of_plan(plan, [tuple(entry.shape) for entry in checkpoint.tensors.values()])
 
 
 def _shape_of_source(options: JobOptions) -> ModelShape:

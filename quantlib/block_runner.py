@@ -340,6 +340,7 @@ class BlockRunner:
         parts: Sequence[Tensors],
         statistics: Sequence[Sequence[Any]],
         tokens: Sequence[GroupTokens],
+        others: Sequence[int] = (),
     ) -> dict[str, Any]:
         """Quantize and pack an input group, or several that are alike as one batch.
 
@@ -348,6 +349,7 @@ class BlockRunner:
             parts: The block's source tensors.
             statistics: Of each group what `GroupSolver.solve` takes, every total as the list of its bands.
             tokens: Behind the sums of each group.
+            others: Outputs that have the same codes.
 
         Returns:
             ``groups``: of each in order what `pack` gives.
@@ -357,7 +359,8 @@ class BlockRunner:
             mine, totals = self._outputs[output], [_totals(sums) for sums in statistics]
             planned = mine.plan.blocks[block]
             made = mine.solver.solve_batch(planned, groups, _merged(parts), totals, tokens)
-            return {"groups": [{"packed": self._share(packed), "linears": rows} for packed, rows in made]}
+            found = zip(groups, made, strict=True)
+            return {"groups": [self._offered(block, output, group, others, *parts) for group, parts in found]}
 
     def solve_tile(
         self,
@@ -383,13 +386,26 @@ class BlockRunner:
         self._forget_prepared()
 
     def pack(
-        self, block: int, output: int, group: int, tiles: Sequence[TileRows], tokens: GroupTokens
+        self,
+        block: int,
+        output: int,
+        group: int,
+        tiles: Sequence[TileRows],
+        tokens: GroupTokens,
+        others: Sequence[int] = (),
     ) -> dict[str, Any]:
-        """Pack an input group from all its tiles, in order: ``packed`` tensors and rows of the report."""
+        """Pack an input group from all its tiles, in order.
+
+        Args:
+            others: Outputs that have the same codes.
+
+        Returns:
+            ``packed`` tensors of the output and of each of the others; ``linears``, rows of the report.
+        """
         with self._working("solve", output):
             mine = self._outputs[output]
             packed, rows = mine.solver.pack(mine.plan.blocks[block], group, tiles, tokens)
-            return {"packed": self._share(packed), "linears": rows}
+            return self._offered(block, output, group, others, packed, rows)
 
     def write(
         self,
@@ -472,6 +488,19 @@ class BlockRunner:
             "waiting_on_disk_bytes": self._shelf.file_bytes,
             "device_kinds": device_kinds(self._work_store, self._plan),
         }
+
+    def _offered(
+        self,
+        block: int,
+        output: int,
+        group: int,
+        others: Sequence[int],
+        packed: Tensors,
+        rows: Sequence[Mapping[str, Any]],
+    ) -> dict[str, Any]:
+        mine = self._outputs[output]
+        repacked = [self._outputs[other].repacked(mine, block, group, packed) for other in others]
+        return {"packed": [self._share(made) for made in (packed, *repacked)], "linears": rows}
 
     def _forget_prepared(self, but: int | None = None) -> None:
         for number, output in enumerate(self._outputs):

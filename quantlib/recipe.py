@@ -5,12 +5,14 @@ A recipe holds options by the names of `quantlib.job.options` and ``[[rules]]`` 
 one recipe serves many models.
 """
 
+import dataclasses
 import tomllib
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from quantlib.errors import RecipeError
+from quantlib.grids.formats import INTEGER, PLAIN_SCALES, PORTABLE_SCALES
 from quantlib.job.options import JobOptions, option_fields, refuse_unknown
 from quantlib.job.rules import does_match, rules_from
 from quantlib.schemes import WeightScheme, has_own_groups, scheme_from_name
@@ -63,13 +65,20 @@ def rule_for(options: JobOptions, linear_name: str) -> tuple[str, WeightScheme] 
     """
     rule = next((rule for rule in rules_from(options.rules) if does_match(rule, linear_name)), None)
     if rule is None:
-        return options.method, scheme_from_name(options.scheme, options.group_size)
+        return options.method, _scheme_of(options, options.scheme, options.group_size)
     if rule.keep:
         return None, None
     name, group_size = rule.scheme or options.scheme, rule.group_size
     if group_size is None and not has_own_groups(name) and not has_own_groups(options.scheme):
         group_size = options.group_size
-    return rule.method or options.method, scheme_from_name(name, group_size)
+    return rule.method or options.method, _scheme_of(options, name, group_size)
+
+
+def _scheme_of(options: JobOptions, name: str, group_size: int | None) -> WeightScheme:
+    scheme = scheme_from_name(name, group_size)
+    if options.portable_scales and (scheme.number, scheme.scales) == (INTEGER, PLAIN_SCALES):
+        return dataclasses.replace(scheme, scales=PORTABLE_SCALES)
+    return scheme
 
 
 def refuse_idle_rules(

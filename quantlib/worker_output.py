@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from quantlib.checkpoint.dtypes import torch_dtype
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.writer import ShardReceipt, write_shard
 from quantlib.group_solver import GroupSolver
@@ -16,6 +17,7 @@ from quantlib.job.plan import Plan, UnitPlan
 from quantlib.job.publish import publish
 from quantlib.model.late_weights import LateWeight
 from quantlib.packing import FORMATS
+from quantlib.packing.repacking import repacked
 from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
 from quantlib.steps import corrected_biases, dequantized_weights, late_levels, split_biases
@@ -40,6 +42,7 @@ class WorkerOutput:
 
     Attributes:
         stores: Those of the output and of its work prefix.
+        packer: Its layout.
         solver: Of its linears.
     """
 
@@ -58,12 +61,12 @@ class WorkerOutput:
         self.plan, self._run_id, self._device = plan, run_id, device
         self._checkpoint, self._source_store, self._clock = checkpoint, source_store, clock
         self._units = {unit.name: unit for unit in plan.units}
-        self._packer = FORMATS[plan.options["format"]]
+        self.packer = FORMATS[plan.options["format"]]
         engine = plan.options["storage_engine"]
         self._output_store, self._work_store = open_store(plan.output, engine), open_store(plan.work, engine)
         self.stores = (self._output_store, self._work_store)
         settings = SolverSettings.from_options(plan.options)
-        self.solver = GroupSolver(self._packer, settings, device, height)
+        self.solver = GroupSolver(self.packer, settings, device, height)
         self._converter = UnitConverter(
             checkpoint, source_store, self._output_store, self.solver, clock, working
         )
@@ -94,14 +97,35 @@ class WorkerOutput:
                 intact[record.unit] = standing
         return intact, damaged
 
+    def repacked(
+        self, other: "WorkerOutput", block: int, group: int, packed: Tensors
+    ) -> dict[str, torch.Tensor]:
+        """An input group as this output holds it.
+
+        Args:
+            other: An output of the same codes.
+            packed: What it holds.
+        """
+        planned = self.plan.blocks[block]
+        linears = [linear for linear in planned.linears if linear.name in planned.input_groups[group]]
+        made: dict[str, torch.Tensor] = {}
+        for linear in linears:
+            assert linear.scheme is not None, "only such linears are in a group"
+            model_dtype = torch_dtype(self._checkpoint.tensors[linear.weight.tensor].dtype)
+            names = [*other.packer.packed_names(linear.name), f"{linear.name}.bias"]
+            there = {name: packed[name].to(self._device) for name in names if name in packed}
+            layouts = (other.packer, self.packer)
+            made |= repacked(linear.name, linear.scheme, there, *layouts, model_dtype)
+        return {name: tensor.cpu() for name, tensor in made.items()}
+
     def late_levels(self, block: int, packed: Tensors) -> dict[str, LateWeight]:
         """Weights of a block as they were packed, made while a linear runs; by stored tensor."""
-        return late_levels(self.plan.blocks[block], packed, self._packer, self._device)
+        return late_levels(self.plan.blocks[block], packed, self.packer, self._device)
 
     def levels(self, block: int, packed: Tensors, late: Mapping[str, LateWeight]) -> dict[str, torch.Tensor]:
         """What stands in place of a block's source tensors, but for those that are made late."""
         plan = self.plan.blocks[block]
-        found = dequantized_weights(plan, packed, self._packer, is_late=late)
+        found = dequantized_weights(plan, packed, self.packer, is_late=late)
         return found | corrected_biases(plan, packed)
 
     def write(

@@ -263,7 +263,7 @@ def _cover(
         wanted_R = largest_R * (1 / levels.reach) if cuts_half_step else largest_R / levels.bounds[1]
     else:
         wanted_R = highest_R / num_steps - lowest_R / num_steps
-    is_bounded_R = is_outside_stored(wanted_R, scale_dtype, divisor_R)
+    is_bounded_R = is_outside_stored(wanted_R, scale_dtype, scheme.scales, divisor_R)
     scale_R = torch.where(wanted_R == 0, 1.0, wanted_R)
     scale_R = round_to_stored(scale_R, scale_dtype, scheme.scales, divisor_R)
     if scheme.is_symmetric:

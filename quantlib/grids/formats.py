@@ -14,6 +14,8 @@ PLAIN_SCALES, POWER_SCALES, DIVIDED_SCALES, FULL_SCALES, NESTED_SCALES = (
     "fp32",
     "nested",
 )
+# As plain ones, but of values that all layouts' dtypes have: the same codes can be written in any layout.
+PORTABLE_SCALES = "portable"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,18 +4,21 @@ A scale is rounded to its stored dtype before anything is computed with it, so t
 with are the levels a reader of the file gets. Zero, subnormal and infinite scales never leave this file: some
 readers flush subnormals to zero, which would erase the group. Powers of two travel in a dtype that holds them
 exactly and become bytes when they are packed; E4M3 numbers over a divisor, whose subnormals every reader has,
-travel as their quotient in fp32.
+travel as their quotient in fp32. Portable scales have the 8 significant bits of bf16 and lie within the
+normal numbers of fp16: both dtypes have them, and so has fp32.
 """
 
 import math
 
 import torch
 
-from quantlib.grids.formats import FLOAT_FORMATS, PLAIN_SCALES, POWER_SCALES
+from quantlib.grids.formats import FLOAT_FORMATS, PLAIN_SCALES, PORTABLE_SCALES, POWER_SCALES
 from quantlib.grids.levels import FloatLevels
 
 # It holds every power of two that a byte can mean, exactly.
 POWERS_DTYPE = torch.bfloat16
+# The smallest normal number of fp16, and the largest of bf16 that is not above fp16's.
+_PORTABLE_BOUNDS = (2.0**-14, 65280.0)
 _E4M3 = FLOAT_FORMATS["e4m3"]
 _E4M3_LEVELS = FloatLevels(_E4M3)
 _SMALLEST_E4M3 = _E4M3.magnitudes[1]
@@ -32,7 +35,7 @@ def held_dtype(kind: str, stored_dtype: torch.dtype) -> torch.dtype:
     """
     if kind == POWER_SCALES:
         return POWERS_DTYPE
-    return stored_dtype if kind == PLAIN_SCALES else torch.float32
+    return stored_dtype if kind in (PLAIN_SCALES, PORTABLE_SCALES) else torch.float32
 
 
 def round_to_stored(
@@ -46,7 +49,8 @@ def round_to_stored(
     Args:
         scale: fp32, not negative, any shape.
         dtype: bf16, fp16 or fp32.
-        kind: ``POWER_SCALES`` for the nearest power of two, of two as near ones the larger.
+        kind: ``POWER_SCALES`` for the nearest power of two, of two as near ones the larger;
+            ``PORTABLE_SCALES`` for values that bf16, fp16 and fp32 have all.
         divisor: fp32, broadcastable to ``scale``, of ``DIVIDED_SCALES``: they are quotients of the nearest
             positive E4M3 numbers and this.
 
@@ -57,8 +61,12 @@ def round_to_stored(
     [0.0999755859375, 6.103515625e-05, 65504.0]
     >>> round_to_stored(torch.tensor([0.7, 0.75, 3.1]), torch.bfloat16, POWER_SCALES).tolist()
     [0.5, 1.0, 4.0]
+    >>> round_to_stored(torch.tensor([0.1, 1e-7, 1e6]), torch.float16, PORTABLE_SCALES).tolist()
+    [0.10009765625, 6.103515625e-05, 65280.0]
     """
     limits = torch.finfo(dtype)
+    if kind == PORTABLE_SCALES:
+        return scale.to(torch.bfloat16).float().clamp_(*_PORTABLE_BOUNDS)
     if kind == POWER_SCALES:
         mantissa, exponent = torch.frexp(scale)
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa < 0.75).int())
@@ -90,16 +98,20 @@ def power_below(values: torch.Tensor) -> torch.Tensor:
 
 
 def is_outside_stored(
-    scale: torch.Tensor, dtype: torch.dtype, divisor: torch.Tensor | None = None
+    scale: torch.Tensor,
+    dtype: torch.dtype,
+    kind: str = PLAIN_SCALES,
+    divisor: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Which scales `round_to_stored` had to move to a bound; zeros are not meant.
 
     >>> is_outside_stored(torch.tensor([0.0, 0.1, 1e-7, 1e6]), torch.float16).tolist()
     [False, False, True, True]
     """
+    limits = torch.finfo(dtype)
+    lowest, highest = limits.smallest_normal, limits.max
     if divisor is not None:
         lowest, highest = (bound / divisor for bound in _E4M3_BOUNDS)
-    else:
-        limits = torch.finfo(dtype)
-        lowest, highest = limits.smallest_normal, limits.max
+    elif kind == PORTABLE_SCALES:
+        lowest, highest = _PORTABLE_BOUNDS
     return (scale > 0) & ((scale < lowest) | (scale > highest))

@@ -2,7 +2,8 @@
 
 The source is read once, the original model runs once, and its statistics are summed once, for the input
 groups of all; each output then has its linears solved, written and evaluated as its own plan says. The bytes
-are those that each would have by itself.
+are those that each would have by itself. Outputs that have the same codes, in several layouts, are packed
+from one solve.
 """
 
 import dataclasses
@@ -13,6 +14,7 @@ from typing import Any
 from quantlib.errors import PlanMismatchError, QuantError, RecipeError
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan
 from quantlib.job.provenance import MACHINE_SETTINGS
+from quantlib.job.several_formats import solvers_of
 from quantlib.storage import uri_name
 
 # Options in which outputs of one reading may differ: where they go, and how their codes are found.
@@ -23,6 +25,7 @@ OWN_OPTIONS = (
     "group_size",
     "method",
     "format",
+    "portable_scales",
     "target",
     "tensor_parallel",
     "scale_search",
@@ -42,11 +45,22 @@ class Bundle:
             have the input groups of all, and whose work prefix is that of the first.
         outputs: Their plans.
         sums: Of every output and every block, the shared input group whose sums each of its own wants.
+        solvers: Of every output the first one that has the same codes, zero points and scales.
     """
 
     shared: Plan
     outputs: tuple[Plan, ...]
     sums: tuple[tuple[tuple[int, ...], ...], ...]
+    solvers: tuple[int, ...]
+
+    def packed_with(self, output: int) -> list[Plan]:
+        """The other outputs that have the codes of one."""
+        alike = zip(self.outputs, self.solvers, strict=True)
+        return [
+            plan
+            for number, (plan, solver) in enumerate(alike)
+            if number != output and solver == self.solvers[output]
+        ]
 
     @property
     def has_streams(self) -> bool:
@@ -64,9 +78,11 @@ def bundle_of(plans: Sequence[Plan]) -> Bundle:
     first, *others = plans
     if not others:
         numbers = tuple(tuple(range(len(block.input_groups))) for block in first.blocks)
-        return Bundle(shared=first, outputs=(first,), sums=(numbers,))
+        return Bundle(shared=first, outputs=(first,), sums=(numbers,), solvers=(0,))
     for plan in others:
         _refuse_differences(first, plan)
+    solvers = solvers_of(plans)
+    _refuse_several_streams(plans, solvers)
     calibrated = next((plan for plan in plans if plan.calibration_digest is not None), first)
     blocks = tuple(_merged_block(alike) for alike in zip(*(plan.blocks for plan in plans), strict=True))
     shared = dataclasses.replace(calibrated, output=first.output, work=first.work, blocks=blocks)
@@ -74,24 +90,30 @@ def bundle_of(plans: Sequence[Plan]) -> Bundle:
         tuple(_shared_groups(mine, all_) for mine, all_ in zip(plan.blocks, blocks, strict=True))
         for plan in plans
     )
-    bundle = Bundle(shared=shared, outputs=tuple(plans), sums=sums)
+    bundle = Bundle(shared=shared, outputs=tuple(plans), sums=sums, solvers=solvers)
     _refuse_other_sums(bundle)
     return bundle
 
 
-def joined_refusal(refusals: Mapping[str, QuantError], num_outputs: int) -> QuantError:
+def joined_refusal(refusals: Mapping[str, QuantError], outputs: Sequence[str]) -> QuantError:
     """One error for all outputs that were refused, by their names; of an only output its own.
 
     Args:
         refusals: Address of an output -> why it cannot be made; not empty.
-        num_outputs: How many there are with those that can be made.
+        outputs: Addresses of all, with those that can be made.
     """
-    if num_outputs == 1:
+    if len(outputs) == 1:
         return next(iter(refusals.values()))
     reasons = ", ".join(f"{uri_name(uri)} ({error.message})" for uri, error in refusals.items())
     return RecipeError(
-        f"{len(refusals)} of {num_outputs} outputs cannot be made: {reasons}", outputs=list(refusals)
+        f"{len(refusals)} of {len(outputs)} outputs cannot be made: {reasons}{_rest(refusals, outputs)}",
+        outputs=list(refusals),
     )
+
+
+def _rest(refusals: Mapping[str, QuantError], outputs: Sequence[str]) -> str:
+    left = [uri_name(uri) for uri in outputs if uri not in refusals]
+    return f"; without {'it' if len(refusals) == 1 else 'them'} {', '.join(left)} can be made" if left else ""
 
 
 def _refuse_differences(first: Plan, plan: Plan) -> None:
@@ -103,13 +125,6 @@ def _refuse_differences(first: Plan, plan: Plan) -> None:
             " read and run once must be the same for all recipes: choose one value, or convert one by itself",
             option=name,
         )
-    if first.options["propagation"] != "original":
-        raise RecipeError(
-            "several recipes need propagation original, found quantized: every output would need a run of its"
-            ' own; set propagation = "original" (3 bits choose quantized unless told), or convert one by'
-            " itself",
-            option="propagation",
-        )
     if first.options["replay"] is not None:
         raise RecipeError("a replay repeats one run; leave out either replay or recipes", option="replay")
     for name in (*MACHINE_SETTINGS, "device_kind"):
@@ -120,6 +135,20 @@ def _refuse_differences(first: Plan, plan: Plan) -> None:
                 " together; finish the one that was begun by itself",
                 setting=name,
             )
+
+
+def _refuse_several_streams(plans: Sequence[Plan], solvers: Sequence[int]) -> None:
+    """Quantized activations are those of one set of codes."""
+    if plans[0].options["propagation"] == "original" or set(solvers) == {0}:
+        return
+    alike = [uri_name(plan.output) for plan, solver in zip(plans, solvers, strict=True) if solver == 0]
+    others = [uri_name(plan.output) for plan, solver in zip(plans, solvers, strict=True) if solver != 0]
+    raise RecipeError(
+        f"several recipes need propagation original, found quantized: {', '.join(others)} would have other"
+        f" codes than {', '.join(alike)} and need a run of their own; set propagation ="
+        ' "original" (3 bits choose quantized unless told), or convert them by themselves',
+        option="propagation",
+    )
 
 
 def _word(value: Any) -> str:

@@ -100,8 +100,9 @@ class CellStreams:
         """Blocks before which some stream stands."""
         held = self._holdings
         following = {held.follows[key] for key in held.homes if self.follows(key)}
-        quantized = [key for key in held.homes if self._runs_quantized(key)]
-        return following | {output.quantized[key] for output in held.outputs for key in quantized}
+        outputs = range(len(held.outputs))
+        quantized = [(key, n) for key in held.homes for n in outputs if self._runs_quantized(key, n)]
+        return following | {held.outputs[output].quantized[key] for key, output in quantized}
 
     def follows(self, key: str) -> bool:
         """Whether a cell has a stream that follows the original blocks."""
@@ -113,7 +114,7 @@ class CellStreams:
 
     def waits(self, key: str, block: int, output: int) -> bool:
         """Whether a cell's quantized stream of an output, if it has one, stands before a block."""
-        return self._runs_quantized(key) and self._holdings.outputs[output].quantized[key] == block
+        return self._runs_quantized(key, output) and self._holdings.outputs[output].quantized[key] == block
 
     def pieces(self, block: int, stage: str, keys: Sequence[str], output: int = 0) -> list[Piece]:
         """A piece for every cell, numbered as the cells are; what belongs to an earlier block goes first."""
@@ -160,8 +161,9 @@ class CellStreams:
         if piece.id.stage in (*_CALIBRATING, *_EVALUATING):
             self._holdings.moving.discard(key_of(piece))
 
-    def _runs_quantized(self, key: str) -> bool:
-        return self._is_quantized or corpus_of(key) == EVALUATION
+    def _runs_quantized(self, key: str, output: int) -> bool:
+        # Where calibration cells run through quantized blocks all outputs have the levels of the first.
+        return corpus_of(key) == EVALUATION or (self._is_quantized and output == 0)
 
 
 def after_first_cell(pieces: Sequence[Piece]) -> list[Piece]:

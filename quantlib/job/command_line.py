@@ -17,6 +17,7 @@ from quantlib.job.comparison_request import NOT_COMPARED, OUTPUT_HELP, SCHEMES_H
 from quantlib.job.option_table import check_value, kind_of
 from quantlib.job.options import JobOptions, option_fields, options_from
 from quantlib.job.provenance import with_replayed_values
+from quantlib.job.several_formats import only_format, requests_of_formats
 from quantlib.job.text_sources import JOIN, is_mix
 from quantlib.recipe import NOT_IN_RECIPES, read_recipe
 from quantlib.simulation.hardware import DEFAULT_NETWORK, DEFAULT_STORAGE
@@ -63,6 +64,14 @@ _CLUSTER = (
     ("--network", {"metavar": "RATE", "help": f"Network of a node of it. (default: {DEFAULT_NETWORK})"}),
     ("--storage", {"metavar": "RATE", "help": f"Storage of a node of it. (default: {DEFAULT_STORAGE})"}),
     ("--price", {"metavar": "PRICE", "help": "Of a GPU-hour of it."}),
+    (
+        "--gpu-memory",
+        {
+            "metavar": "SIZE",
+            "help": "Show instead what the weights take in every scheme, and how many GPUs of this size, such"
+            " as 80GB, hold them; SOURCE is enough, also shapes:NAME.",
+        },
+    ),
     ("--rates", {"metavar": "FILE.json", "help": "Measured rates of a GPU, in place of assumed ones."}),
 )
 # A prediction writes nothing and reads no text.
@@ -265,6 +274,7 @@ def _settings(name: str) -> dict[str, Any]:
         yes_or_no = argparse.BooleanOptionalAction
         return {"action": yes_or_no, "default": argparse.SUPPRESS, "help": help_text}
     metavar = "{" + ",".join(option.choices) + "}" if option.choices else "URI"
+    metavar += "[,...]" * option.several
     if kind_of(found) is int:
         metavar = "N"
     elif name in _NO_ADDRESSES:
@@ -282,19 +292,25 @@ def requests_of(arguments: argparse.Namespace) -> tuple[JobOptions, ...]:
     """The requests behind ``plan`` or ``quantize``: recorded run, recipe over it, command line over both.
 
     Of several recipes there is one request for each, whose output and work prefix are those named with the
-    recipe's file name below them. With ``--cluster`` output and calibration text need not be named.
+    recipe's file name below them; of several layouts likewise, below these. With ``--cluster`` or
+    ``--gpu-memory`` output and calibration text need not be named.
 
     Raises:
         RecipeError: With ``before_work`` set; see `read_recipe`, `with_replayed_values`, `options_from`; or
-            something is said of a cluster that is not named, or two recipes have one name.
+            something is said of a cluster that is not named, or of which one thing is predicted; or two
+            recipes have one name.
         StorageError: The provenance to be replayed cannot be read; likewise.
     """
     try:
         files = [Path(file) for file in arguments.recipe or ()]
         if len(files) < 2:
-            return (_request(arguments, read_recipe(files[0]) if files else {}),)
+            options = _request(arguments, read_recipe(files[0]) if files else {})
+            if _is_prediction(arguments):
+                only_format(options, "a prediction")
+            return requests_of_formats(options)
         _refuse_ambiguous(arguments, files)
-        return tuple(_placed(_request(arguments, read_recipe(file)), file.stem) for file in files)
+        placed = [_placed(_request(arguments, read_recipe(file)), file.stem) for file in files]
+        return tuple(options for each in placed for options in requests_of_formats(each))
     except RecipeError as error:
         error.before_work = True
         raise
@@ -340,13 +356,17 @@ def _refuse_ambiguous(arguments: argparse.Namespace, files: Sequence[Path]) -> N
             f"two recipes are named {twice}, and so would their outputs be; rename one of the files",
             recipe=twice,
         )
-    if getattr(arguments, "cluster", None) is not None:
+    if _is_prediction(arguments):
         raise RecipeError("a prediction is of one recipe; leave the others out", option="cluster")
+
+
+def _is_prediction(arguments: argparse.Namespace) -> bool:
+    return any(getattr(arguments, name, None) is not None for name in ("cluster", "gpu_memory"))
 
 
 def _not_needed(arguments: argparse.Namespace) -> Mapping[str, str]:
     """Values for options that a prediction does without."""
-    if getattr(arguments, "cluster", None) is not None:
+    if _is_prediction(arguments):
         return _NOT_NEEDED
     for name in ("network", "storage", "price", "rates"):
         if getattr(arguments, name, None) is not None:

@@ -9,6 +9,7 @@ from quantlib.errors import RecipeError
 from quantlib.job.option_table import check_value
 from quantlib.job.options import JobOptions, default_of, option_fields, options_from, refuse_unknown
 from quantlib.job.scheme_entries import FORM, SchemeEntry, entry_from
+from quantlib.job.several_formats import only_format
 from quantlib.storage.uris import join_uri
 
 SCHEMES_HELP = (
@@ -95,6 +96,7 @@ def comparison_request(values: Mapping[str, Any]) -> ComparisonRequest:
             "a comparison needs held-out text and none was given; name it with evaluation",
             option="evaluation",
         )
+    only_format(conversions[0], "a comparison")
     _refuse_out_of_reach(conversions[0], output)
     return ComparisonRequest(entries=entries, output=output, conversions=conversions)
 

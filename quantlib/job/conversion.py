@@ -150,6 +150,7 @@ def _attempt(
             telemetry=telemetry,
             number=number,
             made_with=[other.plan.output for other in run.outputs if other is not output],
+            packed_with=[plan.output for plan in run.bundle.packed_with(number)],
             started=started,
             seconds=seconds,
         )

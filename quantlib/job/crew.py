@@ -359,7 +359,7 @@ class Crew:
     def solve(
         self, block: int, outputs: Sequence[int], groups: Groups, counts: TokenCounts
     ) -> dict[int, list[dict[str, Any]]]:
-        """Quantize the linears of some input groups, a row tile at a time.
+        """Quantize the linears of some input groups, a row tile at a time; once for outputs of equal codes.
 
         Args:
             outputs: For which it is to be done.
@@ -372,7 +372,13 @@ class Crew:
         job = self._opened
         shared = (job.bundle, job.holdings, job.parts)
         statistics = job.statistics.get(block, {})
-        solves = {n: OutputSolve(*shared, n, block, groups, statistics, counts) for n in outputs}
+        alike: dict[int, list[int]] = {}
+        for output in outputs:
+            alike.setdefault(job.bundle.solvers[output], []).append(output)
+        solves = {
+            first: OutputSolve(*shared, first, others, block, groups, statistics, counts)
+            for first, *others in alike.values()
+        }
 
         def begin(worker: int, piece: Piece) -> Handle:
             groups = shared_out.groups.get(piece.id)
@@ -396,7 +402,7 @@ class Crew:
             # are lost can be made again.
             job.holdings.observed.get(block, {}).pop(groups, None)
             self._forget_totals(block, groups)
-        return {output: solve.report_rows() for output, solve in solves.items()}
+        return {output: rows for solve in solves.values() for output, rows in solve.report_rows().items()}
 
     def write(
         self,

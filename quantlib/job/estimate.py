@@ -6,6 +6,7 @@ pass of descent. Corrected targets add a stream, a whole product of two inputs a
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from quantlib.checkpoint.index import WEIGHT_FILES
@@ -18,16 +19,23 @@ from quantlib.job.plan import BlockPlan, Plan, UnitPlan
 from quantlib.job.scheme_defaults import FOLLOWING
 from quantlib.job.text_sources import described as described_text
 from quantlib.schemes import groups_said
+from quantlib.storage import uri_name
 
 
 def describe_plan(
-    plan: Plan, memory: MemoryPlan, *, num_workers: int, flops_per_second: float
+    plan: Plan,
+    memory: MemoryPlan,
+    *,
+    num_workers: int,
+    flops_per_second: float,
+    packed_with: Sequence[str] = (),
 ) -> dict[str, Any]:
     """A plan in numbers, as JSON values.
 
     Args:
         memory: How it fits.
         flops_per_second: Of one worker.
+        packed_with: Outputs that are packed from the same codes.
 
     Returns:
         Counts, bytes in and out, ``memory_bytes`` by place and purpose, ``rough_seconds`` of computation.
@@ -39,6 +47,7 @@ def describe_plan(
         "source": plan.source,
         "source_format": plan.source_format,
         "output": plan.output,
+        "packed_with": list(packed_with),
         "model_type": plan.model_type,
         "scheme": plan.options["scheme"],
         "group_size": plan.options["group_size"],
@@ -87,6 +96,7 @@ def format_plan(described: dict[str, Any]) -> str:
         f" {described['linears_quantized']} linears to {described['scheme']},"
         f" {groups_said(described['group_size'])}, by {described['method']}, {described['format']}",
         *_target_lines(described),
+        *_solved_once_lines(described),
         *_solver_lines(described),
         *account_lines(described["tensors"]),
         f"{described['units']} units in {len(described['shards'])} shards,"
@@ -125,6 +135,11 @@ def _target_lines(described: dict[str, Any]) -> list[str]:
     number = described["tensor_parallel"]
     devices = f" on {number} devices" if number > 1 else ""
     return [f"checked for {described['target']}{devices}: breaks none of its rules that are known here"]
+
+
+def _solved_once_lines(described: dict[str, Any]) -> list[str]:
+    names = ", ".join(map(uri_name, described["packed_with"]))
+    return [f"of the same codes as {names}, which are solved once"] if names else []
 
 
 def _solver_lines(described: dict[str, Any]) -> list[str]:

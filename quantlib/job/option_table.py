@@ -25,6 +25,7 @@ class Option:
         help: One sentence for people.
         section: Heading under which forms and help texts show it.
         choices: The allowed values, where they can be listed.
+        several: Whether a value may be several of the choices, with commas between them.
         minimum: Smallest allowed number.
         also_allowed: Values below the range with meanings of their own (explained in ``help``).
         in_identity: True when the value itself is part of a plan's identity. Addresses, texts and the
@@ -34,6 +35,7 @@ class Option:
     help: str
     section: str
     choices: tuple[str, ...] | None = None
+    several: bool = False
     minimum: int | None = None
     also_allowed: tuple[int, ...] = ()
     in_identity: bool = False
@@ -45,6 +47,7 @@ def declare(
     help: str,
     *,
     choices: tuple[str, ...] | None = None,
+    several: bool = False,
     minimum: int | None = None,
     also_allowed: tuple[int, ...] = (),
     in_identity: bool = False,
@@ -54,6 +57,7 @@ def declare(
         help=help,
         section=section,
         choices=choices,
+        several=several,
         minimum=minimum,
         also_allowed=also_allowed,
         in_identity=in_identity,
@@ -93,10 +97,28 @@ def check_value(name: str, value: Any, found: dataclasses.Field[Any]) -> None:
         raise RecipeError(f"{name} must be {_KIND_WORDS[kind]}, found {value!r}", option=name)
     if isinstance(value, str) and not value.strip():
         raise RecipeError(f"{name} must not be empty; give a value or leave it out", option=name)
-    if option.choices is not None and value not in option.choices:
-        raise RecipeError(f"{name} must be one of {', '.join(option.choices)}, found {value!r}", option=name)
+    if option.choices is not None:
+        _check_choices(name, value, option.choices, several=option.several)
     if option.minimum is not None and isinstance(value, int):
         _check_range(name, value, option.minimum, option.also_allowed)
+
+
+def names_in(value: str) -> list[str]:
+    """The choices that a value of an option that takes several names.
+
+    >>> names_in("gptq, awq")
+    ['gptq', 'awq']
+    """
+    return [name.strip() for name in value.split(",")]
+
+
+def _check_choices(name: str, value: Any, choices: tuple[str, ...], *, several: bool) -> None:
+    named = names_in(value) if several else [value]
+    if not set(named) <= set(choices):
+        words = ", or several with commas between them" if several else ""
+        raise RecipeError(f"{name} must be one of {', '.join(choices)}{words}, found {value!r}", option=name)
+    if len(set(named)) < len(named):
+        raise RecipeError(f"{name} names one of its values twice, found {value!r}", option=name)
 
 
 def _check_range(name: str, value: int, minimum: int, also_allowed: tuple[int, ...]) -> None:

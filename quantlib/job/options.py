@@ -65,9 +65,17 @@ class JobOptions:
     format: str | None = declare(
         None,
         _HOW,
-        "Layout of the output; by default the one that the target reads best, else the first.",
+        "Layout of the output; by default the one that the target reads best, else the first. Several, with"
+        " commas between them, make an output each, OUTPUT/FORMAT, of codes that are solved once.",
         choices=("compressed-tensors", "gptq", "awq", "bitsandbytes"),
+        several=True,
         in_identity=True,
+    )
+    portable_scales: bool = declare(
+        False,
+        _HOW,
+        "Round scales of integers to values that bf16 and fp16 hold both, so that any layout can hold the"
+        " codes; always so where one run writes layouts with scales of different dtypes.",
     )
     target: str | None = declare(
         None,

@@ -1,4 +1,7 @@
-"""The solve of a block for one output: what is left of it, how workers are asked, what is kept of answers."""
+"""The solve of a block for one output, or several that have its codes.
+
+What is left of it, how workers are asked, what is kept of answers.
+"""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,6 +23,7 @@ class OutputSolve:
 
     Args:
         output: Which one.
+        others: Outputs that have the same codes and are packed along with it.
         groups: Shared input groups that are to be solved now.
         statistics: Shared input group -> what `quantlib.block_runner.BlockRunner.solve` takes of sums.
         counts: Tokens behind the sums.
@@ -31,19 +35,23 @@ class OutputSolve:
         holdings: Holdings,
         parts: BlockParts,
         output: int,
+        others: Sequence[int],
         block: int,
         groups: Groups,
         statistics: Mapping[int, Sequence[Any]],
         counts: TokenCounts,
     ) -> None:
-        self._parts, self._output, self._block = parts, output, block
+        self._parts, self._output, self._others, self._block = parts, output, list(others), block
         held, plan, shared = holdings.outputs[output], bundle.outputs[output], bundle.shared
         self._plan, self._sums = plan.blocks[block], bundle.sums[output][block]
-        self._packed = held.packed.setdefault(block, {})
+        self._packed = {
+            number: holdings.outputs[number].packed.setdefault(block, {}) for number in (output, *others)
+        }
         self._solved = held.solved.setdefault(block, {})
         self._device_type = device_type_of(plan.device_kind)
         self._tiles_of = group_tiles(self._plan, self._device_type)
-        self._mine = parts.unsolved(output, block, groups)
+        unsolved = (parts.unsolved(number, block, groups) for number in self._packed)
+        self._mine = sorted({group for missing in unsolved for group in missing})
         self._tiles = {tile.number: tile for group in self._mine for tile in self._tiles_of[group]}
         # By itself an output that calibrates nothing here would have no sums.
         has_sums = self._plan.is_calibrated
@@ -68,14 +76,14 @@ class OutputSolve:
         place = (self._block, self._output)
         if piece.stage == "pack":
             codes = [self._solved[tile.number].handle for tile in self._tiles_of[piece.part]]
-            return "pack", *place, piece.part, codes, self._tokens_of(piece.part)
+            return "pack", *place, piece.part, codes, self._tokens_of(piece.part), self._others
         sources = self._parts.sources(self._block)
         if groups is None:
             tile = self._tiles[piece.part]
             given, tokens = self._statistics_of(tile.group), self._tokens_of(tile.group)
             return "solve_tile", *place, tile, sources, given, tokens
         given, tokens = map(self._statistics_of, groups), map(self._tokens_of, groups)
-        return "solve", *place, groups, sources, list(given), list(tokens)
+        return "solve", *place, groups, sources, list(given), list(tokens), self._others
 
     def heard(self, worker: int, piece: PieceId, groups: Groups | None, result: Any) -> None:
         """A worker has done a piece; arguments as for `call`."""
@@ -84,14 +92,16 @@ class OutputSolve:
             return
         done, made = ((piece.part,), [result]) if groups is None else (groups, result["groups"])
         for group, found in zip(done, made, strict=True):
-            self._packed[group] = Held(worker, found["packed"], found["linears"])
+            for packed, handle in zip(self._packed.values(), found["packed"], strict=True):
+                packed[group] = Held(worker, handle, found["linears"])
             for tile in self._tiles_of[group]:
                 self._solved.pop(tile.number, None)
 
-    def report_rows(self) -> list[dict[str, Any]]:
-        """Of all linears that are quantized by now, in the plan's order."""
-        rows = {row["name"]: row for group in self._packed.values() for row in group.told}
-        return [rows[linear.name] for linear in self._plan.linears if linear.name in rows]
+    def report_rows(self) -> dict[int, list[dict[str, Any]]]:
+        """Output -> rows of all its linears that are quantized by now, in the plan's order."""
+        rows = {row["name"]: row for group in self._packed[self._output].values() for row in group.told}
+        found = [rows[linear.name] for linear in self._plan.linears if linear.name in rows]
+        return dict.fromkeys(self._packed, found)
 
     def _statistics_of(self, group: int) -> Sequence[Any]:
         return self._statistics.get(self._sums[group], [[], [], []])

@@ -9,9 +9,9 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -31,7 +31,7 @@ from quantlib.errors import (
 )
 from quantlib.job.accounting import account
 from quantlib.job.activations import newest_checkpoint
-from quantlib.job.bundle import bundle_of, joined_refusal
+from quantlib.job.bundle import Bundle, bundle_of, joined_refusal
 from quantlib.job.expert_groups import merged_groups
 from quantlib.job.fused_sets import refuse_split_sets
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
@@ -39,6 +39,7 @@ from quantlib.job.options import ALL_EXPERTS, JobOptions
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
 from quantlib.job.provenance import MACHINE_SETTINGS, check_replay, read_provenance, recorded_settings
 from quantlib.job.report import REPORT_NAME
+from quantlib.job.several_formats import only_format
 from quantlib.job.target_check import check_target
 from quantlib.job.texts import planned_rows
 from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_kind, may_share
@@ -51,6 +52,8 @@ from quantlib.recipe import refuse_idle_rules, rule_for
 from quantlib.storage import Store, join_uri, normalize_uri, open_store
 from quantlib.strided_view import StoredPart
 from quantlib.tokens import store_rows
+
+T = TypeVar("T")
 
 _VERSIONED = ("quantmill", "torch", "transformers")
 
@@ -95,17 +98,32 @@ def prepare_all(requests: Sequence[JobOptions], threads: int) -> list[Prepared]:
             shapes refuse is told of all requests at once.
     """
     model = open_model(requests[0])
-    prepared: list[Prepared] = []
+    prepared = _of_each(requests, lambda options: prepare(options, threads, model))
+    bundle_of([found.plan for found in prepared])
+    return prepared
+
+
+def plan_all(requests: Sequence[JobOptions], threads: int) -> Bundle:
+    """What `prepare_all` would plan, whatever is there already.
+
+    Raises:
+        QuantError: See `prepare_all`.
+    """
+    model = open_model(requests[0])
+    return bundle_of(_of_each(requests, lambda options: build_plan(options, threads, model=model)[0]))
+
+
+def _of_each(requests: Sequence[JobOptions], make: Callable[[JobOptions], T]) -> list[T]:
+    made: list[T] = []
     refusals: dict[str, QuantError] = {}
     for options in requests:
         try:
-            prepared.append(prepare(options, threads, model))
+            made.append(make(options))
         except (PackingError, RecipeError) as error:
             refusals[normalize_uri(options.output)] = error
     if refusals:
-        raise joined_refusal(refusals, len(requests))
-    bundle_of([found.plan for found in prepared])
-    return prepared
+        raise joined_refusal(refusals, [normalize_uri(options.output) for options in requests])
+    return made
 
 
 def prepare(options: JobOptions, threads: int, model: Model | None = None) -> Prepared:
@@ -187,8 +205,7 @@ def build_plan(
     replayed = read_provenance(options.replay, options.storage_engine) if options.replay else None
     source = normalize_uri(options.source)
     checkpoint, skeleton = model or open_model(options)
-    assert options.format is not None  # Chosen by `options_from`.
-    packer = FORMATS[options.format]
+    packer = FORMATS[only_format(options, "an output")]
     blocks = tuple(
         _plan_block(skeleton.block_spec(index), options, packer, checkpoint)
         for index in range(skeleton.num_blocks)

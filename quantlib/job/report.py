@@ -35,6 +35,7 @@ def build_report(
     telemetry: Sequence[Mapping[str, Any]],
     number: int,
     made_with: Sequence[str],
+    packed_with: Sequence[str],
     started: datetime,
     seconds: float,
 ) -> dict[str, Any]:
@@ -46,7 +47,8 @@ def build_report(
     ``made_with`` are outputs made from the same reading: seconds, traffic and memory are those of all, but
     ``own_stages`` are those of the output with this ``number`` among them. ``quantized`` has the ``weights``
     of quantized linears and ``size_bytes`` of the tensors that stand for them: codes, scales and whatever
-    else the format wants, without biases.
+    else the format wants, without biases. ``packed_with`` are those among ``made_with`` that have the same
+    codes: they were solved once, which is in the ``own_stages`` of one of them.
 
     ``timeline.workers`` holds for every worker the second it ``began`` and for each of its lanes the
     [stage, start, end] of what it did, to the millisecond and in seconds from ``started``: planning comes
@@ -64,6 +66,7 @@ def build_report(
         "source_format": plan.source_format,
         "output": plan.output,
         "made_with": list(made_with),
+        "packed_with": list(packed_with),
         "model_type": plan.model_type,
         "options": dict(plan.options),
         "started": started.isoformat(timespec="seconds"),

@@ -314,6 +314,9 @@ def history_sentences(report: Mapping[str, Any]) -> list[str]:
     if others := report.get("made_with"):
         names = ", ".join(uri.rstrip("/").rpartition("/")[2] for uri in others)
         found.append(f"Made from one reading with {names}: time, traffic and memory are those of all")
+    if others := report.get("packed_with"):
+        names = ", ".join(uri.rstrip("/").rpartition("/")[2] for uri in others)
+        found.append(f"Has the codes of {names}, which were solved once")
     if reused := history.get("reused_units"):
         found.append(f"Found finished from an earlier start and intact: {len(reused)} units")
     for unit, reason in (history.get("redone_units") or {}).items():

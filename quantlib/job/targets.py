@@ -38,7 +38,11 @@ class Engine:
 
 
 ENGINES: Mapping[str, Engine] = {
-    "vllm": Engine(default_format=DEFAULT_FORMAT, rules=vllm_rules.RULES),
+    "vllm": Engine(
+        default_format=DEFAULT_FORMAT,
+        rules=vllm_rules.RULES,
+        formats=("compressed-tensors", "gptq", "awq"),
+    ),
     "transformers": Engine(default_format=DEFAULT_FORMAT, rules=transformers_rules.RULES),
     "bitsandbytes": Engine(
         default_format="bitsandbytes",

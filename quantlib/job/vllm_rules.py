@@ -15,6 +15,7 @@ _GPTQ_BITS = (4, 8)
 _GPTQ_GROUP_SIZES = (WHOLE_ROW, 32, 64, 128)
 _SMALLEST_HALVED_GROUP = 32
 _BITS_OF_WORD = 32
+_AWQ_BITS, _AWQ_CODES_OF_WORD = 4, 8
 
 
 def _gptq_scheme(linear: ServedLinear, _devices: int) -> str | None:
@@ -26,6 +27,10 @@ def _gptq_group_size(linear: ServedLinear, _devices: int) -> str | None:
     # Experts of other group sizes go to another method, which takes them.
     good = linear.is_expert or linear.scheme.group_size in _GPTQ_GROUP_SIZES
     return None if good else str(linear.scheme)
+
+
+def _awq_bits(linear: ServedLinear, _devices: int) -> str | None:
+    return None if linear.scheme.bits == _AWQ_BITS else str(linear.scheme)
 
 
 def _grouped_expert(linear: ServedLinear, _devices: int) -> str | None:
@@ -66,6 +71,15 @@ def _whole_gptq_groups(linear: ServedLinear, devices: int) -> str | None:
     return _straddling(linear, devices, group_size)
 
 
+def _whole_awq_groups(linear: ServedLinear, devices: int) -> str | None:
+    if linear.is_expert:
+        return _whole_gptq_groups(linear, devices)
+    # A row is taken to have as many columns as the whole matrix: on a device there would be less than one.
+    if linear.scheme.group_size == WHOLE_ROW and linear.split == IN and devices > 1:
+        return f"{linear.columns} in features over {devices} devices with one scale a row"
+    return _whole_groups(linear, devices)
+
+
 def _straddling(linear: ServedLinear, devices: int, group_size: int) -> str | None:
     each, rest = divmod(linear.columns, devices)
     # Sides that do not go evenly over the devices are another rule's.
@@ -93,6 +107,14 @@ def _whole_words(linear: ServedLinear, devices: int) -> str | None:
     return f"{size} {side} features of {bits} bits on each of {devices} devices"
 
 
+def _whole_awq_words(linear: ServedLinear, devices: int) -> str | None:
+    """Codes and zero points alike are packed along the out features."""
+    each, rest = divmod(linear.rows, devices)
+    if linear.split != OUT or rest or each % _AWQ_CODES_OF_WORD == 0:
+        return None
+    return f"{each} out features on each of {devices} devices"
+
+
 RULES = (
     EngineRule(
         wanted="gptq files with symmetric 4 or 8 bits",
@@ -104,6 +126,17 @@ RULES = (
         source=f"{_RELEASE}, model_executor/layers/quantization/utils/marlin_utils.py,"
         " verify_marlin_supported",
         faults=of_linears(_gptq_group_size, formats=("gptq",)),
+    ),
+    EngineRule(
+        wanted="awq files with 4 bits",
+        source=f"{_RELEASE}, model_executor/layers/quantization/auto_awq.py, TYPE_MAP",
+        faults=of_linears(_awq_bits, formats=("awq",)),
+    ),
+    EngineRule(
+        wanted="routed experts with groups, not one scale a row",
+        source=f"{_RELEASE}, model_executor/layers/quantization/auto_awq.py, AutoAWQMoEMethod, which counts"
+        " groups by their size",
+        faults=of_linears(_grouped_expert, formats=("awq",)),
     ),
     # A row of experts is taken by Marlin alone, and on Hopper another kernel comes first.
     EngineRule(
@@ -139,8 +172,19 @@ RULES = (
         faults=of_linears(_whole_gptq_groups, formats=("gptq",)),
     ),
     EngineRule(
+        wanted="whole groups on every device, and whole rows only where in features are not split",
+        source=f"{_RELEASE}, model_executor/layers/quantization/auto_awq.py, create_weights, and of experts"
+        " model_executor/layers/quantization/moe_wna16.py, which halves groups down to 32",
+        faults=of_linears(_whole_awq_groups, formats=("awq",)),
+    ),
+    EngineRule(
         wanted="whole 32-bit words of packed codes and zero points on every device",
         source=f"{_RELEASE}, model_executor/parameter.py, _adjust_shard_indexes_for_packing",
-        faults=of_linears(_whole_words),
+        faults=of_linears(_whole_words, formats=("compressed-tensors", "gptq")),
+    ),
+    EngineRule(
+        wanted="out features in multiples of 8 on every device",
+        source=f"{_RELEASE}, model_executor/layers/quantization/auto_awq.py, create_weights",
+        faults=of_linears(_whole_awq_words, formats=("awq",)),
     ),
 )

@@ -11,6 +11,7 @@ Source: transformers 5.23, utils/quantization_config.py (``BitsAndBytesConfig``)
 integrations/bitsandbytes.py; vLLM, model_executor/layers/quantization/bitsandbytes.py.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from quantlib.errors import PackingError
-from quantlib.grids.formats import NESTED_SCALES
+from quantlib.grids.formats import NESTED_SCALES, PLAIN_SCALES, PORTABLE_SCALES
 from quantlib.packing.bitsandbytes_four_bit import (
     SCHEMES,
     check_four_bit,
@@ -56,7 +57,7 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:  # 
     """
     if scheme in SCHEMES.values():
         check_four_bit(name, columns)
-    elif scheme != ROWS:
+    elif not _is_rows(scheme):
         raise PackingError(
             f"{name}: {NAME} output holds schemes W8A16 with group_size -1 and {', '.join(SCHEMES)}, not"
             f" {scheme}; use one of these, or another format",
@@ -72,7 +73,7 @@ def pack(name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:
     """
     rows, columns = quantized.codes_RC.shape
     check(name, rows, columns, quantized.scheme)
-    return pack_int8(name, quantized) if quantized.scheme == ROWS else pack_four_bit(name, quantized)
+    return pack_int8(name, quantized) if _is_rows(quantized.scheme) else pack_four_bit(name, quantized)
 
 
 def packed_names(name: str) -> tuple[str, ...]:
@@ -88,10 +89,16 @@ def unpack(name: str, tensors: Mapping[str, torch.Tensor], scheme: WeightScheme)
     """
     if scheme in SCHEMES.values():
         return unpack_four_bit(name, tensors, scheme)
-    quantized = unpack_int8(name, tensors)
+    quantized = dataclasses.replace(unpack_int8(name, tensors), scheme=scheme)
     rows, columns = quantized.codes_RC.shape
     check(name, rows, columns, scheme)
     return quantized
+
+
+def _is_rows(scheme: WeightScheme) -> bool:
+    # Scales are bf16 here, which portable ones are, too.
+    is_portable = scheme.scales == PORTABLE_SCALES
+    return (dataclasses.replace(scheme, scales=PLAIN_SCALES) if is_portable else scheme) == ROWS
 
 
 def quantization_config(
@@ -115,7 +122,7 @@ def quantization_config(
     # transformers calls the head so wherever the checkpoint has it.
     if any(name.endswith(f".{_HEAD}") for name in kept):
         kept.append(_HEAD)
-    is_int8 = scheme == ROWS
+    is_int8 = _is_rows(scheme)
     return {
         "quant_method": NAME,
         "_load_in_4bit": not is_int8,

@@ -1,8 +1,9 @@
 """Sizes of a model from its ``config.json`` alone, without weights and without transformers.
 
 For models whose configuration is shipped (`SHIPPED`), so that a prediction needs neither network nor a
-checkpoint, also of one that the product does not convert yet. Two kinds of blocks are known: dense ones like
-Llama's, and DeepSeek-V3's (latent attention, a shared expert, routed experts after some dense blocks).
+checkpoint, also of one that the product does not convert yet. Three kinds of blocks are known: dense ones
+like Llama's, BLOOM's (fused queries, keys and values, biases everywhere), and DeepSeek-V3's (latent
+attention, a shared expert, routed experts after some dense blocks).
 """
 
 import json
@@ -19,7 +20,7 @@ from quantlib.schemes import WeightScheme, scheme_from_name
 from quantlib.simulation.shapes import BlockShape, GroupShape, ModelShape, attention_width, head_size
 
 _FOLDER = Path(__file__).parent / "configs"
-SHIPPED = ("llama-3.1-70b", "llama-3.1-405b", "deepseek-v3")
+SHIPPED = ("llama-3.1-70b", "llama-3.1-405b", "deepseek-v3", "bloom-176b")
 PREFIX = "shapes:"
 # bf16: of stored weights, and of the scales beside the codes.
 _STORED_BYTES = 2
@@ -68,13 +69,15 @@ def shape_of_config(name: str, config: Mapping[str, Any], scheme: WeightScheme) 
     """The sizes of a model stored in bf16.
 
     Args:
-        config: Values of ``config.json``; ``model_type`` llama or deepseek_v3.
+        config: Values of ``config.json``; ``model_type`` llama, bloom or deepseek_v3.
         scheme: Of all linears of the blocks; a router is kept.
     """
-    kinds = {"llama": _llama_blocks, "deepseek_v3": _deepseek_blocks}
+    kinds = {"llama": _llama_blocks, "bloom": _bloom_blocks, "deepseek_v3": _deepseek_blocks}
     hidden, vocabulary = config["hidden_size"], config["vocab_size"]
     embedding = hidden * vocabulary
     head = 0 if config["tie_word_embeddings"] else embedding
+    # BLOOM's norms have biases, and there is one more, of the embedding.
+    first_norm, last_norm = (2 * hidden, 2 * hidden) if config["model_type"] == "bloom" else (0, hidden)
     width = attention_width(config)
     kinds_of_blocks = kinds[config["model_type"]](config)
     made = {kind: _block(kind, width, scheme) for kind in set(kinds_of_blocks)}
@@ -83,8 +86,8 @@ def shape_of_config(name: str, config: Mapping[str, Any], scheme: WeightScheme) 
         blocks=tuple(made[kind] for kind in kinds_of_blocks),
         hidden=hidden,
         vocabulary=vocabulary,
-        prelude_bytes=embedding * _STORED_BYTES,
-        tail_bytes=(head + hidden) * _STORED_BYTES,
+        prelude_bytes=(embedding + first_norm) * _STORED_BYTES,
+        tail_bytes=(head + last_norm) * _STORED_BYTES,
     )
 
 
@@ -102,6 +105,18 @@ def _llama_blocks(config: Mapping[str, Any]) -> list[_Parts]:
         *_gated(hidden, inner),
     )
     return [(groups, 0, 2 * hidden)] * config["num_hidden_layers"]
+
+
+def _bloom_blocks(config: Mapping[str, Any]) -> list[_Parts]:
+    hidden = config["hidden_size"]
+    groups = (
+        _group(hidden, 3 * hidden),
+        _group(hidden, hidden),
+        _group(hidden, 4 * hidden),
+        _group(4 * hidden, hidden),
+    )
+    biases, norms = (3 + 1 + 4 + 1) * hidden, 2 * 2 * hidden
+    return [(groups, 0, biases + norms)] * config["num_hidden_layers"]
 
 
 def _deepseek_blocks(config: Mapping[str, Any]) -> list[_Parts]:
@@ -152,13 +167,14 @@ def _block(parts: _Parts, width: float, scheme: WeightScheme) -> BlockShape:
         other_weights=kept_weights,
         attention_width=width,
         source_bytes=(weights + kept_weights + others) * _STORED_BYTES,
-        output_bytes=sum(_packed_bytes(group, scheme) for group in groups)
+        output_bytes=sum(packed_bytes(group, scheme) for group in groups)
         + (kept_weights + others) * _STORED_BYTES,
     )
 
 
-def _packed_bytes(group: GroupShape, scheme: WeightScheme) -> int:
-    num_scales = group.rows * scheme.num_groups(group.columns) // scheme.block_rows
+def packed_bytes(group: GroupShape, scheme: WeightScheme) -> int:
+    """Codes, scales and zero points of an input group."""
+    num_scales = -(-group.rows // scheme.block_rows) * scheme.num_groups(group.columns)
     zero_bits = 0 if scheme.is_symmetric else scheme.bits
     scale_bytes = _SCALE_BYTES.get(scheme.scales, _STORED_BYTES)
     return (group.weights * scheme.bits + num_scales * zero_bits) // 8 + num_scales * scale_bytes

@@ -14,7 +14,7 @@ from typing import Any
 
 from quantlib.job.report_figures import duration, number
 from quantlib.schemes import scheme_from_name
-from quantlib.simulation.config_shapes import SHIPPED, shape_of_config, shipped_config
+from quantlib.simulation.config_shapes import shape_of_config, shipped_config
 from quantlib.simulation.costs import Workload
 from quantlib.simulation.hardware import DEFAULT_NETWORK, DEFAULT_STORAGE, parse_cluster
 from quantlib.simulation.prediction import WORDS, predict
@@ -23,6 +23,7 @@ GPUS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 IN_TABLE = (8, 64, 256)
 _KIND = "H100"
 WORKLOAD = Workload(sequences=512)
+MODELS = ("llama-3.1-70b", "llama-3.1-405b", "deepseek-v3")
 _SCHEME = scheme_from_name("W4A16", 128)
 
 _WIDTH, _HEIGHT = 760, 430
@@ -36,7 +37,7 @@ _TICKS_S = (60, 120, 300, 600, 1200, 1800, 3600, 7200, 14400)
 def scaling_runs(workload: Workload = WORKLOAD) -> dict[str, list[dict[str, Any]]]:
     """Model -> its predictions on every number of GPUs."""
     runs: dict[str, list[dict[str, Any]]] = {}
-    for name in SHIPPED:
+    for name in MODELS:
         shape = shape_of_config(name, shipped_config(name), _SCHEME)
         clusters = [
             parse_cluster(f"{gpus}x{_KIND}", network=DEFAULT_NETWORK, storage=DEFAULT_STORAGE)

@@ -211,6 +211,23 @@ def test_two_recipes_are_one_flow_run_and_two_outputs(prefect_server, converted,
     assert found["name"] == "tiny to W4A16 g32 compressed-tensors, tiny to W8A16 g32 compressed-tensors"
 
 
+def test_form_that_names_several_formats_makes_an_output_of_each(prefect_server, converted, inputs, tmp_path):
+    values = {**request(inputs, tmp_path / "out"), "format": "gptq, compressed-tensors"}
+    program = (
+        "import json\n"
+        "from flows.params import QuantizeParams\n"
+        "from flows.quantize_model import quantize_model\n"
+        f"print(json.dumps(quantize_model(QuantizeParams.model_validate({values!r}))))"
+    )
+    ended = run([sys.executable, "-c", program], prefect_server.environment)
+    assert ended.returncode == 0, ended.stderr
+    gptq, compressed = json.loads(ended.stdout.splitlines()[-1])
+    assert [Path(uri).name for uri in gptq["packed_with"]] == ["compressed-tensors"]
+    # Portable scales of a bf16 model are its own.
+    assert compressed["shards"] == converted["shards"]
+    assert (tmp_path / "out" / "gptq" / "config.json").exists()
+
+
 def test_comparison_is_one_flow_run_with_a_table(prefect_server, converted, inputs, tmp_path):
     words = command(request(inputs, tmp_path / "out"), "--json", "--output", str(tmp_path / "out"))
     words[1:4] = ["compare", str(inputs / "tiny"), "--schemes", "W4A16", "rtn:W8A16"]

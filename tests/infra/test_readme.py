@@ -21,7 +21,8 @@ def option_row(name: str) -> str:
         name, f"--{name.replace('_', '-')}"
     )
     default = "" if found.default in (dataclasses.MISSING, None, ()) else f"`{found.default}`"
-    choices = f" One of {', '.join(f'`{c}`' for c in option.choices)}." if option.choices else ""
+    one = "One or several" if option.several else "One"
+    choices = f" {one} of {', '.join(f'`{c}`' for c in option.choices)}." if option.choices else ""
     return f"| `{flag}` | {default} | {option.help}{choices} |"
 
 

@@ -46,6 +46,26 @@ def test_calibration_given_several_times_is_a_mix():
     assert raised.value.before_work
 
 
+def test_of_several_formats_there_is_a_request_for_each(tmp_path):
+    line = "quantize a b --work w --method rtn --format"
+    found = requests_of(parsed(f"{line} gptq,awq"))
+    assert [(x.format, x.output, x.work) for x in found] == [
+        ("gptq", "b/gptq", "w/gptq"),
+        ("awq", "b/awq", "w/awq"),
+    ]
+    # Both have scales in fp16; beside those of the model's dtype they must be exact in both.
+    assert not any(options.portable_scales for options in found)
+    assert all(x.portable_scales for x in requests_of(parsed(f"{line} gptq,compressed-tensors")))
+    recipe = tmp_path / "four.toml"
+    recipe.write_text('format = "gptq,awq"\n')
+    (tmp_path / "eight.toml").write_text('scheme = "W8A16"\n')
+    both = requests_of(parsed(f"plan a b --method rtn --recipe {recipe} --recipe {tmp_path}/eight.toml"))
+    assert [options.output for options in both] == ["b/four/gptq", "b/four/awq", "b/eight"]
+    with pytest.raises(RecipeError, match="a prediction has one format, found gptq, awq") as raised:
+        requests_of(parsed("plan a --format gptq,awq --cluster 8xH100"))
+    assert raised.value.before_work
+
+
 def test_addresses_and_options_may_alternate():
     options = options_of(parsed("plan a --json --method rtn b"))
     assert (options.source, options.output) == ("a", "b")

@@ -55,6 +55,7 @@ def test_method_of_the_job_is_that_of_entries_without_one():
         ({"bogus": 1}, "unknown option 'bogus'"),
         ({"source": None}, "source is required"),
         ({"correct_targets": True}, "correct_targets needs propagation quantized, found original"),
+        ({"format": "gptq,awq"}, "a comparison has one format, found gptq, awq"),
         ({"ray_address": "auto"}, "neither output nor work is named"),
     ],
 )

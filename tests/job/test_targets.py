@@ -290,22 +290,27 @@ def test_what_vllm_takes_divides_as_every_rule_says(
 
 
 @pytest.mark.parametrize(
-    ("layout", "scheme", "found"),
+    ("target", "layout", "scheme", "found"),
     [
-        ("awq", "W4A16", "awq"),
-        ("compressed-tensors", "FP8A16", "8 bits, floats e4m3, one scale a row"),
-        (
-            "compressed-tensors",
-            "MXFP8",
-            "8 bits, floats e4m3, groups of 32 with powers of two, inputs rounded",
+        ("transformers", "awq", "W4A16", "awq"),
+        ("bitsandbytes", "awq", "W4A16", "awq"),
+        *(
+            (target, "compressed-tensors", scheme, found)
+            for target in TARGETS
+            for scheme, found in (
+                ("FP8A16", "8 bits, floats e4m3, one scale a row"),
+                ("MXFP8", "8 bits, floats e4m3, groups of 32 with powers of two, inputs rounded"),
+            )
         ),
     ],
 )
-@pytest.mark.parametrize("target", TARGETS)
 def test_output_whose_rules_are_not_known_is_refused_and_not_waved_through(target, layout, scheme, found):
     linear = served("mlp.up_proj", 512, 256, scheme=scheme, group_size=None)
     said = refusal(target, Serving(linears=(linear,), format=layout, tensor_parallel=1))
-    known = {"bitsandbytes": ("bitsandbytes", "NF4 and NF4_DQ and FP4 and FP4_DQ")}
+    known = {
+        "bitsandbytes": ("bitsandbytes", "NF4 and NF4_DQ and FP4 and FP4_DQ"),
+        "vllm": ("compressed-tensors and gptq and awq", "W8A8 and FP8_DYNAMIC"),
+    }
     files, schemes = known.get(target, ("compressed-tensors and gptq", "W8A8 and FP8_DYNAMIC"))
     known = f"is known of integers by group or row in {files} files, and of {schemes}"
     assert f"{known}; found {found}" in said.message
@@ -327,6 +332,36 @@ def test_whole_rows_whose_inputs_are_rounded_are_taken_by_those_who_round_them(s
     ways = message.splitlines()[-1].removeprefix("What would do instead: ").split("; or ")
     assert ways == ["scheme W4A16 with group_size -1", "scheme W8A16 with group_size -1", ways[-1]]
     assert ways[-1] == "a rule that keeps these linears as they are"
+
+
+@pytest.mark.parametrize(
+    ("linear", "devices", "said"),
+    [
+        (served("down", 8192, 28672, IN), 8, None),  # 3584 = 28 * 128
+        (served("down", 8192, 28672, IN, scheme="W4A16_ASYM"), 32, None),
+        (served("down", 8192, 28672, IN), 64, "448 each, in groups of 128"),
+        (served("down", 8192, 28672, IN, group_size=WHOLE_ROW), 1, None),
+        (served("down", 8192, 28672, IN, group_size=WHOLE_ROW), 2, "2 devices with one scale a row"),
+        (served("up", 28672, 8192, OUT, group_size=WHOLE_ROW), 8, None),
+        # 8 codes of a word, symmetric or not; along in features nothing is packed: 36 of them are no words.
+        (served("up", 24, 128, OUT), 3, None),
+        (served("up", 24, 128, OUT), 2, "12 out features on each of 2 devices"),
+        (served("down", 64, 72, IN, group_size=36), 2, None),
+        (served("qkv", 24, 128, None), 2, None),
+        (served("up", 64, 128, OUT, scheme="W8A16"), 1, "awq files with 4 bits; found 8 bits"),
+        (served("e.up", 64, 128, OUT, is_expert=True), 2, None),
+        (served("e.up", 64, 128, OUT, is_expert=True, group_size=WHOLE_ROW), 1, "experts with groups"),
+        # Groups of experts are halved down to 32.
+        (served("e.down", 64, 192, IN, is_expert=True, group_size=64), 2, None),
+        (served("e.down", 64, 160, IN, is_expert=True, group_size=32), 2, "80 each, in groups of 32"),
+    ],
+)
+def test_vllm_and_awq_files(linear, devices, said):
+    serving = Serving(linears=(linear,), format="awq", tensor_parallel=devices)
+    if said is None:
+        refuse_unserved("vllm", serving)
+    else:
+        assert said in refusal("vllm", serving).message
 
 
 def test_every_target_has_a_default_format():

@@ -106,6 +106,8 @@ def test_memory_follows_the_design():
         ("plan shapes:llama-3.1-70b --cluster 8xH100 --price free", "price must be"),
         ("plan shapes:llama-3.1-70b --cluster 8xH100 --rates /none.json", "cannot be read"),
         ("plan shapes:llama-3.1-70b --cluster 8xH100 --workers 4", "workers of a cluster are its GPUs"),
+        ("plan shapes:llama-3.1-70b --gpu-memory much", "gpu_memory must be an amount such as 24GB"),
+        ("plan shapes:llama-4 --gpu-memory 80GB", "there are no shapes of 'llama-4'"),
         ("plan a b --method rtn --price 2", "price is about a cluster and none is named"),
         ("plan shapes:llama-3.1-70b b --method rtn", "shapes:llama-3.1-70b has no weights"),
     ],
