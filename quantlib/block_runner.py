@@ -359,8 +359,11 @@ class BlockRunner:
             mine, totals = self._outputs[output], [_totals(sums) for sums in statistics]
             planned = mine.plan.blocks[block]
             made = mine.solver.solve_batch(planned, groups, _merged(parts), totals, tokens)
-            found = zip(groups, made, strict=True)
-            return {"groups": [self._offered(block, output, group, others, *parts) for group, parts in found]}
+            found = [
+                self._offered(block, output, group, others, packed, rows)
+                for group, (packed, rows) in zip(groups, made, strict=True)
+            ]
+            return {"groups": found}
 
     def solve_tile(
         self,

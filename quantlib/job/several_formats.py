@@ -67,11 +67,11 @@ def solvers_of(plans: Sequence[Plan]) -> tuple[int, ...]:
     Args:
         plans: Of one source, with equal values of all options that outputs of one reading must share.
     """
-    first: dict[int, int] = {}
-    for number, plan in enumerate(plans):
-        alike = (other for other in first if _are_codes_equal(plans[other], plan))
-        first[number] = next(alike, number)
-    return tuple(first.values())
+    found: list[int] = []
+    for plan in plans:
+        alike = (other for other in range(len(found)) if _are_codes_equal(plans[other], plan))
+        found.append(next(alike, len(found)))
+    return tuple(found)
 
 
 def _are_codes_equal(one: Plan, other: Plan) -> bool:
