@@ -23,7 +23,7 @@ from quantlib.schemes import WHOLE_ROW, ActivationScheme
 # Values that are rounded at a time, so that this takes one buffer of the size of the inputs and little more.
 _PIECE_VALUES = 1 << 20
 # An exponent is a byte with 127 more than it.
-_LOWEST_POWER, _HIGHEST_POWER = -127, 127
+_LOWEST_POWER = -127
 # Of a group of values below two: from here on absmax counts as the next power of two.
 _ROUNDED_UP = 1.75 / 2
 
@@ -73,7 +73,6 @@ def _powers(largest_G1: torch.Tensor, scheme: ActivationScheme) -> torch.Tensor:
     mantissa_G1, exponent_G1 = torch.frexp(largest_G1.float())
     offset = 1 + round(math.log2(FLOAT_FORMATS[scheme.number].largest_power))
     power_G1 = exponent_G1 + (mantissa_G1 >= _ROUNDED_UP).int() - offset
-    power_G1.clamp_(_LOWEST_POWER, _HIGHEST_POWER).masked_fill_(largest_G1 == 0, _LOWEST_POWER)
-    scale_G1 = torch.ldexp(torch.ones_like(mantissa_G1), power_G1)
+    scale_G1 = torch.ldexp(torch.ones_like(mantissa_G1), power_G1.clamp_min_(_LOWEST_POWER))
     # An infinity must not come out as the largest value.
     return torch.where(mantissa_G1.isfinite(), scale_G1, mantissa_G1)

@@ -42,15 +42,15 @@ class JobOptions:
     scheme: str = declare(
         "W4A16",
         _HOW,
-        "Number format, bits and symmetry of the weights.",
+        "Number format, bits and symmetry of the weights, and of inputs too where the name lacks A16.",
         choices=SCHEME_NAMES,
         in_identity=True,
     )
     group_size: int | None = declare(
         None,
         _HOW,
-        "Columns that share a scale; -1 for one scale a row, 0 for one a weight. By default 128; floats have"
-        " their own.",
+        "Columns that share a scale; -1 for one scale a row, 0 for one a weight. By default 128; floats,"
+        " codebooks and W8A8 have their own.",
         minimum=8,
         also_allowed=(WHOLE_ROW, WHOLE_TENSOR),
         in_identity=True,

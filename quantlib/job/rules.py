@@ -30,7 +30,7 @@ class Rule:
         'Full linear name, a glob such as "*.mlp.down_proj", or "re:" and a regular expression for it all.',
     )
     scheme: str | None = declare(
-        None, _WHAT, "Number format, bits and symmetry of these weights.", choices=SCHEME_NAMES
+        None, _WHAT, "Number format, bits and symmetry of these weights, and of inputs.", choices=SCHEME_NAMES
     )
     group_size: int | None = declare(
         None,

@@ -46,7 +46,7 @@ def inputs_values(scheme: ActivationScheme | None) -> dict[str, object] | None:
     return weights_values(alike) | {"strategy": strategy, "dynamic": True}
 
 
-def inputs_from_values(values: Mapping[str, Any] | None, name: str) -> ActivationScheme | None:
+def inputs_from_values(values: Any, name: str) -> ActivationScheme | None:
     """What a group's ``input_activations`` mean; None where inputs stay as they are.
 
     Raises:
@@ -54,6 +54,8 @@ def inputs_from_values(values: Mapping[str, Any] | None, name: str) -> Activatio
     """
     if not values:
         return None
+    if not isinstance(values, Mapping):
+        raise PackingError(f"input_activations of {name} are {values!r}; wanted an object", linear=name)
     found = {key: values.get(key, default) for key, default in _DECISIVE.items()}
     for scheme in _KNOWN:
         expected = inputs_values(scheme) or {}

@@ -106,6 +106,25 @@ def test_smollm2_evaluate_of_the_output_gives_the_reported_perplexity(converted)
 @pytest.mark.parametrize("converted", ["compressed-tensors"], indirect=True)
 def test_smollm2_transformers_loads_the_output_to_the_same_perplexity(converted):
     _, output, report = converted
+    assert _perplexity_in_transformers(output, report) == pytest.approx(
+        report["evaluation"]["perplexity_quantized"], rel=0.01
+    )
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
+def test_smollm2_transformers_rounds_inputs_to_the_same_perplexity(source, tmp_path, scheme):
+    output = tmp_path / scheme
+    given = ("--scheme", scheme, "--method", "rtn", "--scale-search", "minmax", "--runner", "inprocess")
+    text = ("--evaluation", str(DEMO / "text" / "evaluation.jsonl"), "--evaluation-sequences", "4")
+    length = ("--sequence-length", "512")
+    report = json.loads(_run("quantize", str(source), str(output), *given, *text, *length, "--json"))
+    assert 1.0 < report["evaluation"]["ratio"] < 1.1
+    assert _perplexity_in_transformers(output, report) == pytest.approx(
+        report["evaluation"]["perplexity_quantized"], rel=0.01
+    )
+
+
+def _perplexity_in_transformers(output: Path, report: dict) -> float:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from quantlib.calibration.corpus import rows_digest, token_rows
@@ -114,7 +133,7 @@ def test_smollm2_transformers_loads_the_output_to_the_same_perplexity(converted)
     rows_BT = token_rows(
         read_documents(str(DEMO / "text" / "evaluation.jsonl")),
         AutoTokenizer.from_pretrained(output),
-        num_sequences=32,
+        num_sequences=report["evaluation"]["sequences"],
         sequence_length=512,
         seed=0,
     )
@@ -126,5 +145,4 @@ def test_smollm2_transformers_loads_the_output_to_the_same_perplexity(converted)
             logits = model(row[None]).logits[0, :-1].float()
             loss += float(torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum"))
             tokens += len(row) - 1
-    perplexity = float(torch.tensor(loss / tokens).exp())
-    assert perplexity == pytest.approx(report["evaluation"]["perplexity_quantized"], rel=0.01)
+    return float(torch.tensor(loss / tokens).exp())

@@ -172,6 +172,12 @@ def test_inputs_that_are_rounded_in_another_way_are_refused_by_what_they_are(nam
             read(block, NAME)
 
 
+@pytest.mark.parametrize("values", ["W8A8", [8], 8, True])
+def test_inputs_that_are_no_object_are_refused(values):
+    with pytest.raises(PackingError, match=f"input_activations of {NAME} are .* wanted an object"):
+        inputs_from_values(values, NAME)
+
+
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
