@@ -28,6 +28,7 @@ from quantlib.methods.contracts import (
 )
 from quantlib.methods.whole_solve import merged_rows
 from quantlib.packing.contracts import PackingFormat
+from quantlib.packing.outlier_columns import pack_linear
 from quantlib.solver_settings import SolverSettings
 from quantlib.steps import CorrectedResult, correct_bias
 
@@ -228,7 +229,8 @@ class GroupSolver:
         rows: list[dict[str, Any]] = []
         for result in results:
             name = result.report.name
-            packed |= {key: value.cpu() for key, value in self._packer.pack(name, result.quantized).items()}
+            tensors = pack_linear(self._packer, name, result.quantized)
+            packed |= {key: value.cpu() for key, value in tensors.items()}
             if result.bias_R is not None:
                 packed[f"{name}.bias"] = result.bias_R.cpu()
             rows.append(_with_tokens(result.report, tokens).to_dict())

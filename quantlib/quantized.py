@@ -11,6 +11,7 @@ import torch
 
 from quantlib.grids.levels import levels_of
 from quantlib.grouping import by_group
+from quantlib.outlier_columns import OutlierColumns, joined_outliers
 from quantlib.schemes import WeightScheme
 
 
@@ -23,18 +24,26 @@ class QuantizedLinear:
         scale_RG: floating [R, G], already in the dtype that is stored, positive and finite.
         zero_RG: uint8 [R, G], the code that means zero; None when the scheme is symmetric
             (then it is 2**(bits-1) everywhere; codes of floats know none).
+
+    Attributes:
+        outliers: Columns that mean something else than their codes.
     """
 
     codes_RC: torch.Tensor
     scale_RG: torch.Tensor
     zero_RG: torch.Tensor | None
     scheme: WeightScheme
+    outliers: OutlierColumns | None = None
 
     def rows(self, part: slice) -> "QuantizedLinear":
         """Some rows, as views."""
         zero_RG = None if self.zero_RG is None else self.zero_RG[part]
         return QuantizedLinear(
-            codes_RC=self.codes_RC[part], scale_RG=self.scale_RG[part], zero_RG=zero_RG, scheme=self.scheme
+            codes_RC=self.codes_RC[part],
+            scale_RG=self.scale_RG[part],
+            zero_RG=zero_RG,
+            scheme=self.scheme,
+            outliers=self.outliers and self.outliers.rows(part),
         )
 
     def to(self, device: torch.device | str) -> "QuantizedLinear":
@@ -44,10 +53,11 @@ class QuantizedLinear:
             scale_RG=self.scale_RG.to(device),
             zero_RG=None if self.zero_RG is None else self.zero_RG.to(device),
             scheme=self.scheme,
+            outliers=self.outliers and self.outliers.to(device),
         )
 
     def dequantize(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The levels: scale * offset (see `quantlib.grids.levels`), fp32 [R, C].
+        """The levels: scale * offset (see `quantlib.grids.levels`), or the outlier's weight, fp32 [R, C].
 
         Args:
             out: Receives them if given; floating [R, C].
@@ -56,10 +66,11 @@ class QuantizedLinear:
         bf16 or fp16 scale it is exact.
         """
         level_RC = torch.empty(self.codes_RC.shape, device=self.codes_RC.device) if out is None else out
-        return self._into(level_RC, self.scale_RG.float()[..., None])
+        self._into(level_RC, self.scale_RG.float()[..., None])
+        return level_RC if self.outliers is None else self.outliers.put_into_(level_RC)
 
     def offsets(self, out: torch.Tensor) -> torch.Tensor:
-        """The levels in units of their scales.
+        """The levels of all codes in units of their scales.
 
         Args:
             out: Receives them; floating [R, C].
@@ -85,9 +96,11 @@ def joined_rows(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
     if len(parts) == 1:
         return first
     zeros = [part.zero_RG for part in parts if part.zero_RG is not None]
+    outliers = [part.outliers for part in parts if part.outliers is not None]
     return QuantizedLinear(
         codes_RC=torch.cat([part.codes_RC for part in parts]),
         scale_RG=torch.cat([part.scale_RG for part in parts]),
         zero_RG=torch.cat(zeros) if zeros else None,
         scheme=first.scheme,
+        outliers=joined_outliers(outliers) if outliers else None,
     )

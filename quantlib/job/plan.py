@@ -19,7 +19,7 @@ from quantlib.job.text_sources import TextRecord
 from quantlib.schemes import WeightScheme
 from quantlib.strided_view import StoredPart, StridedView
 
-SCHEMA = 5
+SCHEMA = 6
 
 # Where things lie, what is only measured, and what tells in other words what the rest says.
 _NOT_IN_IDENTITY = (
@@ -59,6 +59,7 @@ class LinearPlan:
         columns: In features.
         method: ``gptq`` or ``rtn``; None when the linear is kept as it is.
         scheme: None when the linear is kept as it is.
+        num_outliers: How many of its columns are kept beside the codes.
         corrects_bias: Whether it has a bias that makes up for what rounding does to its mean output.
         weight: Where its weight [rows, columns] is read from.
         split_bias: Where its bias is read from, if that is a part of a tensor and is written by itself.
@@ -71,6 +72,7 @@ class LinearPlan:
     columns: int
     method: str | None
     scheme: WeightScheme | None
+    num_outliers: int = 0
     corrects_bias: bool
     weight: StoredPart
     split_bias: StoredPart | None = None

@@ -92,14 +92,16 @@ def model_name(report: Mapping[str, Any]) -> str:
 
 
 def request(report: Mapping[str, Any]) -> str:
-    """Scheme, group size, method and format in a few words."""
+    """Scheme, group size, method, columns kept and format in a few words."""
     options = report.get("options") or {}
     group_size = options.get("group_size")
     group = "whole rows" if group_size == -1 else f"group {group_size}"
+    outliers = options.get("outlier_columns")
     words = (
         options.get("scheme"),
         group if group_size else None,
         options.get("method"),
+        f"{outliers} outlier columns" if outliers else None,
         options.get("format"),
     )
     return ", ".join(str(word) for word in words if word)

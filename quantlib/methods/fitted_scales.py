@@ -18,6 +18,7 @@ def fitted_scales(
     search: str,
     scale_dtype: torch.dtype,
     importance_C: torch.Tensor | None,
+    without_K: torch.Tensor | None = None,
 ) -> AffineGrid:
     """The grid of a row tile.
 
@@ -25,11 +26,15 @@ def fitted_scales(
         weight_RC: floating [R, C], finite.
         importance_C: fp32 [C], by which the search weighs errors; None for equal importance. Extremes need
             none.
+        without_K: int64 [K], columns that scales need not suit; None for none.
 
     Args:
         search: One of `quantlib.solver_settings.SCALE_SEARCHES`.
         scale_dtype: Dtype in which the output format stores scales.
     """
+    if without_K is not None:
+        # Zero is a level of every grid and widens none.
+        weight_RC = weight_RC.index_fill(1, without_K, 0.0)
     if search in FROM_EXTREMES:
         return fit_to_extremes(weight_RC, scheme, scale_dtype=scale_dtype, cuts_half_step=search != "absmax")
     return search_scales(weight_RC, scheme, scale_dtype=scale_dtype, importance_C=importance_C)

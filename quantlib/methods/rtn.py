@@ -1,5 +1,6 @@
 """Round to nearest: each weight to its closest level, on scales of least squared error. Needs no data."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from quantlib.grids.affine import rounded_parts, with_codes
 from quantlib.methods.contracts import Circumstances, SolvedRows
 from quantlib.methods.fitted_scales import fitted_scales
 from quantlib.methods.measures import check_finite, check_shape, error_energy, plain_energies, weight_energy
+from quantlib.outlier_columns import OutlierColumns, strongest_columns
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import SolverSettings
 
@@ -49,11 +51,15 @@ class Rounding:
         hessian_CC: By which errors are weighted.
         circumstances: For the reports.
         settings: Which scales.
+        num_kept: Columns that are kept as they are beside the codes.
+        kept_dtype: In which dtype; None for that of the weights.
     """
 
     hessian_CC: torch.Tensor | None
     circumstances: Circumstances
     settings: SolverSettings
+    num_kept: int = 0
+    kept_dtype: torch.dtype | None = None
 
     def solve(
         self, weights: Mapping[str, torch.Tensor], scheme: WeightScheme, *, scale_dtype: torch.dtype
@@ -69,11 +75,17 @@ class Rounding:
         return solved
 
     def _rounded(self, weight_RC: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype) -> SolvedRows:
+        outliers = self._outliers(weight_RC)
         grid = fitted_scales(
-            weight_RC, scheme, search=self.settings.scale_search, scale_dtype=scale_dtype, importance_C=None
+            weight_RC,
+            scheme,
+            search=self.settings.scale_search,
+            scale_dtype=scale_dtype,
+            importance_C=None,
+            without_K=outliers and outliers.column_K.long(),
         )
         codes_RC = fresh_bytes(weight_RC.shape, weight_RC.device)
-        quantized = with_codes(grid, codes_RC)
+        quantized = dataclasses.replace(with_codes(grid, codes_RC), outliers=outliers)
         num_clipped, whole, lost = 0, 0.0, 0.0
         for part in rounded_parts(weight_RC, grid, codes_RC):
             num_clipped += int(part.num_clipped_R.sum())
@@ -92,3 +104,11 @@ class Rounding:
             num_clipped=num_clipped,
             num_bounded=int(grid.is_bounded_RG.sum()),
         )
+
+    def _outliers(self, weight_RC: torch.Tensor) -> OutlierColumns | None:
+        if not self.num_kept:
+            return None
+        diagonal_C = None if self.hessian_CC is None else self.hessian_CC.diagonal()
+        column_K = strongest_columns(diagonal_C, self.num_kept).to(weight_RC.device).sort().values
+        weight_RK = weight_RC.index_select(1, column_K).to(self.kept_dtype or weight_RC.dtype)
+        return OutlierColumns(column_K=column_K.int(), weight_RK=weight_RK)

@@ -3,7 +3,9 @@
 import torch
 
 from quantlib.grids.stored_scale import held_dtype
+from quantlib.outlier_columns import OutlierColumns
 from quantlib.packing.contracts import PackingFormat
+from quantlib.packing.outlier_columns import pack_linear
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
 
@@ -16,6 +18,7 @@ def packed_on_meta(
     columns: int,
     scheme: WeightScheme,
     model_dtype: torch.dtype,
+    num_outliers: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Tensors on the meta device: names, dtypes and shapes of a packed linear.
 
@@ -26,6 +29,7 @@ def packed_on_meta(
         columns: In features.
         scheme: How it is quantized.
         model_dtype: Of the weight before.
+        num_outliers: Columns that are kept beside the codes.
 
     Raises:
         PackingError: The layout cannot hold such a linear.
@@ -37,5 +41,13 @@ def packed_on_meta(
         scale_RG=torch.empty(rows, groups, dtype=scale_dtype, device="meta"),
         zero_RG=None if scheme.is_symmetric else torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
         scheme=scheme,
+        outliers=_outliers_on_meta(rows, num_outliers, model_dtype) if num_outliers else None,
     )
-    return packer.pack(name, quantized)
+    return pack_linear(packer, name, quantized)
+
+
+def _outliers_on_meta(rows: int, count: int, dtype: torch.dtype) -> OutlierColumns:
+    return OutlierColumns(
+        column_K=torch.empty(count, dtype=torch.int32, device="meta"),
+        weight_RK=torch.empty(rows, count, dtype=dtype, device="meta"),
+    )
