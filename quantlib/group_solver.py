@@ -304,6 +304,7 @@ def _merged(block: BlockPlan, group: int, solved: Sequence[TileRows]) -> Iterato
 
 
 def _with_tokens(report: LinearReport, tokens: GroupTokens) -> LinearReport:
+    report = dataclasses.replace(report, outlier_columns=tokens.outlier_columns)
     if tokens.shared is None:
         return report
     lacks_all = tokens.own == 0 and report.fallback is None and report.method != "rtn"

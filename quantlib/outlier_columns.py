@@ -1,6 +1,7 @@
-"""Columns of a quantized linear that are kept in the dtype of its weight, beside the codes of all columns.
+"""Columns of inputs that are far larger than others, and what is kept of the weights they meet.
 
-R rows (out features), K columns that are kept. Their codes are the nearest levels of the same weights, so
+N tokens, R rows (out features), C columns (in features), K columns that are kept in the dtype of the weight,
+beside the codes of all columns. Their codes are the nearest levels of the same weights, so
 that a reader who knows nothing of them reads a plain quantized linear, only a coarser one.
 """
 
@@ -8,6 +9,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+# From which magnitude on an input makes its column an outlier: LLM.int8 (arXiv 2208.07339), section 3.2.
+OUTLIER_THRESHOLD = 6.0
+# Rows at a time on a CPU: their magnitudes stay in a cache.
+_PART_ROWS = 64
+
+
+def outlier_columns(x_NC: torch.Tensor, threshold: float = OUTLIER_THRESHOLD) -> torch.Tensor:
+    """Which columns have an input of at least the threshold's magnitude, bool [C].
+
+    Cost: two passes over the inputs.
+
+    >>> outlier_columns(torch.tensor([[0.5, -6.0, 5.9], [1.0, 0.1, 0.2]])).tolist()
+    [False, True, False]
+    """
+    found_C = torch.zeros(x_NC.shape[1], dtype=torch.bool, device=x_NC.device)
+    if not len(x_NC):
+        return found_C
+    for part_NC in x_NC.split(_PART_ROWS if x_NC.device.type == "cpu" else len(x_NC)):
+        found_C |= part_NC.abs().amax(0) >= threshold
+    return found_C
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -114,6 +114,26 @@ def linears(report: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]
             yield block.get("index", 0), linear
 
 
+def outlier_sentence(report: Mapping[str, Any]) -> str | None:
+    """In how many linears inputs were far larger than others; None where no tokens were seen.
+
+    >>> linears = [{"name": "a", "outlier_columns": 3}, {"name": "b", "outlier_columns": 0}]
+    >>> outlier_sentence({"blocks": [{"linears": linears}]})
+    'Inputs of a magnitude of 6 or more: in 1 of 2 linears, in at most 3 columns of one (a).'
+    """
+    found = [x for _, x in linears(report) if is_number(x.get("outlier_columns"))]
+    if not found:
+        return None
+    with_some = [x for x in found if x["outlier_columns"]]
+    if not with_some:
+        return f"No linear of {count(len(found))} had an input of a magnitude of 6 or more."
+    most = max(with_some, key=lambda x: x["outlier_columns"])
+    return (
+        f"Inputs of a magnitude of 6 or more: in {count(len(with_some))} of {count(len(found))} linears,"
+        f" in at most {count(most['outlier_columns'])} columns of one ({most.get('name')})."
+    )
+
+
 def linear_kind(name: str) -> str:
     """The name of a linear without its block, repeated modules (experts) taken together.
 

@@ -10,20 +10,10 @@ import torch
 
 from quantlib.errors import NumericsError
 from quantlib.grids.formats import INTEGER
+from quantlib.outlier_columns import OUTLIER_THRESHOLD, outlier_columns
 from quantlib.quantized import QuantizedLinear
 
-# From which magnitude on an input makes its whole feature an outlier.
-OUTLIER_THRESHOLD = 6.0
 _LARGEST_INT8 = 127.0
-
-
-def outlier_features(x_NC: torch.Tensor, threshold: float = OUTLIER_THRESHOLD) -> torch.Tensor:
-    """Which features have an input of at least the threshold's magnitude, bool [C].
-
-    >>> outlier_features(torch.tensor([[0.5, -6.0, 5.9], [1.0, 0.1, 0.2]])).tolist()
-    [False, True, False]
-    """
-    return (x_NC.abs() >= threshold).any(0)
 
 
 def int8_product(
@@ -36,7 +26,7 @@ def int8_product(
 
     Args:
         quantized: Symmetric integers with one scale a row.
-        threshold: `outlier_features`; infinity for none.
+        threshold: Of `quantlib.outlier_columns`; infinity for none.
 
     Returns:
         fp32 [N, R].
@@ -70,7 +60,7 @@ def int8_product(
     """
     _check(x_NC, quantized)
     exact_NC = x_NC.float()
-    is_outlier_C = outlier_features(exact_NC, threshold)
+    is_outlier_C = outlier_columns(exact_NC, threshold)
     inside_NC = exact_NC.masked_fill(exact_NC.abs() >= threshold, 0.0)
     scale_N1 = inside_NC.abs().amax(1, keepdim=True) / _LARGEST_INT8
     # A token of zeros has no scale; any will do.

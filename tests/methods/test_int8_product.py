@@ -9,7 +9,8 @@ import torch
 
 from quantlib.errors import NumericsError
 from quantlib.methods import METHODS
-from quantlib.methods.int8_product import int8_product, outlier_features
+from quantlib.methods.int8_product import int8_product
+from quantlib.outlier_columns import outlier_columns
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WHOLE_ROW, scheme_from_name
 from quantlib.solver_settings import SolverSettings
@@ -76,7 +77,7 @@ def test_int8_product_is_that_of_bitsandbytes():
         scheme=INT8,
     )
     ours = int8_product(x_NC, quantized)
-    assert state.idx.tolist() == outlier_features(x_NC).nonzero().flatten().tolist() == [5, 9]
+    assert state.idx.tolist() == outlier_columns(x_NC).nonzero().flatten().tolist() == [5, 9]
     # It rounds both products and their sum to fp16, and its 1 / 127**2 is 1.8e-5 too large.
     torch.testing.assert_close(ours, theirs.float(), atol=2e-3, rtol=1e-3)
 
