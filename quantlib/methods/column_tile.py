@@ -168,29 +168,27 @@ class ColumnTile:
     ) -> None:
         feedback = _below_diagonal(feedback_ELL)
         unsolved = self._unsolved_targets(leaf)
+        first_rounded = self._num_kept - start
         for place in range(leaf.stop - 1, leaf.start - 1, -1):
             target_E1R, offset_E1R, scale_E1R = self._targets[place], self._offsets[place], scales[place]
             error_E1R = self._errors[start + place]
-            is_kept = start + place < self._num_kept
-            if is_kept:
-                self._keep_weight(start + place, target_E1R)
+            level_E1R = self._keep_weight(start + place, target_E1R) if place < first_rounded else None
             nearest_offsets(
                 target_E1R, scale_E1R, *bounds[place], self._levels, out=offset_E1R, quotient=target_E1R
             )
-            if is_kept:
-                target_E1R.copy_(offset_E1R)  # nothing is lost where the code is not what counts
-            else:
+            if level_E1R is None:
                 # One rounding: offset times stored scale is exact in fp32.
                 error_E1R.addcmul_(offset_E1R, scale_E1R, value=-1)
+            else:
+                error_E1R.sub_(level_E1R)
+                target_E1R.copy_(offset_E1R)  # nothing is clipped where the code is not what counts
             if place > leaf.start:
                 left = place - leaf.start - 1
                 unsolved[left].addcmul_(feedback[left], error_E1R)
 
-    def _keep_weight(self, position: int, target_E1R: torch.Tensor) -> None:
-        """Round a target to the dtype that is kept, and take the error against that."""
-        kept_E1R = self.kept_EKR[:, position : position + 1]
-        kept_E1R.copy_(target_E1R.to(self._kept_dtype))
-        self._errors[position].sub_(kept_E1R)
+    def _keep_weight(self, position: int, target_E1R: torch.Tensor) -> torch.Tensor:
+        """Round a target to the dtype in which it is kept."""
+        return self.kept_EKR[:, position : position + 1].copy_(target_E1R.to(self._kept_dtype))
 
     def _unsolved_targets(self, leaf: slice) -> list[torch.Tensor]:
         """The first target of a leaf, the first two, ..., all but the last."""

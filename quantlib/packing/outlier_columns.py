@@ -103,23 +103,28 @@ def num_outlier_columns(quantization_config: Mapping[str, Any], name: str) -> in
     return 0 if name in entry["except"] else columns
 
 
+def are_rising(columns: Sequence[int], end: int) -> bool:
+    """Whether columns of a linear of ``end`` are named in order, each once.
+
+    >>> are_rising([0, 5], 6), are_rising([5, 0], 6), are_rising([5, 5], 6), are_rising([6], 6)
+    (True, False, False, False)
+    """
+    return all(a < b for a, b in zip((-1, *columns), (*columns, end), strict=True))
+
+
 def _check(name: str, column_K: torch.Tensor, weight_RK: torch.Tensor, shape: tuple[int, ...]) -> None:
     columns_name, weight_name = outlier_names(name)
-    require_shape(columns_name, column_K, (weight_RK.shape[-1],))
-    require_shape(weight_name, weight_RK, (shape[0], len(column_K)))
+    require_shape(columns_name, column_K, (column_K.numel(),))
+    require_shape(weight_name, weight_RK, (shape[0], column_K.numel()))
     if column_K.dtype != torch.int32 or weight_RK.dtype not in _WEIGHT_DTYPES:
         raise PackingError(
             f"{name}: columns that are kept are named in int32 and stored in bf16, fp16 or fp32, found"
             f" {column_K.dtype} and {weight_RK.dtype}",
             linear=name,
         )
-    if not column_K.is_meta and not _are_rising(column_K.tolist(), shape[1]):
+    if not column_K.is_meta and not are_rising(column_K.tolist(), shape[1]):
         raise PackingError(
             f"{name}: the columns that are kept must rise from 0 to at most {shape[1] - 1}; the checkpoint is"
             " damaged",
             linear=name,
         )
-
-
-def _are_rising(columns: Sequence[int], end: int) -> bool:
-    return all(a < b for a, b in zip((-1, *columns), (*columns, end), strict=True))

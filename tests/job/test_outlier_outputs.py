@@ -226,7 +226,7 @@ def test_source_that_keeps_a_column_it_does_not_have_is_refused(finished, tmp_pa
 
     copy, store = _tampered(finished("compressed-tensors"), tmp_path, edit), open_store("file:///")
     source = open_source(store, f"file://{copy}")
-    with pytest.raises(CheckpointError, match="names columns from .* of 64; the checkpoint is damaged"):
+    with pytest.raises(CheckpointError, match="in order, from 0 to at most 63; the checkpoint is damaged"):
         read_tensors(store, source, [f"{UP}.weight"])
 
 

@@ -14,7 +14,7 @@ from quantlib.checkpoint.decoders.contracts import Found
 from quantlib.checkpoint.header import TensorEntry
 from quantlib.errors import CheckpointError
 from quantlib.outlier_columns import OutlierColumns
-from quantlib.packing.outlier_columns import COLUMNS, outlier_names
+from quantlib.packing.outlier_columns import COLUMNS, are_rising, outlier_names
 
 _WEIGHT_DTYPES = ("BF16", "F16", "F32")
 
@@ -57,10 +57,10 @@ def _make_rows(
     name: str, make_rows: MakeRows, columns: int, parts: Mapping[str, torch.Tensor], start: int, end: int
 ) -> torch.Tensor:
     column_K, weight_RK = parts["outlier_columns"], parts["outlier_weight"]
-    if len(column_K) and not 0 <= int(column_K.min()) <= int(column_K.max()) < columns:
+    if not are_rising(column_K.tolist(), columns):
         raise CheckpointError(
-            f"{name}.{COLUMNS} names columns from {int(column_K.min())} to {int(column_K.max())} of"
-            f" {columns}; the checkpoint is damaged",
+            f"{name}.{COLUMNS} must name columns in order, from 0 to at most {columns - 1};"
+            " the checkpoint is damaged",
             linear=name,
         )
     outliers = OutlierColumns(column_K=column_K, weight_RK=weight_RK[start:end])
