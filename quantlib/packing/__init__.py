@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quantlib.packing import awq_format, compressed_tensors_format, gptq_format
+from quantlib.packing import awq_format, bitsandbytes_format, compressed_tensors_format, gptq_format
 from quantlib.packing.contracts import PackingFormat
 
 FORMATS: dict[str, PackingFormat] = {
     compressed_tensors_format.NAME: compressed_tensors_format,
     gptq_format.NAME: gptq_format,
     awq_format.NAME: awq_format,
+    bitsandbytes_format.NAME: bitsandbytes_format,
 }
 
 

@@ -2,11 +2,13 @@
 
 import torch
 
+from quantlib.grids.formats import DIVIDED_SCALES, NESTED_SCALES
+from quantlib.grids.nested_scales import BLOCK_SCALES
 from quantlib.grids.stored_scale import held_dtype
 from quantlib.outlier_columns import OutlierColumns
 from quantlib.packing.contracts import PackingFormat
 from quantlib.packing.outlier_columns import pack_linear
-from quantlib.quantized import QuantizedLinear
+from quantlib.quantized import NestedScales, QuantizedLinear
 from quantlib.schemes import WeightScheme
 
 
@@ -41,12 +43,23 @@ def packed_on_meta(
         scale_RG=torch.empty(rows, groups, dtype=scale_dtype, device="meta"),
         zero_RG=None if scheme.is_symmetric else torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
         scheme=scheme,
-        outliers=_outliers_on_meta(rows, num_outliers, model_dtype) if num_outliers else None,
+        model_dtype=model_dtype,
+        divisor_R1=torch.empty(rows, 1, device="meta") if scheme.scales == DIVIDED_SCALES else None,
+        nested=_nested(rows, groups) if scheme.scales == NESTED_SCALES else None,
+        outliers=_outliers(rows, num_outliers, model_dtype) if num_outliers else None,
     )
     return pack_linear(packer, name, quantized)
 
 
-def _outliers_on_meta(rows: int, count: int, dtype: torch.dtype) -> OutlierColumns:
+def _nested(rows: int, groups: int) -> NestedScales:
+    return NestedScales(
+        code_RG=torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
+        absmax_N=torch.empty(-(-rows * groups // BLOCK_SCALES), device="meta"),
+        offset=torch.empty((), device="meta"),
+    )
+
+
+def _outliers(rows: int, count: int, dtype: torch.dtype) -> OutlierColumns:
     return OutlierColumns(
         column_K=torch.empty(count, dtype=torch.int32, device="meta"),
         weight_RK=torch.empty(rows, count, dtype=dtype, device="meta"),

@@ -37,6 +37,14 @@ _RECIPES = {
     "awq": {"format": "awq"},
     "quantized": {"scheme": "W3A16", "propagation": "quantized"},
     "mixtral": {"source": "mixtral"},
+    "NVFP4A16": {"scheme": "NVFP4A16", "group_size": None},
+    "FP8A16_BLOCK": {"scheme": "FP8A16_BLOCK", "group_size": None},
+    "bitsandbytes": {
+        "format": "bitsandbytes",
+        "scheme": "NF4_DQ",
+        "group_size": None,
+        "rules": ({"match": "*.down_proj", "keep": True},),
+    },
 }
 
 
