@@ -61,8 +61,9 @@ class BlockStatistics:
 
         Returns:
             ``excluded``, rows left out now; ``tokens``; of readers inside experts ``routed``, the tokens
-            they were given, and ``dropped``, those they were given besides and that were not finite; from
-            cell 0 ``exponents``.
+            they were given, and ``dropped``, those they were given besides and that were not finite;
+            ``outliers``, of readers that are summed the columns that held an outlier; from cell 0
+            ``exponents``.
 
         Raises:
             NumericsError: The cell's sums are not finite or cannot be added; names the cell, its rows and
@@ -85,6 +86,10 @@ class BlockStatistics:
                 "tokens": observed.num_tokens,
                 "routed": dict(observed.statistics.rows),
                 "dropped": dict(observed.statistics.dropped),
+                "outliers": {
+                    number: found_C.nonzero()[:, 0].tolist()
+                    for number, found_C in observed.statistics.outliers.items()
+                },
                 "exponents": self._exponents(sums, cell, observed, partials) if cell.number == 0 else None,
             }
             sums.pending.append((cell, partials))

@@ -30,6 +30,19 @@ def natural_order(columns: int, device: torch.device | str = "cpu") -> torch.Ten
     return torch.arange(columns, device=device).flip(0)
 
 
+def with_last(order_C: torch.Tensor, last_K: torch.Tensor) -> torch.Tensor:
+    """The order in which some columns are solved after all others, the first of them before the second.
+
+    Shapes:
+        order_C: int64 [C], position -> column.
+        last_K: int64 [K], columns.
+
+    >>> with_last(natural_order(5), torch.tensor([3, 1])).tolist()
+    [1, 3, 4, 2, 0]
+    """
+    return torch.cat((last_K.flip(0), order_C[~torch.isin(order_C, last_K)]))
+
+
 def group_aware_order(diagonal_C: torch.Tensor, width: int) -> torch.Tensor:
     """Activation order within groups of ``width`` columns, whole groups by their largest diagonal.
 

@@ -32,6 +32,7 @@ from quantlib.methods.contracts import (
 from quantlib.methods.fitted_scales import cuts_half_step
 from quantlib.methods.whole_solve import given_to, merged_rows
 from quantlib.packing.contracts import PackingFormat
+from quantlib.packing.outlier_columns import pack_linear
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import SolverSettings
 from quantlib.steps import CorrectedResult, correct_bias
@@ -270,7 +271,8 @@ class GroupSolver:
         for result in results:
             name = result.report.name
             quantized = dataclasses.replace(result.quantized, model_dtype=dtypes[name])
-            packed |= {key: value.cpu() for key, value in self._packer.pack(name, quantized).items()}
+            tensors = pack_linear(self._packer, name, quantized)
+            packed |= {key: value.cpu() for key, value in tensors.items()}
             if result.bias_R is not None:
                 packed[f"{name}.bias"] = result.bias_R.cpu()
             rows.append(_with_tokens(result.report, tokens).to_dict())
@@ -356,6 +358,7 @@ def _merged(block: BlockPlan, group: int, solved: Sequence[TileRows]) -> Iterato
 
 
 def _with_tokens(report: LinearReport, tokens: GroupTokens) -> LinearReport:
+    report = dataclasses.replace(report, outlier_columns=tokens.outlier_columns)
     if tokens.shared is None:
         return report
     lacks_all = tokens.own == 0 and report.fallback is None and report.method != "rtn"

@@ -11,6 +11,7 @@ import torch
 
 from quantlib.grids.levels import levels_of
 from quantlib.grouping import by_group
+from quantlib.outlier_columns import OutlierColumns, joined_outliers
 from quantlib.schemes import WeightScheme
 
 
@@ -58,6 +59,7 @@ class QuantizedLinear:
         nested: What the scales are made of where they are quantized (``NESTED_SCALES``); else None.
         model_dtype: Of the weight before, which no level depends on and some layouts state; None where
             nobody said it.
+        outliers: Columns that mean something else than their codes.
     """
 
     codes_RC: torch.Tensor
@@ -67,6 +69,7 @@ class QuantizedLinear:
     divisor_R1: torch.Tensor | None = None
     nested: NestedScales | None = None
     model_dtype: torch.dtype | None = None
+    outliers: OutlierColumns | None = None
 
     def rows(self, part: slice) -> "QuantizedLinear":
         """Some rows, as views."""
@@ -77,6 +80,7 @@ class QuantizedLinear:
             zero_RG=None if self.zero_RG is None else self.zero_RG[part],
             divisor_R1=None if self.divisor_R1 is None else self.divisor_R1[part],
             nested=None if self.nested is None else self.nested.rows(part),
+            outliers=None if self.outliers is None else self.outliers.rows(part),
         )
 
     def to(self, device: torch.device | str) -> "QuantizedLinear":
@@ -88,10 +92,11 @@ class QuantizedLinear:
             zero_RG=None if self.zero_RG is None else self.zero_RG.to(device),
             divisor_R1=None if self.divisor_R1 is None else self.divisor_R1.to(device),
             nested=None if self.nested is None else self.nested.to(device),
+            outliers=None if self.outliers is None else self.outliers.to(device),
         )
 
     def dequantize(self, out: torch.Tensor | None = None) -> torch.Tensor:
-        """The levels: scale * offset (see `quantlib.grids.levels`), fp32 [R, C].
+        """The levels: scale * offset (see `quantlib.grids.levels`), or the outlier's weight, fp32 [R, C].
 
         Args:
             out: Receives them if given; floating [R, C].
@@ -100,10 +105,11 @@ class QuantizedLinear:
         significant bits, so that with a bf16 or fp16 scale it is exact.
         """
         level_RC = torch.empty(self.codes_RC.shape, device=self.codes_RC.device) if out is None else out
-        return self._into(level_RC, self.scale_RG.float()[..., None])
+        self._into(level_RC, self.scale_RG.float()[..., None])
+        return level_RC if self.outliers is None else self.outliers.put_into_(level_RC)
 
     def offsets(self, out: torch.Tensor) -> torch.Tensor:
-        """The levels in units of their scales.
+        """The levels of all codes in units of their scales.
 
         Args:
             out: Receives them; floating [R, C].
@@ -132,6 +138,7 @@ def joined_rows(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
     if nested is not None:
         codes = [part.nested.code_RG for part in parts if part.nested is not None]
         nested = replace(nested, code_RG=torch.cat(codes))
+    outliers = [part.outliers for part in parts if part.outliers is not None]
     return replace(
         first,
         codes_RC=torch.cat([part.codes_RC for part in parts]),
@@ -139,6 +146,7 @@ def joined_rows(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
         zero_RG=_joined([part.zero_RG for part in parts]),
         divisor_R1=_joined([part.divisor_R1 for part in parts]),
         nested=nested,
+        outliers=joined_outliers(outliers) if outliers else None,
     )
 
 

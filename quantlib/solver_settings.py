@@ -25,12 +25,14 @@ class SolverSettings:
         descent_passes: Passes of coordinate descent over all columns after the first solve.
         refits_scales: Whether scales are fitted to the codes by least squares before every such pass, or at
             the end without one.
+        outlier_columns: How many columns of a linear are kept as they are beside the codes.
     """
 
     scale_search: str = "hessian"
     column_order: str = "activation"
     descent_passes: int = 0
     refits_scales: bool = False
+    outlier_columns: int = 0
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "SolverSettings":
@@ -40,6 +42,7 @@ class SolverSettings:
             column_order=options["column_order"],
             descent_passes=options["descent_passes"],
             refits_scales=options["refit_scales"],
+            outlier_columns=options["outlier_columns"],
         )
 
 

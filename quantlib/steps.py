@@ -26,6 +26,7 @@ from quantlib.model.experts import Experts, extra_rows
 from quantlib.model.late_weights import LateWeight
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
+from quantlib.packing.outlier_columns import all_packed_names, unpack_linear
 from quantlib.readers import Reader
 from quantlib.schemes import ActivationScheme, WeightScheme
 
@@ -222,7 +223,7 @@ def dequantized_weights(
         part = linear.weight
         if linear.scheme is None or part.tensor in is_late:
             continue
-        levels_RC = packer.unpack(linear.name, packed, linear.scheme).dequantize()
+        levels_RC = unpack_linear(packer, linear.name, packed, linear.scheme).dequantize()
         if part.view is None:
             found[part.tensor] = levels_RC
         else:
@@ -239,8 +240,9 @@ def late_levels(
 
     def late(linear: LinearPlan, scheme: WeightScheme) -> LateWeight:
         def begin() -> Callable[[slice], torch.Tensor]:
-            names = [name for name in packer.packed_names(linear.name) if name in packed]
-            quantized = packer.unpack(linear.name, {n: packed[n].to(device) for n in names}, scheme)
+            names = [name for name in all_packed_names(packer, linear.name) if name in packed]
+            there = {name: packed[name].to(device) for name in names}
+            quantized = unpack_linear(packer, linear.name, there, scheme)
             return lambda rows: quantized.rows(rows).dequantize()
 
         return LateWeight(shape=(linear.rows, linear.columns), begin=begin)

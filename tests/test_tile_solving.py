@@ -32,6 +32,8 @@ _OPTIONS = {
     "descent": {"descent_passes": 2},
     "refit": {"refits_scales": True},
     "both": {"descent_passes": 1, "refits_scales": True},
+    "outliers": {"outlier_columns": 3},
+    "outliers and both": {"outlier_columns": 5, "descent_passes": 1, "refits_scales": True},
 }
 
 

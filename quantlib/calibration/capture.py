@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from quantlib.calibration.partials import Partial
+from quantlib.outlier_columns import outlier_columns
 from quantlib.readers import Reader
 
 
@@ -25,6 +26,7 @@ class InputStatistics:
         grams: Reader -> X^T X, with sums for groups that are to be centered.
         crosses: Reader -> X_ref^T X, likewise, where there is a reference.
         squares: Reader -> fp32 [C], sums of squares, of those whose exponents are found together.
+        outliers: Reader that is summed -> bool [C], columns that held an outlier of its own tokens.
         rows: Reader inside experts -> rows that were counted as its own.
         dropped: Reader inside experts -> rows run besides that were not finite; they are not counted.
         bad_rows: Sequences of the cell in which some reader saw a NaN or an infinity. When there are any,
@@ -34,6 +36,7 @@ class InputStatistics:
     grams: dict[int, Partial] = field(default_factory=dict)
     crosses: dict[int, Partial] = field(default_factory=dict)
     squares: dict[int, torch.Tensor] = field(default_factory=dict)
+    outliers: dict[int, torch.Tensor] = field(default_factory=dict)
     rows: Counter[int] = field(default_factory=Counter)
     dropped: Counter[int] = field(default_factory=Counter)
     bad_rows: set[int] = field(default_factory=set)
@@ -120,15 +123,21 @@ class InputObserver(_InputWatch):
             if reader.extra_share:
                 self._add_extra(number, x.flatten(0, -2), rows_N)
             return
-        if not reader.counts_own:
-            return
         kept_N = self._kept(rows_N)
         x_NC = _picked(x.flatten(0, -2), kept_N)
+        if number in self._summed and len(x_NC):
+            self._note_outliers(number, x_NC)
+        if not reader.counts_own:
+            return
         reference = self._references.get(number)
         reference_NC = None if reference is None else _picked(reference.flatten(0, -2), kept_N)
         if source is not None:
             self._statistics.rows[number] += len(x_NC)
         self._count(number, x_NC, _picked(rows_N, kept_N), reference_NC)
+
+    def _note_outliers(self, number: int, x_NC: torch.Tensor) -> None:
+        found_C, before_C = outlier_columns(x_NC), self._statistics.outliers.get(number)
+        self._statistics.outliers[number] = found_C if before_C is None else before_C | found_C
 
     def _add_extra(self, number: int, x_NC: torch.Tensor, rows_N: torch.Tensor) -> None:
         """Rows that an expert was not given: weighed, and not worth leaving a sequence out for."""

@@ -12,6 +12,7 @@ from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.source_linears import SourceLinear
 from quantlib.errors import CheckpointError, PackingError
 from quantlib.packing import PackingFormat, format_of
+from quantlib.packing.outlier_columns import all_packed_names, num_outlier_columns
 from quantlib.packing.specs import packed_on_meta
 from quantlib.schemes import WeightScheme
 from quantlib.storage import Store
@@ -50,12 +51,14 @@ def _findings_of_linear(
 ) -> Iterator[str]:
     name = linear.name
     try:
-        scheme = packer.scheme_of(output.config["quantization_config"], name)
-        expected = {} if scheme is None else _expected(linear, weight, scheme, packer)
+        quantization = output.config["quantization_config"]
+        scheme = packer.scheme_of(quantization, name)
+        num_outliers = num_outlier_columns(quantization, name)
+        expected = {} if scheme is None else _expected(linear, weight, scheme, packer, num_outliers)
     except (CheckpointError, PackingError) as error:
         yield f"{name} is packed, but cannot be: {error}."
         return
-    parts = packer.packed_names(name)
+    parts = all_packed_names(packer, name)
     if scheme is None:
         is_packed = any(part in output.tensors for part in parts)
         found = "is packed" if is_packed else f"was a part of {weight.name}, which is not kept"
@@ -73,7 +76,11 @@ _Kind = tuple[str, tuple[int, ...]]
 
 
 def _expected(
-    linear: SourceLinear, weight: TensorEntry, scheme: WeightScheme, packer: PackingFormat
+    linear: SourceLinear,
+    weight: TensorEntry,
+    scheme: WeightScheme,
+    packer: PackingFormat,
+    num_outliers: int,
 ) -> dict[str, _Kind]:
     if len(linear.shape) != 2:
         raise CheckpointError(f"its weight in the source has {len(linear.shape)} dims", tensor=weight.name)
@@ -85,6 +92,7 @@ def _expected(
         columns=columns,
         scheme=scheme,
         model_dtype=torch_dtype(weight.dtype),
+        num_outliers=num_outliers,
     )
     return {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in packed.items()}
 

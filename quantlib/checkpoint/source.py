@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from quantlib.checkpoint.decoders import DECODERS, Found
+from quantlib.checkpoint.decoders.outlier_columns import with_outliers
 from quantlib.checkpoint.header import DTYPE_BYTES, TensorEntry
 from quantlib.checkpoint.index import Checkpoint, list_folder, open_checkpoint
 from quantlib.checkpoint.reader import fetch
@@ -50,6 +51,7 @@ def open_source(store: Store, uri: str, *, levels_dtype: str | None = None) -> C
             uri=uri,
         )
     found = DECODERS[method](quantization, checkpoint.tensors, partial(fetch, store, checkpoint))
+    found = with_outliers(found, checkpoint.tensors)
     dtype = levels_dtype or _dtype(checkpoint)
     return replace(
         checkpoint,

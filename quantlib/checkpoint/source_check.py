@@ -22,6 +22,7 @@ from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.source_linears import SourceLinear, SourceLinears
 from quantlib.job.accounts import COPIED, CORRECTED, DROPPED, QUANTIZED, Account, pattern_of, summed_up
 from quantlib.packing import FORMATS, PackingFormat, format_of
+from quantlib.packing.outlier_columns import all_packed_names
 from quantlib.storage import Store
 from quantlib.strided_view import StoredPart
 
@@ -108,7 +109,7 @@ def _split(biases: Mapping[str, StoredPart], output: Checkpoint) -> Mapping[str,
 def _packed_names(linear: SourceLinear, output: Checkpoint) -> Iterator[str]:
     """What the packed tensors of a linear may be called."""
     for packer in _packers(output):
-        yield from packer.packed_names(linear.name)
+        yield from all_packed_names(packer, linear.name)
 
 
 def _packers(output: Checkpoint) -> Sequence[PackingFormat]:

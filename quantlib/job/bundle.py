@@ -32,6 +32,7 @@ OWN_OPTIONS = (
     "column_order",
     "descent_passes",
     "refit_scales",
+    "outlier_columns",
     "rules",
 )
 

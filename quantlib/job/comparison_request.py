@@ -89,7 +89,8 @@ def comparison_request(values: Mapping[str, Any]) -> ComparisonRequest:
     entries = tuple(entry_from(word, **by_default) for word in words)
     _refuse_twice(entries)
     conversions = tuple(
-        options_from({**common, **dataclasses.asdict(entry), "output": entry.folder}) for entry in entries
+        options_from({**common, **dataclasses.asdict(entry), "output": entry.folder} | _without_data(entry))
+        for entry in entries
     )
     if conversions[0].evaluation is None:
         raise RecipeError(
@@ -99,6 +100,11 @@ def comparison_request(values: Mapping[str, Any]) -> ComparisonRequest:
     only_format(conversions[0], "a comparison")
     _refuse_out_of_reach(conversions[0], output)
     return ComparisonRequest(entries=entries, output=output, conversions=conversions)
+
+
+def _without_data(entry: SchemeEntry) -> dict[str, Any]:
+    """What an entry that needs no data has no use for, though others do; by itself it would be refused."""
+    return {"outlier_columns": 0} if entry.method == "rtn" else {}
 
 
 def _refuse_twice(entries: tuple[SchemeEntry, ...]) -> None:

@@ -56,6 +56,7 @@ def describe_plan(
         "target": plan.options["target"],
         "tensor_parallel": plan.options["tensor_parallel"],
         "solver": {name: plan.options[name] for name in FOLLOWING},
+        "outlier_columns": plan.options["outlier_columns"],
         "blocks": len(plan.blocks),
         "units": len(plan.units),
         "shards": [unit.shard for unit in plan.units],
@@ -151,7 +152,13 @@ def _solver_lines(described: dict[str, Any]) -> list[str]:
     words += ["with corrected targets"] * solver["correct_targets"]
     words += [f"{solver['descent_passes']} passes of descent"] * (solver["descent_passes"] > 0)
     words += ["scales refitted"] * solver["refit_scales"]
-    return [", ".join(words)]
+    lines = [", ".join(words)]
+    if described["outlier_columns"]:
+        lines.append(
+            f"{described['outlier_columns']} columns of every linear by gptq are kept beside its codes, which"
+            " no serving engine reads: one that takes the files reads the codes of these columns"
+        )
+    return lines
 
 
 def _mb(size_bytes: float) -> str:

@@ -33,12 +33,14 @@ class GroupTokens:
         pool: Tokens summed for all experts, which count as ``shared`` together; 0 where they are in the
             group's own sums already.
         dropped: Tokens that were to stand in and were not finite in this expert.
+        outlier_columns: Columns of the input that held an outlier in any of its own; None without tokens.
     """
 
     own: int
     shared: float | None = None
     pool: int = 0
     dropped: int = 0
+    outlier_columns: int | None = None
 
     @property
     def total(self) -> int:
@@ -59,21 +61,26 @@ class TokenCounts:
         all: Tokens that went through the block.
         routed: Reader inside experts -> tokens that it was given.
         dropped: The same -> tokens that it was given besides and that were not finite.
+        outliers: Reader -> columns that held an outlier, in whichever cell.
     """
 
     all: int = 0
     routed: Mapping[int, int] = field(default_factory=dict)
     dropped: Mapping[int, int] = field(default_factory=dict)
+    outliers: Mapping[int, frozenset[int]] = field(default_factory=dict)
 
     @classmethod
     def over(cls, cells: Iterable[Mapping[str, Any]]) -> "TokenCounts":
-        """The sum of what was told of cells; see `quantlib.block_statistics.BlockStatistics.observe`."""
+        """What was told of cells, together; see `quantlib.block_statistics.BlockStatistics.observe`."""
         tokens, routed, dropped = 0, Counter[int](), Counter[int]()
+        outliers: dict[int, frozenset[int]] = {}
         for told in cells:
             tokens += told["tokens"]
             routed.update(told["routed"])
             dropped.update(told["dropped"])
-        return cls(all=tokens, routed=dict(routed), dropped=dict(dropped))
+            for number, columns in told["outliers"].items():
+                outliers[number] = outliers.get(number, frozenset()).union(columns)
+        return cls(all=tokens, routed=dict(routed), dropped=dict(dropped), outliers=outliers)
 
 
 def merged_groups(
@@ -121,14 +128,18 @@ def group_tokens(plan: Plan, block: BlockPlan, counts: TokenCounts) -> dict[int,
     is_routed = plan.options["calibration_routing"] == ROUTED
     pools, found = readers_of(plan, block).pools, {}
     for number, leader in enumerate(_leaders(block)):
+        columns = counts.outliers.get(number)
+        num_outliers = None if columns is None else len(columns)
         if leader.experts is None or not is_routed or not counts.all:
-            found[number] = GroupTokens(own=counts.routed.get(number, counts.all))
+            own = counts.routed.get(number, counts.all)
+            found[number] = GroupTokens(own=own, outlier_columns=num_outliers)
         else:
             found[number] = GroupTokens(
                 own=counts.routed.get(number, 0),
                 shared=_shared_tokens(plan, leader.columns),
                 pool=counts.routed.get(pools[number], 0) if number in pools else 0,
                 dropped=counts.dropped.get(number, 0),
+                outlier_columns=num_outliers,
             )
     return found
 

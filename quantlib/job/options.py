@@ -131,6 +131,14 @@ class JobOptions:
         "Fit scales to the codes by least squares after gptq; by default below 4 bits.",
         in_identity=True,
     )
+    outlier_columns: int = declare(
+        0,
+        _HOW,
+        "Columns of every linear of gptq, those with the strongest inputs, that are kept in 16 bits beside"
+        " the codes; no serving engine reads them.",
+        minimum=0,
+        in_identity=True,
+    )
     correct_biases: bool = declare(
         False,
         _HOW,
@@ -297,6 +305,8 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
             f" target is named; name one of {', '.join(TARGETS)}, or leave it out",
             option="tensor_parallel",
         )
+    if options.outlier_columns:
+        _refuse_unused_outliers(options, rules)
     if options.correct_targets and options.propagation != "quantized":
         raise RecipeError(
             f"correct_targets needs propagation quantized, found {options.propagation}: with the original"
@@ -352,6 +362,21 @@ def _refuse_missing_calibration(options: JobOptions, rules: Sequence[Rule]) -> N
             "method gptq needs calibration text and none was given; name it with calibration,"
             " or use method rtn",
             option="calibration",
+        )
+
+
+def _refuse_unused_outliers(options: JobOptions, rules: Sequence[Rule]) -> None:
+    if "gptq" not in {options.method, *(rule.method for rule in rules)}:
+        raise RecipeError(
+            f"outlier_columns {options.outlier_columns} needs method gptq, found {options.method}: which"
+            " inputs are strong is known from calibration text alone",
+            option="outlier_columns",
+        )
+    if options.target is not None:
+        raise RecipeError(
+            f"outlier_columns {options.outlier_columns} adds tensors that no serving engine reads, and target"
+            f" names {options.target}; leave one of them out",
+            option="outlier_columns",
         )
 
 

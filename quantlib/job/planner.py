@@ -321,9 +321,12 @@ def _plan_block(
     linears = []
     for linear in spec.linears:
         method, scheme = rule_for(options, linear.name)
+        # Without data nothing tells which inputs are strong.
+        num_outliers = options.outlier_columns if scheme is not None and method == "gptq" else 0
         if scheme is not None:
             packer.check(linear.name, linear.rows, linear.columns, scheme)
             _refuse_computed(linear)
+            _refuse_few_columns(linear, num_outliers)
         linears.append(
             LinearPlan(
                 name=linear.name,
@@ -333,6 +336,7 @@ def _plan_block(
                 columns=linear.columns,
                 method=method if scheme is not None else None,
                 scheme=scheme,
+                num_outliers=num_outliers,
                 corrects_bias=options.correct_biases
                 and linear.has_own_bias
                 and scheme is not None
@@ -355,6 +359,16 @@ def _plan_block(
         linears=tuple(linears),
         input_groups=tuple(groups),
     )
+
+
+def _refuse_few_columns(linear: LinearSpec, num_outliers: int) -> None:
+    if num_outliers >= linear.columns:
+        raise RecipeError(
+            f"outlier_columns {num_outliers} would keep all columns of {linear.name}, which has"
+            f" {linear.columns}; ask for fewer, or keep this linear by a rule",
+            option="outlier_columns",
+            linear=linear.name,
+        )
 
 
 def _refuse_computed(linear: LinearSpec) -> None:
@@ -469,6 +483,7 @@ def _packed_specs(block: BlockPlan, packer: PackingFormat) -> list[TensorSpec]:
             columns=linear.columns,
             scheme=linear.scheme,
             model_dtype=torch_dtype(linear.weight_dtype),
+            num_outliers=linear.num_outliers,
         )
         specs += [
             TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))

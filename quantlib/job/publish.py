@@ -14,6 +14,7 @@ from quantlib.job.provenance import PROVENANCE_NAME, build_provenance
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_html import render_html
 from quantlib.packing import FORMATS
+from quantlib.packing.outlier_columns import config_with_outliers
 from quantlib.storage import Store, join_uri
 
 
@@ -56,7 +57,10 @@ def published_names(plan: Plan) -> tuple[str, ...]:
 
 def _quantization(plan: Plan) -> dict[str, Any]:
     packer = FORMATS[plan.options["format"]]
-    return packer.quantization_config(schemes_of(plan.blocks), plan.kept_linears)
+    quantization = packer.quantization_config(schemes_of(plan.blocks), plan.kept_linears)
+    quantized = [x for block in plan.blocks for x in block.linears if x.scheme is not None]
+    without = [linear.name for linear in quantized if not linear.num_outliers]
+    return config_with_outliers(quantization, plan.options["outlier_columns"], without)
 
 
 def _format_files(plan: Plan) -> dict[str, bytes]:

@@ -94,13 +94,15 @@ def model_name(report: Mapping[str, Any]) -> str:
 
 
 def request(report: Mapping[str, Any]) -> str:
-    """Scheme, group size, method and format in a few words."""
+    """Scheme, group size, method, columns kept and format in a few words."""
     options = report.get("options") or {}
     group_size = options.get("group_size")
+    outliers = options.get("outlier_columns")
     words = (
         options.get("scheme"),
         None if group_size is None else groups_said(group_size),
         options.get("method"),
+        f"{outliers} outlier columns" if outliers else None,
         options.get("format"),
     )
     return ", ".join(str(word) for word in words if word)
@@ -111,6 +113,26 @@ def linears(report: Mapping[str, Any]) -> Iterator[tuple[int, Mapping[str, Any]]
     for block in report.get("blocks") or ():
         for linear in block.get("linears") or ():
             yield block.get("index", 0), linear
+
+
+def outlier_sentence(report: Mapping[str, Any]) -> str | None:
+    """In how many linears inputs were far larger than others; None where no tokens were seen.
+
+    >>> linears = [{"name": "a", "outlier_columns": 3}, {"name": "b", "outlier_columns": 0}]
+    >>> outlier_sentence({"blocks": [{"linears": linears}]})
+    'Inputs of a magnitude of 6 or more: in 1 of 2 linears, in at most 3 columns of one (a).'
+    """
+    found = [x for _, x in linears(report) if is_number(x.get("outlier_columns"))]
+    if not found:
+        return None
+    with_some = [x for x in found if x["outlier_columns"]]
+    if not with_some:
+        return f"No linear of {count(len(found))} had an input of a magnitude of 6 or more."
+    most = max(with_some, key=lambda x: x["outlier_columns"])
+    return (
+        f"Inputs of a magnitude of 6 or more: in {count(len(with_some))} of {count(len(found))} linears,"
+        f" in at most {count(most['outlier_columns'])} columns of one ({most.get('name')})."
+    )
 
 
 def linear_kind(name: str) -> str:

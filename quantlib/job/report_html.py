@@ -271,13 +271,17 @@ def _worst(report: Mapping[str, Any]) -> str:
             number(linear.get("damping_fraction")),
             number(linear.get("bias_change")),
             number(linear.get("dead_columns")),
+            number(linear.get("outlier_columns")),
             linear.get("fallback"),
         )
         for linear in figures.worst_linears(report, _LISTED)
     ]
     errors = ("#relative error", "#predicted", "#clipped")
-    heads = ("linear", "method", *errors, "#damping", "#bias moved", "#dead columns", "fallback")
-    return _section("Linears with the largest error", _table(heads, rows)) if rows else ""
+    columns = ("#dead columns", "#outlier columns")
+    heads = ("linear", "method", *errors, "#damping", "#bias moved", *columns, "fallback")
+    outliers = figures.outlier_sentence(report)
+    below = f"<p>{escape(outliers)}</p>" if outliers else ""
+    return _section("Linears with the largest error", _table(heads, rows) + below) if rows else ""
 
 
 def _blocks(report: Mapping[str, Any]) -> str:

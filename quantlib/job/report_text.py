@@ -102,7 +102,10 @@ def _worst(report: Mapping[str, Any]) -> str:
         (str(x.get("name")), number(x["relative_error"]), number(x.get("damping_fraction")))
         for x in figures.worst_linears(report, _LISTED)
     ]
-    return text_table(("worst linears", "error", "damping"), rows) if rows else ""
+    lines = [text_table(("worst linears", "error", "damping"), rows)] if rows else []
+    if outliers := figures.outlier_sentence(report):
+        lines.append(outliers)
+    return "\n".join(lines)
 
 
 def _exceptions(report: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ import torch
 from quantlib.grids.affine import AffineGrid, whole_vectors
 from quantlib.linalg import Factor
 from quantlib.methods import column_tile
-from quantlib.methods.column_tile import ColumnTile
+from quantlib.methods.column_tile import Chosen, ColumnTile
 
 
 def solve_codes(
@@ -46,13 +46,22 @@ def solve_codes(
     Source: Frantar et al., GPTQ (arXiv 2210.17323), rewritten with R from H = R R^T (arXiv 2507.18553).
     """
     (found,) = solve_codes_of_batch([weight_RC], [grid], [factor])
-    return found
+    return found.codes_RC, found.num_clipped_R
 
 
 def solve_codes_of_batch(
-    weights: Sequence[torch.Tensor], grids: Sequence[AffineGrid], factors: Sequence[Factor]
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    weights: Sequence[torch.Tensor],
+    grids: Sequence[AffineGrid],
+    factors: Sequence[Factor],
+    *,
+    num_kept: int = 0,
+    kept_dtype: torch.dtype = torch.float32,
+) -> list[Chosen]:
     """`solve_codes` of several row tiles of one shape and scheme, each with a factor of its own.
+
+    Args:
+        num_kept: How many of the factors' first positions are of columns that are kept.
+        kept_dtype: In which they are.
 
     Numerics: on a CPU the codes of each are those that it has alone.
     """
@@ -63,9 +72,11 @@ def solve_codes_of_batch(
             [weight_RC[filled_rows] for weight_RC in weights],
             [grid.rows(filled_rows) for grid in grids],
             factors,
+            num_kept=num_kept,
+            kept_dtype=kept_dtype,
         )
-        return [(codes_RC[:num_rows], num_clipped_R[:num_rows]) for codes_RC, num_clipped_R in filled]
-    tile = ColumnTile(weights, grids, [factor.order_C for factor in factors])
+        return [found.first_rows(num_rows) for found in filled]
+    tile = ColumnTile(weights, grids, [factor.order_C for factor in factors], num_kept, kept_dtype)
     for end in range(columns, 0, -column_tile.BATCH_COLUMNS):
         _solve_batch(tile, factors, max(0, end - column_tile.BATCH_COLUMNS), end)
     return tile.found()

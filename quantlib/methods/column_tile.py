@@ -5,11 +5,15 @@ column batch, L of a leaf inside it, G groups. Rows know nothing of each other, 
 its own order of columns and its own feedback. What works on single entries is done for all of them in one
 operation, products are taken linear by linear, so that no bit depends on which linears make a batch.
 
+The first K positions, which are solved last, may be of columns that are kept in a floating dtype: their
+targets are rounded to that and take up what rounding all others left.
+
 All is transposed, so that a column is contiguous and an operation vectorizes. Columns of the buffers are by
 position of an order, the last being solved first, except in ``codes_ECR``, which is in natural column order.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +26,29 @@ BATCH_COLUMNS = 128
 LEAF_COLUMNS = 16
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chosen:
+    """What was chosen for some rows of a linear.
+
+    Shapes:
+        codes_RC: uint8, in natural column order.
+        num_clipped_R: int64, how many targets of each row lay more than half a step outside the grid.
+        kept_RK: Weights of the columns that are kept, in the dtype of the arithmetic, by position.
+    """
+
+    codes_RC: torch.Tensor
+    num_clipped_R: torch.Tensor
+    kept_RK: torch.Tensor
+
+    def first_rows(self, count: int) -> "Chosen":
+        """Without those that filled up a vector."""
+        return Chosen(
+            codes_RC=self.codes_RC[:count],
+            num_clipped_R=self.num_clipped_R[:count],
+            kept_RK=self.kept_RK[:count],
+        )
+
+
 class ColumnTile:
     """State of the solve of some rows.
 
@@ -29,11 +56,14 @@ class ColumnTile:
         weights: E of [R, C], in the dtype of the arithmetic.
         grids: Of one scheme; scales of these rows, in their stored dtype.
         orders: E of int64 [C], position -> column.
+        num_kept: K, first positions whose columns are kept.
+        kept_dtype: In which they are.
 
     Attributes:
         error_ECR: Weight minus level by position; the weight itself where no code was chosen yet.
         codes_ECR: uint8, by column.
         num_clipped_ER: How many targets lay more than half a step outside the grid.
+        kept_EKR: Weights of the columns that are kept, by position.
     """
 
     def __init__(
@@ -41,6 +71,8 @@ class ColumnTile:
         weights: Sequence[torch.Tensor],
         grids: Sequence[AffineGrid],
         orders: Sequence[torch.Tensor],
+        num_kept: int = 0,
+        kept_dtype: torch.dtype = torch.float32,
     ) -> None:
         (rows, columns), count = weights[0].shape, len(weights)
         kind = {"dtype": weights[0].dtype, "device": weights[0].device}
@@ -53,6 +85,8 @@ class ColumnTile:
                 error_CR[part] = weight_RC.index_select(1, order_C[part]).T
         self.codes_ECR = torch.empty(count, columns, rows, dtype=torch.uint8, device=kind["device"])
         self.num_clipped_ER = torch.zeros(count, rows, dtype=torch.int64, device=kind["device"])
+        self.kept_EKR = torch.empty(count, num_kept, rows, **kind)
+        self._num_kept, self._kept_dtype = num_kept, kept_dtype
         self._target_EBR = torch.empty(count, BATCH_COLUMNS, rows, **kind)
         self._offset_EBR = torch.empty_like(self._target_EBR)
         # The groups of one linear after those of the other, so that one lookup serves all.
@@ -71,9 +105,10 @@ class ColumnTile:
         self._offsets = self._offset_EBR.split(1, 1)
         self._unsolved: dict[tuple[int, int], list[torch.Tensor]] = {}
 
-    def take_codes(self, codes: Sequence[torch.Tensor]) -> None:
-        """Start from codes that were chosen before, E of uint8 [R, C]."""
+    def take_codes(self, codes: Sequence[torch.Tensor], kept: Sequence[torch.Tensor] = ()) -> None:
+        """Start from what was chosen before: E of uint8 [R, C], and weights kept, E of [R, K] by position."""
         columns = self.error_ECR.shape[1]
+        weight_EKR = self.error_ECR[:, : self._num_kept].clone()
         for start in range(0, columns, BATCH_COLUMNS):
             part = slice(start, min(start + BATCH_COLUMNS, columns))
             of_columns = [
@@ -84,6 +119,8 @@ class ColumnTile:
             offset_EBR = torch.empty_like(code_EBR, dtype=self.error_ECR.dtype)
             self._levels.decode(code_EBR, self._zero(part), out=offset_EBR)
             self.error_ECR[:, part].addcmul_(offset_EBR, self._by_position(self._scale_GR, part), value=-1)
+        if self._num_kept:
+            self.error_ECR[:, : self._num_kept] = weight_EKR - torch.stack(list(kept)).transpose(1, 2)
 
     def targets(self, start: int, end: int) -> torch.Tensor:
         """The buffer [E, end - start, R] for the targets of positions [start, end)."""
@@ -112,11 +149,13 @@ class ColumnTile:
             self._solve_leaf(start, leaf, feedback_ELL, scales, bounds)
         self._keep(batch)
 
-    def found(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Of each linear its codes [R, C] and what was clipped of its rows."""
+    def found(self) -> list[Chosen]:
+        """Of each linear what was chosen."""
         return [
-            (codes_CR.T.contiguous(), num_clipped_R)
-            for codes_CR, num_clipped_R in zip(self.codes_ECR, self.num_clipped_ER, strict=True)
+            Chosen(codes_RC=codes_CR.T.contiguous(), num_clipped_R=num_clipped_R, kept_RK=kept_KR.T)
+            for codes_CR, num_clipped_R, kept_KR in zip(
+                self.codes_ECR, self.num_clipped_ER, self.kept_EKR, strict=True
+            )
         ]
 
     def _solve_leaf(
@@ -129,17 +168,27 @@ class ColumnTile:
     ) -> None:
         feedback = _below_diagonal(feedback_ELL)
         unsolved = self._unsolved_targets(leaf)
+        first_rounded = self._num_kept - start
         for place in range(leaf.stop - 1, leaf.start - 1, -1):
             target_E1R, offset_E1R, scale_E1R = self._targets[place], self._offsets[place], scales[place]
             error_E1R = self._errors[start + place]
+            level_E1R = self._keep_weight(start + place, target_E1R) if place < first_rounded else None
             nearest_offsets(
                 target_E1R, scale_E1R, *bounds[place], self._levels, out=offset_E1R, quotient=target_E1R
             )
-            # One rounding: offset times stored scale is exact in fp32.
-            error_E1R.addcmul_(offset_E1R, scale_E1R, value=-1)
+            if level_E1R is None:
+                # One rounding: offset times stored scale is exact in fp32.
+                error_E1R.addcmul_(offset_E1R, scale_E1R, value=-1)
+            else:
+                error_E1R.sub_(level_E1R)
+                target_E1R.copy_(offset_E1R)  # nothing is clipped where the code is not what counts
             if place > leaf.start:
                 left = place - leaf.start - 1
                 unsolved[left].addcmul_(feedback[left], error_E1R)
+
+    def _keep_weight(self, position: int, target_E1R: torch.Tensor) -> torch.Tensor:
+        """Round a target to the dtype in which it is kept."""
+        return self.kept_EKR[:, position : position + 1].copy_(target_E1R.to(self._kept_dtype))
 
     def _unsolved_targets(self, leaf: slice) -> list[torch.Tensor]:
         """The first target of a leaf, the first two, ..., all but the last."""

@@ -53,6 +53,8 @@ class LinearReport:
             the mean (but for ``coarse_bias``), and ``relative_error`` holds what rounding left of the bias.
         shared_tokens: Of a routed expert, how many tokens those count for that were not its own; else None.
         dropped_tokens: Such tokens that were not finite in this expert and are not counted.
+        outlier_columns: Columns of the input with a magnitude of 6 or more in some token (LLM.int8's outlier
+            features); None where no token was seen.
     """
 
     name: str
@@ -70,6 +72,7 @@ class LinearReport:
     bias_change: float | None = None
     shared_tokens: float | None = None
     dropped_tokens: int | None = None
+    outlier_columns: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values under the attribute names."""

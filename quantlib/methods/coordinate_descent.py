@@ -12,7 +12,7 @@ import torch
 
 from quantlib.grids.affine import AffineGrid, whole_vectors
 from quantlib.methods import column_tile
-from quantlib.methods.column_tile import ColumnTile
+from quantlib.methods.column_tile import Chosen, ColumnTile
 
 
 def descend(
@@ -47,7 +47,7 @@ def descend(
     (found,) = descend_in_batch(
         [weight_RC], [codes_RC], [grid], [hessian_CC], dampings=[damping], orders=[order_C]
     )
-    return found
+    return found.codes_RC, found.num_clipped_R
 
 
 def descend_in_batch(
@@ -58,8 +58,15 @@ def descend_in_batch(
     *,
     dampings: Sequence[float],
     orders: Sequence[torch.Tensor],
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    kept: Sequence[torch.Tensor] = (),
+    kept_dtype: torch.dtype = torch.float32,
+) -> list[Chosen]:
     """`descend` of several row tiles of one shape and scheme, each with a Hessian of its own.
+
+    Args:
+        kept: Of each the weights [R, K] at the first positions, where these columns are kept; they are chosen
+            anew as well.
+        kept_dtype: In which they are kept.
 
     Numerics: on a CPU the codes of each are those that it has alone.
     """
@@ -73,11 +80,13 @@ def descend_in_batch(
             hessians,
             dampings=dampings,
             orders=orders,
+            kept=[kept_RK[filled_rows] for kept_RK in kept],
+            kept_dtype=kept_dtype,
         )
-        return [(codes_RC[:num_rows], num_clipped_R[:num_rows]) for codes_RC, num_clipped_R in filled]
-    tile = ColumnTile(weights, grids, orders)
+        return [found.first_rows(num_rows) for found in filled]
+    tile = ColumnTile(weights, grids, orders, kept[0].shape[1] if kept else 0, kept_dtype)
     weight_ECR = tile.error_ECR.clone()
-    tile.take_codes(codes)
+    tile.take_codes(codes, kept)
     for end in range(columns, 0, -column_tile.BATCH_COLUMNS):
         start = max(0, end - column_tile.BATCH_COLUMNS)
         feedback = [

@@ -5,6 +5,7 @@ with a factor of its own. Only the loop over columns runs for all of them at onc
 tile after the other, and on a CPU no bit of a tile depends on the rest of its batch.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,11 +16,13 @@ from quantlib.grids.given_scales import GivenScales, stacked
 from quantlib.grids.levels import levels_of
 from quantlib.linalg import Factor
 from quantlib.methods.column_solver import solve_codes_of_batch
+from quantlib.methods.column_tile import Chosen
 from quantlib.methods.contracts import Circumstances, SolvedRows
 from quantlib.methods.coordinate_descent import descend_in_batch
 from quantlib.methods.fitted_scales import fitted_scales
 from quantlib.methods.measures import error_energy, expected_energy, weight_energy
 from quantlib.methods.scale_refit import refit_scales
+from quantlib.outlier_columns import OutlierColumns
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import SolverSettings
 
@@ -31,6 +34,7 @@ class Problem:
     Shapes:
         hessian_CC: Not damped.
         importance_C: Of the columns, for the search of scales; None where that does not ask.
+        kept_K: int64 [K], columns that are kept beside the codes: those at the factor's first positions.
 
     Attributes:
         factor: Of the damped Hessian.
@@ -40,6 +44,7 @@ class Problem:
     factor: Factor
     hessian_CC: torch.Tensor
     importance_C: torch.Tensor | None
+    kept_K: torch.Tensor
     circumstances: Circumstances
     settings: SolverSettings
 
@@ -54,22 +59,34 @@ class FeedbackTile:
     Attributes:
         targets: Linear -> its rows, views of ``weight_RC``.
         problem: What belongs to their columns.
+        kept_dtype: In which columns are kept: that of the stored weights.
         given: Linear -> what the scales of its rows owe to the whole weight, where they do.
     """
 
     targets: Mapping[str, torch.Tensor]
     weight_RC: torch.Tensor
     problem: Problem
+    kept_dtype: torch.dtype
     given: Mapping[str, GivenScales]
 
 
 @dataclass(slots=True)
 class _Solved:
-    """Codes of a tile, clipped targets a row, and the grid they are codes of."""
+    """What was chosen for a tile, and the grid of its codes."""
 
-    codes_RC: torch.Tensor
-    num_clipped_R: torch.Tensor
+    chosen: Chosen
     grid: AffineGrid
+    kept_K: torch.Tensor
+    kept_dtype: torch.dtype
+
+    @property
+    def outliers(self) -> OutlierColumns | None:
+        """As they are stored."""
+        if not len(self.kept_K):
+            return None
+        column_K, place_K = self.kept_K.sort()
+        weight_RK = self.chosen.kept_RK.index_select(1, place_K).to(self.kept_dtype)
+        return OutlierColumns(column_K=column_K.int(), weight_RK=weight_RK)
 
 
 def solve_tiles(
@@ -100,6 +117,7 @@ def _fitted(tile: FeedbackTile, scheme: WeightScheme, scale_dtype: torch.dtype) 
         search=problem.settings.scale_search,
         scale_dtype=scale_dtype,
         importance_C=problem.importance_C,
+        without_K=problem.kept_K if len(problem.kept_K) else None,
         given=stacked([tile.given[name] for name in tile.targets]) if tile.given else None,
     )
 
@@ -107,8 +125,17 @@ def _fitted(tile: FeedbackTile, scheme: WeightScheme, scale_dtype: torch.dtype) 
 def _solved(tiles: Sequence[FeedbackTile], fitted: Sequence[AffineGrid]) -> list[_Solved]:
     weights = [tile.weight_RC for tile in tiles]
     factors = [tile.problem.factor for tile in tiles]
-    codes = solve_codes_of_batch(weights, fitted, factors)
-    solved = [_Solved(*found, grid) for found, grid in zip(codes, fitted, strict=True)]
+    chosen = solve_codes_of_batch(
+        weights,
+        fitted,
+        factors,
+        num_kept=len(tiles[0].problem.kept_K),
+        kept_dtype=tiles[0].kept_dtype,
+    )
+    solved = [
+        _Solved(found, grid, tile.problem.kept_K, tile.kept_dtype)
+        for found, grid, tile in zip(chosen, fitted, tiles, strict=True)
+    ]
     settings = tiles[0].problem.settings
     refits = settings.refits_scales and not fitted[0].scheme.has_given_scales
     for _ in range(settings.descent_passes):
@@ -124,43 +151,57 @@ def _refit_(solved: Sequence[_Solved], tiles: Sequence[FeedbackTile]) -> None:
     for found, tile in zip(solved, tiles, strict=True):
         problem = tile.problem
         found.grid = refit_scales(
-            tile.weight_RC, found.codes_RC, found.grid, problem.hessian_CC, damping=problem.factor.damping
+            tile.weight_RC,
+            found.chosen.codes_RC,
+            found.grid,
+            problem.hessian_CC,
+            damping=problem.factor.damping,
+            outliers=found.outliers,
         )
 
 
 def _descend_(solved: Sequence[_Solved], tiles: Sequence[FeedbackTile]) -> None:
     passed = descend_in_batch(
         [tile.weight_RC for tile in tiles],
-        [found.codes_RC for found in solved],
+        [found.chosen.codes_RC for found in solved],
         [found.grid for found in solved],
         [tile.problem.hessian_CC for tile in tiles],
         dampings=[tile.problem.factor.damping for tile in tiles],
         orders=[tile.problem.factor.order_C for tile in tiles],
+        kept=[found.chosen.kept_RK for found in solved],
+        kept_dtype=tiles[0].kept_dtype,
     )
-    for found, (codes_RC, num_clipped_R) in zip(solved, passed, strict=True):
-        found.codes_RC, found.num_clipped_R = codes_RC, num_clipped_R
+    for found, chosen in zip(solved, passed, strict=True):
+        found.chosen = chosen
 
 
 def _parts(tile: FeedbackTile, solved: _Solved, *, expected_scale_RG: torch.Tensor) -> dict[str, SolvedRows]:
     """Of every linear its rows, and what they cost; expected is what the scales before any refit promise."""
     problem, grid, found, start = tile.problem, solved.grid, {}, 0
     factor, width = problem.factor, grid.scheme.columns_per_group(tile.weight_RC.shape[1])
+    pivots_C, outliers = factor.pivots_C, solved.outliers
+    if outliers is not None:
+        # What is kept leaves no error to expect.
+        pivots_C = pivots_C.clone()
+        pivots_C[: len(problem.kept_K)] = 0.0
     for name, target_rC in tile.targets.items():
         part = slice(start, start + len(target_rC))
         start = part.stop
         expected = None
         if levels_of(grid.scheme).is_uniform:
             scale_rG = expected_scale_RG[part]
-            expected = expected_energy(scale_rG, factor.pivots_C, factor.order_C, width)
+            expected = expected_energy(scale_rG, pivots_C, factor.order_C, width)
         nested = tile.given[name].nested if tile.given else None
-        quantized = with_codes(grid.rows(part), solved.codes_RC[part].clone(), nested)
+        quantized = with_codes(grid.rows(part), solved.chosen.codes_RC[part].clone(), nested)
+        if outliers is not None:
+            quantized = dataclasses.replace(quantized, outliers=outliers.rows(part))
         found[name] = SolvedRows(
             quantized=quantized,
             circumstances=problem.circumstances,
             weight_energy=weight_energy(target_rC, problem.hessian_CC),
             error_energy=error_energy(target_rC, quantized, problem.hessian_CC),
             expected_energy=expected,
-            num_clipped=int(solved.num_clipped_R[part].sum()),
+            num_clipped=int(solved.chosen.num_clipped_R[part].sum()),
             num_bounded=int(grid.is_bounded_RG[part].sum()),
         )
     return found

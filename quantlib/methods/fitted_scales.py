@@ -21,6 +21,7 @@ def fitted_scales(
     scale_dtype: torch.dtype,
     importance_C: torch.Tensor | None,
     given: GivenScales | None = None,
+    without_K: torch.Tensor | None = None,
 ) -> AffineGrid:
     """The grid of a row tile.
 
@@ -28,6 +29,7 @@ def fitted_scales(
         weight_RC: floating [R, C], finite.
         importance_C: fp32 [C], by which the search weighs errors; None for equal importance. Extremes need
             none.
+        without_K: int64 [K], columns that scales need not suit; None for none.
 
     Args:
         search: One of `quantlib.solver_settings.SCALE_SEARCHES`.
@@ -39,6 +41,9 @@ def fitted_scales(
     if given is not None and given.grid is not None:
         return given.grid
     divisor_R1 = None if given is None else given.divisor_R1
+    if without_K is not None:
+        # Zero is a level of every grid and widens none.
+        weight_RC = weight_RC.index_fill(1, without_K, 0.0)
     if search in FROM_EXTREMES:
         return fit_to_extremes(
             weight_RC,

@@ -8,11 +8,12 @@ of its own (the experts of a block), may be solved as one batch, which changes n
 are `contracts.SolverSettings`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import torch
 
-from quantlib.column_order import activation_order, group_aware_order, natural_order
+from quantlib.column_order import activation_order, group_aware_order, natural_order, with_last
 from quantlib.errors import NumericsError
 from quantlib.grids.given_scales import NOTHING_GIVEN, GivenScales
 from quantlib.linalg import DAMPED, Factor, factor_hessian, inverse_diagonal
@@ -28,6 +29,7 @@ from quantlib.methods.feedback_tiles import FeedbackTile, Problem, solve_tiles
 from quantlib.methods.measures import at_least_fp32, check_weights
 from quantlib.methods.rtn import Rounding, num_dead_columns
 from quantlib.methods.target_correction import corrected_weight, target_change
+from quantlib.outlier_columns import strongest_columns
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import SolverSettings
 
@@ -114,6 +116,7 @@ class _Feedback:
         if tile is None:
             targets = {name: self._target(weight_RC) for name, weight_RC in weights.items()}
             rounding = _rounding(self._hessian_CC, self._num_tokens, self._settings, RTN_NOT_FACTORED)
+            rounding = dataclasses.replace(rounding, kept_dtype=_dtype_of(weights))
             return rounding.solve(targets, scheme, scale_dtype=scale_dtype, given=given)
         return solve_tiles([tile], scheme, scale_dtype=scale_dtype)[0]
 
@@ -129,7 +132,9 @@ class _Feedback:
         weight_RC = torch.cat(parts) if len(parts) > 1 else parts[0]
         # From here on views: else every row would be there twice.
         targets = dict(zip(weights, weight_RC.split([len(part) for part in parts]), strict=True))
-        return FeedbackTile(targets=targets, weight_RC=weight_RC, problem=problem, given=given)
+        return FeedbackTile(
+            targets=targets, weight_RC=weight_RC, problem=problem, kept_dtype=_dtype_of(weights), given=given
+        )
 
     def _target(self, weight_RC: torch.Tensor) -> torch.Tensor:
         wide_RC = at_least_fp32(weight_RC)
@@ -143,6 +148,9 @@ class _Feedback:
 
     def _factored(self, width: int) -> Problem | None:
         order_C = _order(self._hessian_CC, self._settings.column_order, width)
+        kept_K = strongest_columns(self._hessian_CC.diagonal(), self._settings.outlier_columns)
+        if len(kept_K):
+            order_C = with_last(order_C, kept_K)
         factor = factor_hessian(self._hessian_CC, num_tokens=self._num_tokens, order_C=order_C)
         if factor is None:
             return None
@@ -150,6 +158,7 @@ class _Feedback:
             factor=factor,
             hessian_CC=self._hessian_CC,
             importance_C=_importance(self._settings.scale_search, self._hessian_CC, factor),
+            kept_K=order_C[: len(kept_K)],
             circumstances=Circumstances(
                 method="gptq",
                 tokens=self._num_tokens,
@@ -168,7 +177,16 @@ def _rounding(
     circumstances = Circumstances(
         method="gptq", tokens=num_tokens, dead_columns=num_dead_columns(hessian_CC), fallback=fallback
     )
-    return Rounding(hessian_CC=hessian_CC, circumstances=circumstances, settings=solver)
+    return Rounding(
+        hessian_CC=hessian_CC,
+        circumstances=circumstances,
+        settings=solver,
+        num_kept=solver.outlier_columns,
+    )
+
+
+def _dtype_of(weights: Mapping[str, torch.Tensor]) -> torch.dtype:
+    return next(iter(weights.values())).dtype
 
 
 def _order(hessian_CC: torch.Tensor, name: str, width: int) -> torch.Tensor:

@@ -1,5 +1,6 @@
 """Round to nearest: each weight to its closest level, on scales of least squared error. Needs no data."""
 
+import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from quantlib.grids.given_scales import NOTHING_GIVEN, GivenScales
 from quantlib.methods.contracts import Circumstances, SolvedRows
 from quantlib.methods.fitted_scales import fitted_scales
 from quantlib.methods.measures import check_finite, check_shape, error_energy, plain_energies, weight_energy
+from quantlib.outlier_columns import OutlierColumns, strongest_columns
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import SolverSettings
 
@@ -50,11 +52,15 @@ class Rounding:
         hessian_CC: By which errors are weighted.
         circumstances: For the reports.
         settings: Which scales.
+        num_kept: Columns that are kept as they are beside the codes.
+        kept_dtype: In which dtype; None for that of the weights.
     """
 
     hessian_CC: torch.Tensor | None
     circumstances: Circumstances
     settings: SolverSettings
+    num_kept: int = 0
+    kept_dtype: torch.dtype | None = None
 
     def solve(
         self,
@@ -81,6 +87,7 @@ class Rounding:
         scale_dtype: torch.dtype,
         given: GivenScales | None,
     ) -> SolvedRows:
+        outliers = self._outliers(weight_RC)
         grid = fitted_scales(
             weight_RC,
             scheme,
@@ -88,9 +95,11 @@ class Rounding:
             scale_dtype=scale_dtype,
             importance_C=None,
             given=given,
+            without_K=outliers and outliers.column_K.long(),
         )
         codes_RC = fresh_bytes(weight_RC.shape, weight_RC.device)
         quantized = with_codes(grid, codes_RC, None if given is None else given.nested)
+        quantized = dataclasses.replace(quantized, outliers=outliers)
         num_clipped, whole, lost = 0, 0.0, 0.0
         for part in rounded_parts(weight_RC, grid, codes_RC):
             num_clipped += int(part.num_clipped_R.sum())
@@ -109,3 +118,11 @@ class Rounding:
             num_clipped=num_clipped,
             num_bounded=int(grid.is_bounded_RG.sum()),
         )
+
+    def _outliers(self, weight_RC: torch.Tensor) -> OutlierColumns | None:
+        if not self.num_kept:
+            return None
+        diagonal_C = None if self.hessian_CC is None else self.hessian_CC.diagonal()
+        column_K = strongest_columns(diagonal_C, self.num_kept).to(weight_RC.device).sort().values
+        weight_RK = weight_RC.index_select(1, column_K).to(self.kept_dtype or weight_RC.dtype)
+        return OutlierColumns(column_K=column_K.int(), weight_RK=weight_RK)

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 
 from quantlib.grids.affine import AffineGrid, whole_vectors, with_codes
 from quantlib.grids.stored_scale import round_to_stored
+from quantlib.outlier_columns import OutlierColumns
 
 # Rows at a time: bounds the matrices of G x G, which are held in fp64, and three buffers of C numbers a row.
 _TILE_BYTES = 32 << 20
@@ -27,6 +28,7 @@ def refit_scales(
     hessian_CC: torch.Tensor,
     *,
     damping: float,
+    outliers: OutlierColumns | None = None,
 ) -> AffineGrid:
     """The grid with the scales that suit its codes best.
 
@@ -38,6 +40,7 @@ def refit_scales(
     Args:
         grid: The scales with which the codes were chosen.
         damping: Added to the diagonal of the Hessian.
+        outliers: Columns that do not mean their codes.
 
     Returns:
         A grid in the same stored dtype, with the same zero points; no row's damped loss is larger.
@@ -52,6 +55,7 @@ def refit_scales(
             grid.rows(filled_rows),
             hessian_CC,
             damping=damping,
+            outliers=outliers and outliers.rows(filled_rows),
         )
         return filled.rows(slice(len(weight_RC)))
     columns = weight_RC.shape[1]
@@ -63,7 +67,12 @@ def refit_scales(
     for start in range(0, len(weight_RC), step):
         part = slice(start, start + step)
         offset_RC = quantized.rows(part).offsets(out=torch.empty_like(weight_RC[part]))
-        system_RGG, wanted_RG = _normal_equations(weight_RC[part], offset_RC, grid, hessian_CC, damping)
+        target_RC = weight_RC[part]
+        if outliers is not None:
+            # No scale moves them: what they leave of their weights is left to all others.
+            target_RC = outliers.rows(part).taken_from(target_RC)
+            offset_RC.index_fill_(1, outliers.column_K.long(), 0.0)
+        system_RGG, wanted_RG = _normal_equations(target_RC, offset_RC, grid, hessian_CC, damping)
         scale_RG[part] = _better_scales(system_RGG, wanted_RG, grid, part)
     return AffineGrid(
         scheme=grid.scheme,

@@ -8,6 +8,7 @@ import torch
 from quantlib.errors import PackingError
 from quantlib.grids.stored_scale import held_dtype
 from quantlib.packing.contracts import PackingFormat
+from quantlib.packing.outlier_columns import pack_linear, unpack_linear
 from quantlib.schemes import WeightScheme
 
 
@@ -31,7 +32,7 @@ def repacked(
     Raises:
         PackingError: A scale would have to be rounded, or see `PackingFormat.unpack` and ``pack``.
     """
-    quantized = packer.unpack(name, tensors, scheme)
+    quantized = unpack_linear(packer, name, tensors, scheme)
     scale_RG = quantized.scale_RG.to(held_dtype(scheme.scales, other.scale_dtype(model_dtype)))
     if not torch.equal(scale_RG.float(), quantized.scale_RG.float()):
         raise PackingError(
@@ -39,6 +40,6 @@ def repacked(
             " the same codes can be in both layouts with portable scales only",
             linear=name,
         )
-    made = other.pack(name, dataclasses.replace(quantized, scale_RG=scale_RG))
+    made = pack_linear(other, name, dataclasses.replace(quantized, scale_RG=scale_RG))
     bias = f"{name}.bias"
     return made | ({bias: tensors[bias]} if bias in tensors else {})

@@ -5,7 +5,9 @@ import torch
 from quantlib.grids.formats import DIVIDED_SCALES, NESTED_SCALES
 from quantlib.grids.nested_scales import BLOCK_SCALES
 from quantlib.grids.stored_scale import held_dtype
+from quantlib.outlier_columns import OutlierColumns
 from quantlib.packing.contracts import PackingFormat
+from quantlib.packing.outlier_columns import pack_linear
 from quantlib.quantized import NestedScales, QuantizedLinear
 from quantlib.schemes import WeightScheme
 
@@ -18,6 +20,7 @@ def packed_on_meta(
     columns: int,
     scheme: WeightScheme,
     model_dtype: torch.dtype,
+    num_outliers: int = 0,
 ) -> dict[str, torch.Tensor]:
     """Tensors on the meta device: names, dtypes and shapes of a packed linear.
 
@@ -28,6 +31,7 @@ def packed_on_meta(
         columns: In features.
         scheme: How it is quantized.
         model_dtype: Of the weight before.
+        num_outliers: Columns that are kept beside the codes.
 
     Raises:
         PackingError: The layout cannot hold such a linear.
@@ -42,8 +46,9 @@ def packed_on_meta(
         model_dtype=model_dtype,
         divisor_R1=torch.empty(rows, 1, device="meta") if scheme.scales == DIVIDED_SCALES else None,
         nested=_nested(rows, groups) if scheme.scales == NESTED_SCALES else None,
+        outliers=_outliers(rows, num_outliers, model_dtype) if num_outliers else None,
     )
-    return packer.pack(name, quantized)
+    return pack_linear(packer, name, quantized)
 
 
 def _nested(rows: int, groups: int) -> NestedScales:
@@ -51,4 +56,11 @@ def _nested(rows: int, groups: int) -> NestedScales:
         code_RG=torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
         absmax_N=torch.empty(-(-rows * groups // BLOCK_SCALES), device="meta"),
         offset=torch.empty((), device="meta"),
+    )
+
+
+def _outliers(rows: int, count: int, dtype: torch.dtype) -> OutlierColumns:
+    return OutlierColumns(
+        column_K=torch.empty(count, dtype=torch.int32, device="meta"),
+        weight_RK=torch.empty(rows, count, dtype=dtype, device="meta"),
     )

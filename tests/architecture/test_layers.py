@@ -41,6 +41,7 @@ LAYERS = {
     "quantlib.fresh_bytes": 3,
     "quantlib.grouping": 3,
     "quantlib.quantized": 3,
+    "quantlib.outlier_columns": 3,
     "quantlib.machine": 3,
     "quantlib.cells": 3,
     "quantlib.tokens": 3,

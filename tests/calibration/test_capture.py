@@ -153,3 +153,30 @@ def test_run_in_batches_sees_a_few_rows_at_a_time_and_gives_all(rows_per_batch: 
     found = run_in_batches(block, hidden, batches)
     assert max(seen) == rows_per_batch and sum(seen) == len(hidden)
     torch.testing.assert_close(found, block(hidden))
+
+
+@_BATCHES
+@torch.inference_mode()
+def test_observe_cell_notes_the_columns_of_outliers(rows_per_batch: int):
+    block, hidden = _Block(), _hidden()
+    hidden[0, 0, 2], hidden[3, 2, 4], hidden[4, 1, 1], hidden[2, 0, 5] = 6.0, -70.0, 5.9999, 8.0
+    # A row that is left out counts for nothing, whether that is known before or found out.
+    hidden[2, 1, 0] = float("nan")
+    for excluded in ((), {2}):
+        found = _observed(block, hidden, rows_per_batch, excluded=excluded).statistics.outliers
+        inner = _expected_inner(block, hidden[[0, 1, 3, 4]])
+        for group, x in enumerate((hidden[[0, 1, 3, 4]].reshape(-1, 6), inner)):
+            wanted = [c for c in range(x.shape[1]) if any(abs(v) >= 6 for v in x[:, c].tolist())]
+            assert found[group].nonzero()[:, 0].tolist() == wanted, group
+        assert found[0].tolist() == [False, False, True, False, True, False]
+
+
+def _expected_inner(block: _Block, hidden: torch.Tensor) -> torch.Tensor:
+    x = hidden.double().reshape(-1, 6)
+    return (x @ block.a.weight.double().T).clamp_min(0) + x @ block.b.weight.double().T
+
+
+@torch.inference_mode()
+def test_observe_cell_looks_for_outliers_of_those_that_are_summed_alone():
+    found = _observed(_Block(), _hidden() * 100, 5, groups=(1,)).statistics.outliers
+    assert list(found) == [1] and bool(found[1].all())

@@ -94,6 +94,7 @@ def test_gptq_report_states_what_was_used():
         "bias_change": None,
         "shared_tokens": None,
         "dropped_tokens": None,
+        "outlier_columns": None,
     }
 
 

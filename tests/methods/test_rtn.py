@@ -59,6 +59,7 @@ def test_rtn_report_without_hessian_is_unweighted():
         "bias_change": None,
         "shared_tokens": None,
         "dropped_tokens": None,
+        "outlier_columns": None,
     }
 
 
