@@ -7,10 +7,12 @@ A scheme is data: number format, bit width, symmetry and group size. The name th
 from dataclasses import dataclass
 
 from quantlib.errors import RecipeError
-from quantlib.grids.formats import INTEGER, PLAIN_SCALES, POWER_SCALES
+from quantlib.grids.formats import INTEGER, PLAIN_SCALES, POWER_SCALES, SHORT_SCALES
 
 WHOLE_ROW = -1
 DEFAULT_GROUP_SIZE = 128
+# Of the blocks of a GGUF file.
+GGUF_GROUP_SIZE = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +24,8 @@ class WeightScheme:
         is_symmetric: True when the zero point is the middle code for every group.
         group_size: Consecutive columns that share a scale; ``WHOLE_ROW`` (-1) for one scale a row.
         number: What a code is: ``int``, or a name of `quantlib.grids.formats.FLOAT_FORMATS`.
-        scales: How a scale is stored: ``PLAIN_SCALES``, in the dtype of the output's layout, or
-            ``POWER_SCALES``.
+        scales: How a scale is stored: ``PLAIN_SCALES``, in the dtype of the output's layout,
+            ``SHORT_SCALES``, in it with fewer bits, or ``POWER_SCALES``.
     """
 
     bits: int
@@ -60,8 +62,7 @@ class WeightScheme:
         if self.number != INTEGER:
             kind = f"floats {self.number}"
         groups = "one scale a row" if self.group_size == WHOLE_ROW else f"groups of {self.group_size}"
-        powers = " with powers of two" if self.scales == POWER_SCALES else ""
-        return f"{self.bits} bits, {kind}, {groups}{powers}"
+        return f"{self.bits} bits, {kind}, {groups}{_SCALES_IN_WORDS[self.scales]}"
 
     def num_groups(self, columns: int) -> int:
         """How many groups a row of ``columns`` columns has; a ragged last group counts.
@@ -71,6 +72,12 @@ class WeightScheme:
         """
         return -(-columns // self.columns_per_group(columns))
 
+
+_SCALES_IN_WORDS = {
+    PLAIN_SCALES: "",
+    POWER_SCALES: " with powers of two",
+    SHORT_SCALES: " with scales of 7 bits",
+}
 
 # Integers, whose groups are a choice: bits, symmetry.
 _INTEGERS = {

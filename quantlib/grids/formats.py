@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass
 
 INTEGER = "int"
-# How a scale is stored: as a number of the dtype that the output's layout has for scales, or as a power of
-# two in a byte (E8M0).
-PLAIN_SCALES, POWER_SCALES = "plain", "e8m0"
+# How a scale is stored: as a number of the dtype that the output's layout has for scales, as a power of two in
+# a byte (E8M0), or as a number of that dtype with 7 significant bits: fp16 holds its product with every 4-bit
+# zero point exactly.
+PLAIN_SCALES, POWER_SCALES, SHORT_SCALES = "plain", "e8m0", "7-bit"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

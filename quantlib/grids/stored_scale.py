@@ -10,10 +10,11 @@ import math
 
 import torch
 
-from quantlib.grids.formats import PLAIN_SCALES, POWER_SCALES
+from quantlib.grids.formats import PLAIN_SCALES, POWER_SCALES, SHORT_SCALES
 
 # It holds every power of two that a byte can mean, exactly.
 POWERS_DTYPE = torch.bfloat16
+_SHORT_BITS = 7
 
 
 def held_dtype(kind: str, stored_dtype: torch.dtype) -> torch.dtype:
@@ -32,7 +33,8 @@ def round_to_stored(scale: torch.Tensor, dtype: torch.dtype, kind: str = PLAIN_S
     Args:
         scale: fp32, not negative, any shape.
         dtype: bf16, fp16 or fp32.
-        kind: ``POWER_SCALES`` for the nearest power of two, of two as near ones the larger.
+        kind: ``POWER_SCALES`` for the nearest power of two, of two as near ones the larger; ``SHORT_SCALES``
+            for the nearest number of 7 significant bits, half to even.
 
     Returns:
         fp32, every value exactly representable in ``dtype``.
@@ -41,6 +43,8 @@ def round_to_stored(scale: torch.Tensor, dtype: torch.dtype, kind: str = PLAIN_S
     [0.0999755859375, 6.103515625e-05, 65504.0]
     >>> round_to_stored(torch.tensor([0.7, 0.75, 3.1]), torch.bfloat16, POWER_SCALES).tolist()
     [0.5, 1.0, 4.0]
+    >>> round_to_stored(torch.tensor([0.1, 1.0, 1e6]), torch.float16, SHORT_SCALES).tolist()
+    [0.10009765625, 1.0, 65024.0]
     """
     limits = torch.finfo(dtype)
     if kind == POWER_SCALES:
@@ -48,6 +52,11 @@ def round_to_stored(scale: torch.Tensor, dtype: torch.dtype, kind: str = PLAIN_S
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa < 0.75).int())
         # Of a dtype the largest power of two is half of what comes after it.
         return scale.clamp_(limits.smallest_normal, 2.0 ** (math.frexp(limits.max)[1] - 1))
+    if kind == SHORT_SCALES:
+        mantissa, exponent = torch.frexp(scale)
+        short = torch.ldexp(torch.round(mantissa * 2.0**_SHORT_BITS), exponent - _SHORT_BITS)
+        largest = (2.0**_SHORT_BITS - 1) * 2.0 ** (math.frexp(limits.max)[1] - _SHORT_BITS)
+        return short.clamp_(limits.smallest_normal, largest)
     return scale.to(dtype).float().clamp_(limits.smallest_normal, limits.max)
 
 

@@ -16,7 +16,7 @@ from quantlib.job.rules import Rule, rule_values, rules_from
 from quantlib.job.scheme_defaults import FOLLOWING, with_scheme_defaults
 from quantlib.job.targets import TARGETS, default_format
 from quantlib.job.text_sources import text_sources
-from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
+from quantlib.schemes import GGUF_GROUP_SIZE, SCHEME_NAMES, WHOLE_ROW, WeightScheme, has_own_groups, scheme_from_name
 from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES
 from quantlib.units import parse_bytes
 
@@ -49,7 +49,7 @@ class JobOptions:
     group_size: int | None = declare(
         None,
         _HOW,
-        "Columns that share a scale; -1 for one scale a row. By default 128; floats have their own.",
+        "Columns that share a scale; -1 for one scale a row. By default 128, in gguf 32; floats have their own.",
         minimum=8,
         also_allowed=WHOLE_ROW,
         in_identity=True,
@@ -65,7 +65,7 @@ class JobOptions:
         None,
         _HOW,
         "Layout of the output; by default the one that the target reads best, else the first.",
-        choices=("compressed-tensors", "gptq", "awq"),
+        choices=("compressed-tensors", "gptq", "awq", "gguf"),
         in_identity=True,
     )
     target: str | None = declare(
@@ -268,10 +268,10 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
         check_value(name, value, known[name][0])
     rules = rules_from(values.get("rules", ()))
     options = JobOptions(**{**values, "rules": tuple(rule_values(rule) for rule in rules)})
+    options = dataclasses.replace(options, format=options.format or default_format(options.target))
     options = dataclasses.replace(
         options,
         group_size=_scheme(options).group_size,
-        format=options.format or default_format(options.target),
         **_following(options, {name: getattr(options, name) for name in FOLLOWING}),
     )
     _refuse_missing_calibration(options, rules)
@@ -301,7 +301,7 @@ def default_of(options: JobOptions, name: str) -> Any:
     if name in FOLLOWING:
         return _following(options, dict.fromkeys(FOLLOWING))[name]
     if name == "group_size":
-        return scheme_from_name(options.scheme).group_size
+        return _scheme(dataclasses.replace(options, group_size=None)).group_size
     if name == "format":
         return default_format(options.target)
     return option_fields()[name][0].default
@@ -313,7 +313,10 @@ def _following(options: JobOptions, choices: Mapping[str, Any]) -> dict[str, Any
 
 
 def _scheme(options: JobOptions) -> WeightScheme:
-    return scheme_from_name(options.scheme, options.group_size)
+    group_size = options.group_size
+    if group_size is None and options.format == "gguf" and not has_own_groups(options.scheme):
+        group_size = GGUF_GROUP_SIZE
+    return scheme_from_name(options.scheme, group_size)
 
 
 def refuse_unknown(values: Mapping[str, Any]) -> None:

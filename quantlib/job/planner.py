@@ -44,7 +44,7 @@ from quantlib.job.texts import planned_rows
 from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_kind, may_share
 from quantlib.model.families import experts_per_token
 from quantlib.model.skeleton import BlockSpec, LinearSpec, Skeleton, load_skeleton
-from quantlib.packing import FORMATS
+from quantlib.packing import FORMATS, held_scheme
 from quantlib.packing.contracts import PackingFormat
 from quantlib.packing.specs import packed_on_meta
 from quantlib.recipe import refuse_idle_rules, rule_for
@@ -302,6 +302,7 @@ def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> 
     for linear in spec.linears:
         method, scheme = rule_for(options, linear.name)
         if scheme is not None:
+            scheme = held_scheme(packer.NAME, scheme)
             packer.check(linear.name, linear.rows, linear.columns, scheme)
             _refuse_computed(linear)
         linears.append(
