@@ -65,7 +65,7 @@ def _convert(job, store, folder: Path):
     solver = GroupSolver(
         FORMATS["compressed-tensors"], SolverSettings.from_options(plan.options), torch.device("cpu")
     )
-    converter = UnitConverter(checkpoint, store, store, solver, StageClock(), lambda _: nullcontext())
+    converter = UnitConverter(checkpoint, store, store, forms, solver, StageClock(), lambda _: nullcontext())
     begun = converter.convert(plan.block_units[1], plan.blocks[1], f"file://{folder}/shard.safetensors")
     return begun.receipt.result(), begun.rows
 
