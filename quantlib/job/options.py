@@ -16,7 +16,14 @@ from quantlib.job.rules import Rule, rule_values, rules_from
 from quantlib.job.scheme_defaults import FOLLOWING, with_scheme_defaults
 from quantlib.job.targets import TARGETS, default_format
 from quantlib.job.text_sources import text_sources
-from quantlib.schemes import GGUF_GROUP_SIZE, SCHEME_NAMES, WHOLE_ROW, WeightScheme, has_own_groups, scheme_from_name
+from quantlib.schemes import (
+    GGUF_GROUP_SIZE,
+    SCHEME_NAMES,
+    WHOLE_ROW,
+    WeightScheme,
+    has_own_groups,
+    scheme_from_name,
+)
 from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES
 from quantlib.units import parse_bytes
 

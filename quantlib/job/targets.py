@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from quantlib.errors import RecipeError
 from quantlib.grids.formats import INTEGER
-from quantlib.job import transformers_rules, vllm_rules
+from quantlib.job import llama_cpp_rules, transformers_rules, vllm_rules
 from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, findings
 from quantlib.schemes import WHOLE_ROW, scheme_from_name
 
@@ -38,6 +38,7 @@ class Engine:
 ENGINES: Mapping[str, Engine] = {
     "vllm": Engine(default_format=DEFAULT_FORMAT, rules=vllm_rules.RULES),
     "transformers": Engine(default_format=DEFAULT_FORMAT, rules=transformers_rules.RULES),
+    "llama.cpp": Engine(default_format="gguf", rules=llama_cpp_rules.RULES, formats=("gguf",)),
 }
 TARGETS = tuple(ENGINES)
 
@@ -60,7 +61,7 @@ def refuse_unserved(target: str, serving: Serving) -> None:
     if not broken:
         return
     at_fault = [linear for found in broken for linear, _ in found.faults if linear is not None]
-    ways = _remedies(rules, serving, at_fault)
+    ways = _remedies(ENGINES[target], serving, at_fault)
     # Keeping all of them would leave nothing quantized.
     if all(found.rule.spares_kept for found in broken) and not set(serving.linears).issubset(at_fault):
         ways.append("a rule that keeps these linears as they are")
@@ -113,13 +114,13 @@ def _advice(ways: Sequence[str]) -> str:
     return f"What would do instead: {'; or '.join(ways)}" if ways else "Nothing that can be set here would do"
 
 
-def _remedies(rules: Sequence[EngineRule], serving: Serving, at_fault: Sequence[ServedLinear]) -> list[str]:
+def _remedies(engine: Engine, serving: Serving, at_fault: Sequence[ServedLinear]) -> list[str]:
     """The smallest changes of options, in words, after which no rule is broken."""
-    formats = () if serving.format == DEFAULT_FORMAT else (DEFAULT_FORMAT,)
+    formats = () if serving.format == engine.default_format else (engine.default_format,)
     choices = itertools.product((None, *formats), (None, *_SCHEMES), (None, *_GROUP_SIZES), (False, True))
     by_size = itertools.groupby(sorted(choices, key=_num_changes), key=_num_changes)
     for _, alike in by_size:
-        found = (_remedy(rules, serving, at_fault, *choice) for choice in alike)
+        found = (_remedy(engine.rules, serving, at_fault, *choice) for choice in alike)
         if ways := [words for words in found if words is not None]:
             return ways
     return []

@@ -237,9 +237,7 @@ def _minimums(name: str, scale_RG: torch.Tensor, zero_RG: torch.Tensor) -> torch
     return minimum_RG
 
 
-def _zeros(
-    name: str, scale_RG: torch.Tensor, minimum_RG: torch.Tensor, scheme: WeightScheme
-) -> torch.Tensor:
+def _zeros(name: str, scale_RG: torch.Tensor, minimum_RG: torch.Tensor, scheme: WeightScheme) -> torch.Tensor:
     wanted_RG = -minimum_RG.float() / scale_RG.float()
     zero_RG = wanted_RG.round().clamp(0, scheme.num_codes - 1)
     if not torch.equal(zero_RG, wanted_RG):

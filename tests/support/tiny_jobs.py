@@ -36,9 +36,9 @@ def save_tiny_tokenizer(folder: Path) -> None:
 
 def save_letter_tokenizer(folder: Path) -> None:
     """Another one, of letters: some families' own class takes a byte-level BPE and nothing else."""
-    letters = ["<|endoftext|>", "<s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789", "\u0120"]
+    letters = ["<|endoftext|>", "<s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789", "\u0120", "\u0120w"]
     vocabulary = {letter: number for number, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("\u0120", "w")], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<s>", unk_token="<unk>"

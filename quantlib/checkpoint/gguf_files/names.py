@@ -77,24 +77,33 @@ def stored_names(config: Mapping[str, Any], tensors: Collection[str]) -> dict[st
     Raises:
         UnsupportedModelError: `architecture_of` refuses it, or a tensor has no place.
     """
+    places = all_names(config)
+    unknown = next((name for name in tensors if name not in places), None)
+    if unknown is not None:
+        raise UnsupportedModelError(
+            f"GGUF has no name for {unknown} of a {config.get('model_type')} model; choose another format",
+            tensor=unknown,
+        )
+    return {name: places[name] for name in tensors}
+
+
+def all_names(config: Mapping[str, Any]) -> dict[str, StoredName]:
+    """The same of every parameter that has a place.
+
+    Raises:
+        UnsupportedModelError: `architecture_of` refuses it.
+    """
     architecture = architecture_of(config)
     opened = open_config(config)
     model = build_meta_model(opened, model_class(opened))
     processor = TENSOR_PROCESSORS.get(architecture, TensorProcessor)(config=dict(opened.to_dict()))
-    names = {
-        name: stored
-        for stored, name in get_gguf_hf_weights_map(model, processor, model_type=architecture).items()
-    }
+    names = get_gguf_hf_weights_map(model, processor, model_type=architecture)
     parameters = model.state_dict()
-    found = {}
-    for name in tensors:
-        if name not in names or name not in parameters:
-            raise UnsupportedModelError(
-                f"GGUF has no name for {name} in a model of architecture {architecture}; choose another format",
-                tensor=name,
-            )
-        found[name] = StoredName(name=names[name], order=_order(processor, names[name], len(parameters[name])))
-    return found
+    return {
+        name: StoredName(name=stored, order=_order(processor, stored, len(parameters[name])))
+        for stored, name in names.items()
+        if name in parameters
+    }
 
 
 def _order(processor: TensorProcessor, stored: str, rows: int) -> torch.Tensor | None:

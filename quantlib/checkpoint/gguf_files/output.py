@@ -8,7 +8,7 @@ from gguf import GGUFWriter
 from gguf.constants import GGMLQuantizationType
 
 from quantlib.checkpoint.gguf_files import rope_factors
-from quantlib.checkpoint.gguf_files.names import StoredName, architecture_of, stored_names
+from quantlib.checkpoint.gguf_files.names import architecture_of, stored_names
 from quantlib.checkpoint.gguf_files.settings import refuse_unsaid, write_settings
 from quantlib.checkpoint.gguf_files.shard import GgufPart
 from quantlib.checkpoint.gguf_files.vocabulary import write_vocabulary
@@ -45,7 +45,10 @@ class GgufOutput:
         self._block_type = str(quantization["format"])
         self._architecture = architecture_of(config)
         planned = [spec.name for unit in units for spec in unit.tensors]
-        self._names = planned_names(config, planned)
+        # Blocks stand where the weight would.
+        weights = {name: _weight(name) for name in planned}
+        places = stored_names(config, list(weights.values()))
+        self._names = {name: places[weight] for name, weight in weights.items()}
         self._kinds = {
             name: _kind(quantization, name.removesuffix(gguf_format.SUFFIX))
             for name in planned
@@ -70,17 +73,6 @@ class GgufOutput:
     def _describe(self, writer: GGUFWriter) -> None:
         write_settings(writer, self._config, self._block_type)
         write_vocabulary(writer, self._load_tokenizer(), self._config)
-
-
-def planned_names(config: Mapping[str, Any], planned: Sequence[str]) -> dict[str, StoredName]:
-    """Tensor of a plan -> its place in the file: blocks stand where the weight would.
-
-    Raises:
-        UnsupportedModelError: The architecture or a tensor has no name in GGUF.
-    """
-    weights = {name: _weight(name) for name in planned}
-    names = stored_names(config, list(weights.values()))
-    return {name: names[weight] for name, weight in weights.items()}
 
 
 def _weight(name: str) -> str:

@@ -31,12 +31,13 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-def open_gguf(store: Store, uri: str) -> Checkpoint:
+def open_gguf(store: Store, uri: str, *, levels_dtype: str | None = None) -> Checkpoint:
     """Open a GGUF file.
 
     Args:
         store: The store it lies in.
         uri: Normalized address of the file, of any part of it, or of a folder that holds one model.
+        levels_dtype: safetensors dtype of its tensors; by default by ``general.file_type``.
 
     Raises:
         ObjectNotFoundError: There is nothing at the address.
@@ -58,7 +59,7 @@ def open_gguf(store: Store, uri: str) -> Checkpoint:
     decoded: dict[str, DecodedTensor] = {}
     for name, place in places.items():
         decoded |= _decoded(described[name], stored[name], place)
-    dtype = _DTYPES[config["dtype"]]
+    dtype = levels_dtype or _DTYPES[config["dtype"]]
     return Checkpoint(
         uri=uri,
         config=config,

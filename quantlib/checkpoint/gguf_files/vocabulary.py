@@ -83,7 +83,9 @@ def pre_type(values: Mapping[str, Any]) -> str:
     """
     model = values.get("model") or {}
     if model.get("type") != "BPE" or model.get("byte_fallback"):
-        raise _unknown(f"a {model.get('type')} vocabulary{' of SentencePiece' * bool(model.get('byte_fallback'))}")
+        raise _unknown(
+            f"a {model.get('type')} vocabulary{' of SentencePiece' * bool(model.get('byte_fallback'))}"
+        )
     if values.get("normalizer") not in _NORMALIZERS:
         raise _unknown(f"the normalizer {json.dumps(values['normalizer'])[:200]}")
     steps = tuple(_step(step) for step in _steps(values.get("pre_tokenizer")))
