@@ -5,7 +5,7 @@ Whoever plans, builds and converts a model sees names, shapes and one dtype as i
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -79,10 +79,19 @@ def open_stored(store: Store, uri: str, *, levels_dtype: str | None = None) -> C
     try:
         return open_checkpoint(store, uri)
     except CheckpointError:
-        names = list_folder(store, uri)
-        if any(n.endswith(".safetensors") for n in names) or not any(n.endswith(GGUF_ENDING) for n in names):
+        if not holds_gguf(list_folder(store, uri)):
             raise
         return _open_gguf(store, uri, levels_dtype)
+
+
+def holds_gguf(names: Collection[str]) -> bool:
+    """Whether files of these names hold weights in GGUF.
+
+    >>> holds_gguf(["config.json", "model-00001-of-00002.gguf"]), holds_gguf(["model.safetensors", "x.gguf"])
+    (True, False)
+    """
+    is_safetensors = any(name.endswith(".safetensors") for name in names)
+    return not is_safetensors and any(name.endswith(GGUF_ENDING) for name in names)
 
 
 def _open_gguf(store: Store, uri: str, levels_dtype: str | None) -> Checkpoint:

@@ -176,7 +176,7 @@ def _byte_findings(
     decoded = source.decoded.keys() | output.decoded.keys()
     stored = [(now, before) for now, before in same if now.name not in decoded]
     differing = differing_bytes(store, output, source_store, source, stored)
-    for now, before in same:
+    for now, _ in same:
         if now.name in decoded:
             # One at a time: what is decoded is not read in pieces.
             made, there = (

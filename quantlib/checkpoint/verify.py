@@ -6,7 +6,7 @@ which is what evaluation is for.
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -24,7 +24,7 @@ from quantlib.checkpoint.index import (
     read_weight_map,
 )
 from quantlib.checkpoint.reader import tensor_of
-from quantlib.checkpoint.source import GGUF_ENDING, open_source
+from quantlib.checkpoint.source import GGUF_ENDING, holds_gguf, open_source
 from quantlib.checkpoint.source_check import check_source
 from quantlib.errors import CheckpointError
 from quantlib.job.accounts import Account
@@ -89,7 +89,7 @@ def verify_checkpoint(
     findings: list[str] = []
     report = report if report is not None else _stored_report(store, listing, findings)
     config = _config(store, uri, listing, findings)
-    read = _read_gguf if is_gguf_output(listing) else _read_safetensors
+    read = _read_gguf if holds_gguf(listing) else _read_safetensors
     contents = read(store, uri, listing, config, findings)
     findings += _digest_findings(store, contents.output.shards, report)
     findings += contents.further_findings
@@ -105,13 +105,6 @@ def verify_checkpoint(
         num_bytes=sum(info.size_bytes for info in contents.output.shards.values()),
         findings=tuple(findings),
         accounts=accounts,
-    )
-
-
-def is_gguf_output(listing: Collection[str]) -> bool:
-    """Whether a folder of these files holds its weights in GGUF."""
-    return any(name.endswith(GGUF_ENDING) for name in listing) and not any(
-        name.endswith(".safetensors") for name in listing
     )
 
 

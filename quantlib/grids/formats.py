@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 
 INTEGER = "int"
-# How a scale is stored: as a number of the dtype that the output's layout has for scales, as a power of two in
-# a byte (E8M0), or as a number of that dtype with 7 significant bits: fp16 holds its product with every 4-bit
-# zero point exactly.
+# How a scale is stored: as a number of the dtype that the output's layout has for scales, as a power of two
+# in a byte (E8M0), or as a number of that dtype with 7 significant bits: fp16 holds its product with every
+# zero point of 4 bits exactly.
 PLAIN_SCALES, POWER_SCALES, SHORT_SCALES = "plain", "e8m0", "7-bit"
 
 

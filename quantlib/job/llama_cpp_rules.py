@@ -1,15 +1,15 @@
 """What llama.cpp rejects of a GGUF file that can be written.
 
-What its blocks cannot hold, the layout refuses (`quantlib.packing.gguf_format`); which models and tokenizers it
-knows, the writer of the header does. Whole rows of blocks go to devices wherever they are cut, so that sides and
-heads set no bound on how many share a model.
+What its blocks cannot hold, the layout refuses (`quantlib.packing.gguf_format`); models and tokenizers that
+it does not know, the writer of the header (`quantlib.checkpoint.gguf_files`). Devices share whole rows of
+blocks, wherever they are cut, so that sides and heads set no bound.
 """
 
 from collections.abc import Iterator
 
 from quantlib.job.serving import EngineRule, Fault, Serving
 
-# GGML_CUDA_MAX_DEVICES.
+# GGML_CUDA_MAX_DEVICES of ggml-cuda.h.
 _MAX_DEVICES = 16
 
 
@@ -21,7 +21,7 @@ def _too_many_devices(serving: Serving) -> Iterator[Fault]:
 RULES = (
     EngineRule(
         wanted=f"at most {_MAX_DEVICES} devices",
-        source="llama.cpp of 2025, ggml/include/ggml-cuda.h and src/llama.cpp (llama_max_devices)",
+        source="llama.cpp in llama-cpp-python 0.3.36, llama_max_devices",
         faults=_too_many_devices,
         spares_kept=False,
     ),

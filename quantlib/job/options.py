@@ -56,7 +56,8 @@ class JobOptions:
     group_size: int | None = declare(
         None,
         _HOW,
-        "Columns that share a scale; -1 for one scale a row. By default 128, in gguf 32; floats have their own.",
+        "Columns that share a scale; -1 for one scale a row. By default 128, for gguf 32; floats have their"
+        " own.",
         minimum=8,
         also_allowed=WHOLE_ROW,
         in_identity=True,

@@ -1,16 +1,16 @@
 """Blocks of GGUF, read by llama.cpp: Q4_0, Q4_1 and Q8_0, each of 32 columns with scales of its own.
 
-Per linear (R out features, C in features): ``weight_blocks`` uint8 [R, C/32 * size of a block], the blocks of a
-row one after the other. In a block:
+Per linear (R out features, C in features): ``weight_blocks`` uint8 [R, C/32 * bytes of a block], the blocks
+of a row one after the other. In a block:
 
 - Q4_0, symmetric 4 bits, 18 bytes: scale fp16, 16 bytes of codes; the level is ``scale * (code - 8)``.
 - Q4_1, asymmetric 4 bits, 20 bytes: scale fp16, minimum fp16, 16 bytes; ``scale * code + minimum``.
 - Q8_0, symmetric 8 bits, 34 bytes: scale fp16, 32 signed bytes; ``scale * byte``.
 
-Byte j of 4-bit codes holds column j in its lower half and column j + 16 in its upper one. The minimum of Q4_1 is
-``-scale * zero`` and has to be exact in fp16, or levels would not be those that the codes were chosen for: its
-scales have 7 significant bits (`SHORT_SCALES`), so that the product with a zero point of 4 bits has the 11 that
-fp16 holds. That moves a scale by at most one part in 256, before codes are chosen.
+Byte j of 4-bit codes holds column j in its lower half and column j + 16 in its upper one. The minimum of
+Q4_1 is ``-scale * zero`` and has to be exact in fp16, or levels would not be those that the codes were chosen
+for: its scales have 7 significant bits (`SHORT_SCALES`), so that the product with a zero point of 4 bits has
+the 11 that fp16 holds. That moves a scale by at most one part in 128, before codes are chosen.
 
 ``weight_blocks`` is what a job calls the tensor; in the file it has the name that llama.cpp knows
 (`quantlib.checkpoint.gguf_files.names`). Left out: Q5, K and IQ types, whose codes no scheme here makes.
@@ -80,8 +80,8 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:  # 
         )
     if columns % GGUF_GROUP_SIZE:
         raise PackingError(
-            f"{name}: gguf output stores rows in blocks of {GGUF_GROUP_SIZE} columns, found {columns} columns;"
-            " keep this linear as it is, or use --format compressed-tensors",
+            f"{name}: gguf output stores rows in blocks of {GGUF_GROUP_SIZE} columns, found {columns}"
+            " columns; keep this linear as it is, or use --format compressed-tensors",
             linear=name,
             columns=columns,
         )
@@ -130,8 +130,8 @@ def unpack(name: str, tensors: Mapping[str, torch.Tensor], scheme: WeightScheme)
     """The linear that was packed.
 
     Raises:
-        PackingError: The tensor is missing or no whole blocks, or a minimum is no scale times a zero point, as
-            in files of tools that choose minimums freely.
+        PackingError: The tensor is missing or no whole blocks, or a minimum is no scale times a zero point,
+            as in files of tools that choose minimums freely.
     """
     blocks = take_tensor(tensors, f"{name}{SUFFIX}", torch.uint8)
     size = block_bytes(scheme)
@@ -166,7 +166,7 @@ def block_bytes(scheme: WeightScheme) -> int:
 def quantization_config(
     schemes: Mapping[str, WeightScheme | None], other_linears: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """The ``quantization_config`` of config.json, for whoever verifies an output; llama.cpp reads the file alone.
+    """The ``quantization_config`` of config.json, for whoever verifies an output: llama.cpp needs none.
 
     The most frequent type is the stated one; ``exceptions`` names linears of another type, or null for kept
     ones.
@@ -230,8 +230,8 @@ def _minimums(name: str, scale_RG: torch.Tensor, zero_RG: torch.Tensor) -> torch
     minimum_RG = exact_RG.half()
     if not minimum_RG.is_meta and not torch.equal(minimum_RG.float(), exact_RG):
         raise PackingError(
-            f"{name}: a scale times its zero point is no number of fp16, in which Q4_1 stores it; the weight's"
-            " values do not fit, keep this linear as it is or use scheme W4A16",
+            f"{name}: a scale times its zero point is no number of fp16, in which Q4_1 stores it; the"
+            " weight's values do not fit, keep this linear as it is or use scheme W4A16",
             linear=name,
         )
     return minimum_RG

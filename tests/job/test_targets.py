@@ -293,12 +293,37 @@ def test_what_vllm_takes_divides_as_every_rule_says(
     ("layout", "scheme", "found"),
     [("awq", "W4A16", "awq"), ("compressed-tensors", "FP8A16", "8 bits, floats e4m3, one scale a row")],
 )
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["vllm", "transformers"])
 def test_output_whose_rules_are_not_known_is_refused_and_not_waved_through(target, layout, scheme, found):
     linear = served("mlp.up_proj", 512, 256, scheme=scheme, group_size=None)
     said = refusal(target, Serving(linears=(linear,), format=layout, tensor_parallel=1))
     assert f"is known of integers in compressed-tensors and gptq files, found {found}" in said.message
 
 
+@pytest.mark.parametrize(
+    ("devices", "layout", "said"),
+    [
+        (17, "gguf", "it takes at most 16 devices; found tensor_parallel 17"),
+        (17, "gguf", "What would do instead: tensor_parallel 16"),
+        (1, "gptq", "is known of integers in gguf files, found gptq"),
+    ],
+)
+def test_llama_cpp_takes_so_many_devices_and_its_own_files(devices, layout, said):
+    linear = served("mlp.up_proj", 512, 256, group_size=32)
+    assert (
+        said
+        in refusal("llama.cpp", Serving(linears=(linear,), format=layout, tensor_parallel=devices)).message
+    )
+
+
+def test_llama_cpp_cuts_rows_anywhere():
+    refuse_unserved("llama.cpp", llama(SMOLLM2, 32, 7, layout="gguf"))
+
+
 def test_every_target_has_a_default_format():
-    assert {default_format(target) for target in (None, *TARGETS)} == {"compressed-tensors"}
+    assert {target: default_format(target) for target in (None, *TARGETS)} == {
+        None: "compressed-tensors",
+        "vllm": "compressed-tensors",
+        "transformers": "compressed-tensors",
+        "llama.cpp": "gguf",
+    }

@@ -1,9 +1,9 @@
 """What the tensors of a model are called in a GGUF file, and in which order their rows stand there.
 
-The tables are those of transformers, in the other direction than `quantlib.checkpoint.gguf_files.meaning` uses
-them: the name that it would read a parameter from, and the rows that it would put back in order, learnt by
-having it process row numbers. Left out: families whose values its processors change (Gemma's norms) and routed
-experts, which GGUF stores as one tensor a block.
+The tables are those of transformers, in the other direction than `quantlib.checkpoint.gguf_files.meaning`
+uses them: the name that it would read a parameter from, and the rows that it would put back in order, learnt
+by having it process row numbers. Left out: families whose values its processors change (Gemma's norms) and
+routed experts, which GGUF stores as one tensor a block.
 """
 
 from collections.abc import Collection, Mapping

@@ -40,10 +40,10 @@ class GgufOutput:
         quantization: Mapping[str, Any],
         load_tokenizer: Callable[[], "PreTrainedTokenizerBase"],
     ) -> None:
+        self._architecture = architecture_of(config)
         refuse_unsaid(config)
         self._config, self._units, self._load_tokenizer = config, units, load_tokenizer
         self._block_type = str(quantization["format"])
-        self._architecture = architecture_of(config)
         planned = [spec.name for unit in units for spec in unit.tensors]
         # Blocks stand where the weight would.
         weights = {name: _weight(name) for name in planned}

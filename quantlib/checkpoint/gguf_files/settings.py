@@ -80,7 +80,8 @@ def refuse_unsaid(config: Mapping[str, Any]) -> None:
     for found, is_fault in faults.items():
         if is_fault:
             raise UnsupportedModelError(
-                f"gguf output cannot say that this {values.model_type} model has {found}; choose another format",
+                f"gguf output cannot say that this {values.model_type} model has {found}; choose another"
+                " format",
                 model_type=values.model_type,
             )
 

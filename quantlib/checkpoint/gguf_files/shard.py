@@ -1,7 +1,7 @@
 """One part of a split GGUF file: its header before there is any tensor, and tensors as it holds them.
 
-A unit of a job is a part, named and numbered as gguf-split does: parts are written in any order and each once,
-and llama.cpp opens them all when it is given the first, which holds the key-values of the model.
+A unit of a job is a part, named and numbered as gguf-split does: parts are written in any order and each
+once, and llama.cpp opens them all when it is given the first, which holds the key-values of the model.
 """
 
 import dataclasses

@@ -18,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from quantlib.checkpoint.decoded import ROW_STEP, DecodedTensor
 from quantlib.checkpoint.gguf_files import rope_factors
 from quantlib.checkpoint.gguf_files.header import GgufHeader, GgufTensor, read_gguf_header
-from quantlib.checkpoint.gguf_files.meaning import Place, TokenizerFiles, config_of, places_of
+from quantlib.checkpoint.gguf_files.meaning import Place, TokenizerFiles, config_of, places_of, with_biases
 from quantlib.checkpoint.header import TensorEntry
 from quantlib.checkpoint.index import Checkpoint, list_folder
 from quantlib.checkpoint.reader import tensor_of
@@ -49,7 +49,7 @@ def open_gguf(store: Store, uri: str, *, levels_dtype: str | None = None) -> Che
     described = {t.name: t for header in headers for t in header.tensors}
     stored = _stored(files, headers)
     _refuse_unknown_kinds({tensor.kind for tensor in described.values()}, uri)
-    config = config_of(headers)
+    config = with_biases(config_of(headers), described)
     divisors = described.pop(rope_factors.TENSOR, None)
     if divisors is not None:
         entry = stored[divisors.name]

@@ -11,12 +11,13 @@ from gguf.constants import GGML_QUANT_SIZES
 from quantlib.checkpoint.decoded import DecodedTensor
 from quantlib.checkpoint.dtypes import torch_dtype
 from quantlib.checkpoint.findings import limited
-from quantlib.checkpoint.gguf_files.header import GgufHeader, GgufTensor
+from quantlib.checkpoint.gguf_files.header import GgufHeader, GgufTensor, read_gguf_header
 from quantlib.checkpoint.gguf_files.names import StoredName, all_names
 from quantlib.checkpoint.gguf_files.rope_factors import TENSOR as ROPE_FACTORS
 from quantlib.checkpoint.gguf_files.shard import KINDS
+from quantlib.checkpoint.gguf_files.source import ENDING
 from quantlib.checkpoint.header import TensorEntry
-from quantlib.checkpoint.index import Checkpoint
+from quantlib.checkpoint.index import Checkpoint, read_config
 from quantlib.errors import UnsupportedModelError
 from quantlib.packing import gguf_format
 from quantlib.storage import ObjectInfo, Store
@@ -69,6 +70,17 @@ def open_output(
         decoded=decoded,
         stored=tensors,
     )
+
+
+def open_parts(store: Store, uri: str, listing: Mapping[str, ObjectInfo]) -> Checkpoint:
+    """The same of a folder whose parts are all intact.
+
+    Raises:
+        CheckpointError: A part or config.json is not.
+    """
+    shards = {name: info for name, info in listing.items() if name.endswith(ENDING)}
+    headers = {name: read_gguf_header(store, info) for name, info in sorted(shards.items())}
+    return open_output(uri, read_config(store, uri, listing), shards, headers)
 
 
 def with_wide_vectors(source: Checkpoint) -> Checkpoint:

@@ -1,12 +1,13 @@
 """The tokenizer of a GGUF file, from a Hugging Face tokenizer.
 
 llama.cpp splits text with rules of its own before it merges bytes, and a header only names them: a wrong name
-gives other tokens without a word. It is told here from the splitting rules themselves that tokenizer.json
-holds, each of which is a line in a table; a tokenizer with other rules is refused. Left out: SentencePiece and
-other vocabularies that are no byte pairs, whose scores a tokenizer.json does not hold.
+gives other tokens without a word. It is told here from the splitting rules themselves, which tokenizer.json
+holds and a table names; a tokenizer with other rules is refused. (llama.cpp's own converter goes by a hash of
+the tokens of a fixed text, which every other vocabulary changes.) Left out: SentencePiece and other
+vocabularies that are no byte pairs, whose scores a tokenizer.json does not hold.
 
-Source: llama.cpp, src/llama-vocab.cpp (llm_tokenizer_bpe: regex_exprs of each pre type; load: which merges are
-ignored) and convert_hf_to_gguf.py (get_vocab_base: types of tokens).
+Source: llama.cpp, src/llama-vocab.cpp (llm_tokenizer_bpe: regex_exprs of each pre type; load: where merges
+are ignored) and convert_hf_to_gguf.py (get_vocab_base: types of tokens).
 """
 
 import json
@@ -140,6 +141,6 @@ def _tokens(values: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]
 
 def _unknown(found: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"gguf output needs a tokenizer that llama.cpp knows by name ({', '.join(_PRE_TYPES.values())}), found"
-        f" one with {found}; choose another format"
+        f"gguf output needs a tokenizer that llama.cpp knows by name ({', '.join(_PRE_TYPES.values())}),"
+        f" found one with {found}; choose another format"
     )
