@@ -10,9 +10,10 @@ from gguf.constants import GGMLQuantizationType
 from quantlib.checkpoint.gguf_files import rope_factors
 from quantlib.checkpoint.gguf_files.names import architecture_of, stored_names
 from quantlib.checkpoint.gguf_files.settings import refuse_unsaid, write_settings
-from quantlib.checkpoint.gguf_files.shard import GgufPart
+from quantlib.checkpoint.gguf_files.shard import KINDS, GgufPart
 from quantlib.checkpoint.gguf_files.vocabulary import write_vocabulary
-from quantlib.job.plan import UnitPlan
+from quantlib.errors import UnsupportedModelError
+from quantlib.job.plan import TensorSpec, UnitPlan
 from quantlib.model.families import open_config
 from quantlib.packing import gguf_format
 
@@ -30,7 +31,7 @@ class GgufOutput:
         load_tokenizer: Gives the source's tokenizer.
 
     Raises:
-        UnsupportedModelError: The architecture, a tensor or a setting has no name in GGUF.
+        UnsupportedModelError: The architecture, a tensor, its dtype or a setting has no name in GGUF.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class GgufOutput:
         refuse_unsaid(config)
         self._config, self._units, self._load_tokenizer = config, units, load_tokenizer
         self._block_type = str(quantization["format"])
-        planned = [spec.name for unit in units for spec in unit.tensors]
+        specs = [spec for unit in units for spec in unit.tensors]
+        _refuse_other_dtypes(specs)
+        planned = [spec.name for spec in specs]
         # Blocks stand where the weight would.
         weights = {name: _weight(name) for name in planned}
         places = stored_names(config, list(weights.values()))
@@ -73,6 +76,16 @@ class GgufOutput:
     def _describe(self, writer: GGUFWriter) -> None:
         write_settings(writer, self._config, self._block_type)
         write_vocabulary(writer, self._load_tokenizer(), self._config)
+
+
+def _refuse_other_dtypes(specs: Sequence[TensorSpec]) -> None:
+    for spec in specs:
+        if spec.dtype not in KINDS and not spec.name.endswith(gguf_format.SUFFIX):
+            raise UnsupportedModelError(
+                f"gguf output holds tensors of {', '.join(KINDS)}, {spec.name} is {spec.dtype}; choose"
+                " another format",
+                tensor=spec.name,
+            )
 
 
 def _weight(name: str) -> str:
