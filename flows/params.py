@@ -23,7 +23,7 @@ from quantlib.job.options import JobOptions, default_of, options_from
 from quantlib.job.provenance import with_replayed_values
 from quantlib.job.rules import Rule
 from quantlib.job.targets import default_format
-from quantlib.schemes import DEFAULT_GROUP_SIZE, has_own_groups
+from quantlib.schemes import DEFAULT_GROUP_SIZE, group_tag, has_own_groups
 
 # Literal with choices known only at run time; a type checker sees no type in it.
 _LITERAL: Any = Literal
@@ -49,13 +49,14 @@ def _field(found: dataclasses.Field[Any], option: Option, position: int) -> tupl
     if option.choices is not None:
         kind = _LITERAL[option.choices]
     elif option.minimum is not None:
-        lowest = option.minimum if option.also_allowed is None else option.also_allowed
-        assert lowest <= option.minimum
+        below = sorted(option.also_allowed) or [option.minimum]
+        lowest, highest = below[0], below[-1]
+        assert highest <= option.minimum and len(below) == highest - lowest + 1
         kind = Annotated[int, Field(ge=lowest)]
-        # One number below a range: what lies between is cut out. An anyOf would be exact too, but the form
-        # shows it as two tabs.
-        if lowest < option.minimum - 1:
-            between = {"exclusiveMinimum": lowest, "exclusiveMaximum": option.minimum}
+        # Neighbouring numbers below a range: what lies between is cut out. An anyOf would be exact too, but
+        # the form shows it as two tabs.
+        if highest < option.minimum - 1:
+            between = {"exclusiveMinimum": highest, "exclusiveMaximum": option.minimum}
             schema["not"] = {"type": "integer", **between}
     elif kind is str:
         kind = Annotated[str, Field(pattern=r"\S")]
@@ -123,7 +124,8 @@ class QuantizeParams(create_model("_JobFields", __base__=_Form, **_job_fields())
         layout = values["format"] or default_format(values["target"])
         model = values["source"].rstrip("/").rpartition("/")[2]
         own = has_own_groups(values["scheme"])
-        groups = "" if own else f" g{values['group_size'] or DEFAULT_GROUP_SIZE}"
+        size = values["group_size"]
+        groups = "" if own else f" {group_tag(DEFAULT_GROUP_SIZE if size is None else size)}"
         return f"{model} to {values['scheme']}{groups} {layout}"
 
     def to_options(self) -> JobOptions:

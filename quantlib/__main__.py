@@ -28,7 +28,7 @@ from quantlib.errors import (
     RecipeError,
     UnsupportedModelError,
 )
-from quantlib.evaluation import evaluate_checkpoint
+from quantlib.evaluation import evaluate_checkpoint, format_evaluation
 from quantlib.inprocess import quantize_all
 from quantlib.job.accounts import account_lines
 from quantlib.job.bundle import bundle_of
@@ -260,8 +260,7 @@ def _evaluate(parsed: argparse.Namespace) -> int:
             storage_engine=values["storage_engine"],
             on_progress=show,
         )
-    text = f"{result['model']}: perplexity {result['perplexity']:.4f} over {result['tokens']} tokens"
-    print(json.dumps(result, indent=1) if parsed.json else text)
+    print(json.dumps(result, indent=1) if parsed.json else format_evaluation(result))
     return 0
 
 

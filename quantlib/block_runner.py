@@ -40,9 +40,10 @@ from quantlib.memory_watch import (
 )
 from quantlib.model.late_weights import LateWeight, stored_weight
 from quantlib.model.skeleton import OuterModel, Skeleton, load_skeleton
+from quantlib.schemes import ActivationScheme
 from quantlib.solver_settings import FROM_EXTREMES
 from quantlib.stage_clock import StageClock
-from quantlib.steps import score_streams, stream_error
+from quantlib.steps import input_schemes, score_streams, stream_error
 from quantlib.storage import open_store
 from quantlib.stream_shelf import Shelf
 from quantlib.sum_exchange import SumExchange
@@ -240,12 +241,15 @@ class BlockRunner:
             self._modules.pop(_ORIGINAL, None)
             tensors = _merged(parts)
             late = self._stored_weights(block, tensors) if self._has_late_weights else {}
-            self._modules[_ORIGINAL] = (block, self._built(block, tensors, late))
+            self._modules[_ORIGINAL] = (block, self._built(block, tensors, late, {}))
 
     def load_quantized(
         self, block: int, parts: Sequence[Tensors], packed: Sequence[Tensors], output: int
     ) -> None:
-        """Make a block live as it was packed for an output, in place of the one before."""
+        """Make a block live as it was packed for an output, in place of the one before.
+
+        Linears round their inputs where their scheme says so.
+        """
         with self._computing("load"):
             self._modules.pop(_QUANTIZED, None)
             tensors, made = _merged(parts), _merged(packed)
@@ -254,7 +258,8 @@ class BlockRunner:
                 late = self._stored_weights(block, tensors)
                 late |= self._outputs[output].late_levels(block, made)
             tensors |= self._outputs[output].levels(block, made, late)
-            self._modules[_QUANTIZED] = (block, self._built(block, tensors, late))
+            inputs = input_schemes(self._outputs[output].plan.blocks[block])
+            self._modules[_QUANTIZED] = (block, self._built(block, tensors, late, inputs))
 
     def unload(self, block: int) -> None:
         """Have a block live no longer."""
@@ -496,9 +501,15 @@ class BlockRunner:
         names = [part.tensor for part in parts if part.view is None and part.tensor in tensors]
         return {name: stored_weight(tensors[name]) for name in names}
 
-    def _built(self, block: int, tensors: Tensors, late: Mapping[str, LateWeight]) -> nn.Module:
+    def _built(
+        self,
+        block: int,
+        tensors: Tensors,
+        late: Mapping[str, LateWeight],
+        inputs: Mapping[str, ActivationScheme],
+    ) -> nn.Module:
         kind = {"dtype": self._dtype, "device": self._device}
-        return self._skeleton.build_block(block, tensors, late=late, **kind)
+        return self._skeleton.build_block(block, tensors, late=late, inputs=inputs, **kind)
 
     def _module(self, kind: str, block: int) -> nn.Module:
         loaded, module = self._modules[kind]

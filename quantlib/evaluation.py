@@ -1,9 +1,11 @@
 """Perplexity of a checkpoint, original or quantized, streamed block by block.
 
-The model is never in memory: one block's weights, the activations of the rows, and at the end the head.
+The model is never in memory: one block's weights, the activations of the rows, and at the end the head. Where
+the checkpoint says that engines round inputs of linears, they are rounded here.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,8 @@ from quantlib.job.stages import Progress
 from quantlib.machine import batch_tokens, compute_dtype, default_threads, device_kind
 from quantlib.model.rejoined_names import rejoined_names
 from quantlib.model.skeleton import Skeleton, load_skeleton, run_block
+from quantlib.schemes import ActivationScheme
+from quantlib.stated_inputs import stated_inputs
 from quantlib.steps import perplexity, score_streams
 from quantlib.storage import Store, normalize_uri, open_store
 
@@ -42,7 +46,9 @@ def evaluate_checkpoint(
         on_progress: Called before every block, and before the head.
 
     Returns:
-        ``perplexity``, ``tokens``, ``sequences``, ``digest`` of the rows, ``model``.
+        ``perplexity``, ``tokens``, ``sequences``, ``digest`` of the rows, ``model``; ``rounded_inputs``: what
+        inputs were rounded to -> of how many linears; ``unknown_inputs``: the same of inputs that engines
+        round in a way that is not known here, and that were left as they are.
 
     Raises:
         QuantError: The checkpoint or the text cannot be used.
@@ -65,8 +71,10 @@ def evaluate_checkpoint(
     place = torch.device("cuda" if kind.startswith("cuda") else "cpu")
     dtype = getattr(torch, compute_dtype(checkpoint.config, kind))
     cells = rows_BT.to(place).split(max(1, batch_tokens(kind) // sequence_length))
+    stated = [stated_inputs(checkpoint, skeleton.block_spec(i)) for i in range(skeleton.num_blocks)]
+    rounded = [block.rounded for block in stated]
     with torch.inference_mode():
-        sums = _score(store, checkpoint, skeleton, cells, dtype, place, on_progress)
+        sums = _score(store, checkpoint, skeleton, rounded, cells, dtype, place, on_progress)
     tokens = sum(cell["tokens"] for cell in sums)
     return {
         "model": uri,
@@ -74,19 +82,36 @@ def evaluate_checkpoint(
         "tokens": int(tokens),
         "sequences": len(rows_BT),
         "digest": rows_digest(rows_BT),
+        "rounded_inputs": dict(Counter(str(scheme) for block in rounded for scheme in block.values())),
+        "unknown_inputs": dict(Counter(words for block in stated for words in block.unknown)),
     }
+
+
+def format_evaluation(result: Mapping[str, Any]) -> str:
+    """The result of `evaluate_checkpoint` for a terminal."""
+    lines = [f"{result['model']}: perplexity {result['perplexity']:.4f} over {result['tokens']} tokens"]
+    for words, count in result["rounded_inputs"].items():
+        lines.append(f"inputs of {count} linears rounded to {words}, as engines do")
+    for words, count in result["unknown_inputs"].items():
+        lines.append(f"inputs of {count} linears left as they are; engines round them with {words}")
+    return "\n".join(lines)
 
 
 def _score(
     store: Store,
     checkpoint: Checkpoint,
     skeleton: Skeleton,
+    rounded: Sequence[Mapping[str, ActivationScheme]],
     cells: Sequence[torch.Tensor],
     dtype: torch.dtype,
     device: torch.device,
     on_progress: Callable[[Progress], None],
 ) -> list[dict[str, float]]:
-    """Run all cells through the model, one block at a time; the sums of `score_streams` for every cell."""
+    """Run all cells through the model, one block at a time; the sums of `score_streams` for every cell.
+
+    Args:
+        rounded: Of every block, linear -> what its inputs are rounded to.
+    """
     read = partial(read_tensors, store, checkpoint)
     outer = skeleton.build_outer(read(skeleton.prelude_tensors), dtype=dtype, device=device)
     embedded = [outer.embed(cell) for cell in cells]
@@ -98,7 +123,7 @@ def _score(
     for index in range(skeleton.num_blocks):
         on_progress(Progress(done=index, total=total, label=f"block {index + 1}/{skeleton.num_blocks}"))
         tensors = read_block(store, checkpoint, skeleton.block_spec(index))
-        block = skeleton.build_block(index, tensors, dtype=dtype, device=device)
+        block = skeleton.build_block(index, tensors, dtype=dtype, device=device, inputs=rounded[index])
         for number, cell in enumerate(cells):
             streams[number] = run_block(block, streams[number], inputs[tuple(cell.shape)][index])
     on_progress(Progress(done=total - 1, total=total, label="head"))

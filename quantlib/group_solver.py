@@ -14,7 +14,9 @@ import torch
 
 from quantlib.calibration.moments import Moments, about_zero, centered_moments, moments_from
 from quantlib.calibration.totals import Total, add_totals_
+from quantlib.grids.given_scales import GivenScales, given_scales
 from quantlib.job.expert_groups import GroupTokens
+from quantlib.job.fused_sets import by_module
 from quantlib.job.group_tiles import GroupTile, group_tiles
 from quantlib.job.plan import BlockPlan, LinearPlan
 from quantlib.methods import METHODS
@@ -26,8 +28,10 @@ from quantlib.methods.contracts import (
     Prepared,
     SolvedRows,
 )
-from quantlib.methods.whole_solve import merged_rows
+from quantlib.methods.fitted_scales import cuts_half_step
+from quantlib.methods.whole_solve import given_to, merged_rows
 from quantlib.packing.contracts import PackingFormat
+from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import SolverSettings
 from quantlib.steps import CorrectedResult, correct_bias
 
@@ -48,12 +52,14 @@ class _Shared:
     """What the tiles of a group share.
 
     Attributes:
+        given: Linear -> what its scales owe to the whole weight, where they do.
         prepared: Method -> what it has prepared.
     """
 
     block: int
     group: int
     moments: Moments | None
+    given: Mapping[str, GivenScales]
     prepared: dict[str, Prepared] = field(default_factory=dict)
 
 
@@ -131,7 +137,8 @@ class GroupSolver:
             for sums, behind in zip(statistics, tokens, strict=True)
         ]
         scale_dtype = self._scale_dtype(weights[0])
-        solved = METHODS[method].solve_batch(prepared, weights, scheme, scale_dtype=scale_dtype)
+        given = [self._given(here, scheme, scale_dtype) for here in weights]
+        solved = METHODS[method].solve_batch(prepared, weights, scheme, scale_dtype=scale_dtype, given=given)
         return [
             self._packed(_merged(block, group, [rows]), behind)
             for group, rows, behind in zip(groups, solved, tokens, strict=True)
@@ -176,21 +183,52 @@ class GroupSolver:
     ) -> dict[str, SolvedRows]:
         linear = next(linear for linear in block.linears if linear.name == tile.runs[0].name)
         assert linear.method is not None and linear.scheme is not None, "only such linears are in a group"
-        prepared = self._prepared(block, tile.group, linear.method, statistics, tokens)
+        shared = self._shared_of(block, tile.group, tensors, statistics, tokens)
+        prepared = self._prepared(shared, linear.method, tokens)
         stored = {found.name: found.weight for found in block.linears}
         weights = {
             run.name: stored[run.name].of(tensors)[run.start : run.end].to(self._device) for run in tile.runs
         }
-        return prepared.solve(weights, linear.scheme, scale_dtype=self._scale_dtype(weights))
+        return prepared.solve(
+            weights,
+            linear.scheme,
+            scale_dtype=self._scale_dtype(weights),
+            given=given_to(tile.runs, shared.given),
+        )
 
-    def _prepared(
-        self, block: BlockPlan, group: int, method: str, statistics: Statistics, tokens: GroupTokens
-    ) -> Prepared:
+    def _shared_of(
+        self, block: BlockPlan, group: int, tensors: Tensors, statistics: Statistics, tokens: GroupTokens
+    ) -> _Shared:
         shared = self._shared
         if shared is None or (shared.block, shared.group) != (block.index, group):
             self.forget()
             moments = self._shrunk_moments(statistics, tokens)
-            shared = self._shared = _Shared(block.index, group, moments)
+            given = self._given_to_all(block, group, tensors)
+            shared = self._shared = _Shared(block.index, group, moments, given)
+        return shared
+
+    def _given_to_all(self, block: BlockPlan, group: int, tensors: Tensors) -> dict[str, GivenScales]:
+        given: dict[str, GivenScales] = {}
+        linears = _linears_of(block, group)
+        for scheme in dict.fromkeys(linear.scheme for linear in linears):
+            if scheme is not None and scheme.owes_to_whole:
+                alike = [linear for linear in linears if linear.scheme == scheme]
+                weights = {linear.name: linear.weight.of(tensors).to(self._device) for linear in alike}
+                given |= self._given(weights, scheme, self._scale_dtype(weights))
+        return given
+
+    def _given(
+        self, weights: Tensors, scheme: WeightScheme, scale_dtype: torch.dtype
+    ) -> dict[str, GivenScales]:
+        return given_scales(
+            weights,
+            by_module(weights).values(),
+            scheme,
+            scale_dtype=scale_dtype,
+            cuts_half_step=cuts_half_step(self._settings.scale_search),
+        )
+
+    def _prepared(self, shared: _Shared, method: str, tokens: GroupTokens) -> Prepared:
         if method not in shared.prepared:
             shared.prepared[method] = self._prepare(method, shared.moments, tokens)
         return shared.prepared[method]
@@ -239,19 +277,25 @@ class GroupSolver:
     ) -> list[LinearResult]:
         """A group in which some linear has a bias that is corrected."""
         linears = _linears_of(block, group)
+        given = self._given_to_all(block, group, tensors)
         results: dict[str, LinearResult] = {}
         for is_centered in (False, True):
             chosen = [linear for linear in linears if linear.corrects_bias == is_centered]
             if chosen:
                 moments = self._moments(statistics, is_centered=is_centered, is_extended=True)
-                results |= self._solved(chosen, tensors, moments, tokens)
+                results |= self._solved(chosen, tensors, moments, tokens, given)
         return [results[linear.name] for linear in linears]
 
     def _solved(
-        self, linears: Sequence[LinearPlan], tensors: Tensors, moments: Moments | None, tokens: int
+        self,
+        linears: Sequence[LinearPlan],
+        tensors: Tensors,
+        moments: Moments | None,
+        tokens: int,
+        given: Mapping[str, GivenScales],
     ) -> dict[str, LinearResult]:
         weights = {linear.name: linear.weight.of(tensors).to(self._device) for linear in linears}
-        results = self._quantized(linears, weights, moments, tokens)
+        results = self._quantized(linears, weights, moments, tokens, given)
         if moments is None or moments.mean_C is None:
             return results
 
@@ -263,13 +307,18 @@ class GroupSolver:
         coarse = [linear for linear in linears if _is_coarse(found[linear.name])]
         if coarse:
             chosen = {linear.name: weights[linear.name] for linear in coarse}
-            plain = self._quantized(coarse, chosen, about_zero(moments, tokens), tokens)
+            plain = self._quantized(coarse, chosen, about_zero(moments, tokens), tokens, given)
             others = {name: with_bias(name, result) for name, result in plain.items()}
             found |= {name: _marked(x) for name, x in others.items() if x.error < found[name].error}
         return {name: corrected.result for name, corrected in found.items()}
 
     def _quantized(
-        self, linears: Sequence[LinearPlan], weights: Tensors, moments: Moments | None, tokens: int
+        self,
+        linears: Sequence[LinearPlan],
+        weights: Tensors,
+        moments: Moments | None,
+        tokens: int,
+        given: Mapping[str, GivenScales],
     ) -> dict[str, LinearResult]:
         results: dict[str, LinearResult] = {}
         for method in sorted({linear.method for linear in linears if linear.method}):
@@ -287,6 +336,7 @@ class GroupSolver:
                 scale_dtype=self._scale_dtype(weights),
                 solver=self._settings,
                 height=self._height,
+                given=given,
             )
         return results
 

@@ -5,13 +5,41 @@ Codes travel from the solver to the packer; nothing is rounded a second time.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from quantlib.grids.levels import levels_of
 from quantlib.grouping import by_group
 from quantlib.schemes import WeightScheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NestedScales:
+    """Of what the scales of a weight, or of some of its rows, are made where they are quantized themselves.
+
+    Scale i of the whole weight, row by row, is value[code i] * absmax[i // 256] + offset in fp32, with the
+    values of `quantlib.grids.formats.dynamic_values`.
+
+    Shapes:
+        code_RG: uint8 [R, G].
+        absmax_N: fp32 [N], of the whole weight.
+        offset: fp32 [], of the whole weight.
+    """
+
+    code_RG: torch.Tensor
+    absmax_N: torch.Tensor
+    offset: torch.Tensor
+
+    def rows(self, part: slice) -> "NestedScales":
+        """Some rows; a copy, so that it does not keep the whole alive."""
+        return NestedScales(code_RG=self.code_RG[part].clone(), absmax_N=self.absmax_N, offset=self.offset)
+
+    def to(self, device: torch.device | str) -> "NestedScales":
+        """The same on a device."""
+        return NestedScales(
+            code_RG=self.code_RG.to(device), absmax_N=self.absmax_N.to(device), offset=self.offset.to(device)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,18 +51,29 @@ class QuantizedLinear:
         scale_RG: floating [R, G], already in the dtype that is stored, positive and finite.
         zero_RG: uint8 [R, G], the code that means zero; None when the scheme is symmetric
             (then it is 2**(bits-1) everywhere; codes of floats know none).
+        divisor_R1: fp32 [R, 1], the same for all rows, where scales are quotients (``DIVIDED_SCALES``);
+            else None.
+
+    Attributes:
+        nested: What the scales are made of where they are quantized (``NESTED_SCALES``); else None.
     """
 
     codes_RC: torch.Tensor
     scale_RG: torch.Tensor
     zero_RG: torch.Tensor | None
     scheme: WeightScheme
+    divisor_R1: torch.Tensor | None = None
+    nested: NestedScales | None = None
 
     def rows(self, part: slice) -> "QuantizedLinear":
         """Some rows, as views."""
-        zero_RG = None if self.zero_RG is None else self.zero_RG[part]
         return QuantizedLinear(
-            codes_RC=self.codes_RC[part], scale_RG=self.scale_RG[part], zero_RG=zero_RG, scheme=self.scheme
+            codes_RC=self.codes_RC[part],
+            scale_RG=self.scale_RG[part],
+            zero_RG=None if self.zero_RG is None else self.zero_RG[part],
+            scheme=self.scheme,
+            divisor_R1=None if self.divisor_R1 is None else self.divisor_R1[part],
+            nested=None if self.nested is None else self.nested.rows(part),
         )
 
     def to(self, device: torch.device | str) -> "QuantizedLinear":
@@ -44,6 +83,8 @@ class QuantizedLinear:
             scale_RG=self.scale_RG.to(device),
             zero_RG=None if self.zero_RG is None else self.zero_RG.to(device),
             scheme=self.scheme,
+            divisor_R1=None if self.divisor_R1 is None else self.divisor_R1.to(device),
+            nested=None if self.nested is None else self.nested.to(device),
         )
 
     def dequantize(self, out: torch.Tensor | None = None) -> torch.Tensor:
@@ -52,8 +93,8 @@ class QuantizedLinear:
         Args:
             out: Receives them if given; floating [R, C].
 
-        Numerics: an offset has at most 9 significant bits and the product is taken in fp32, so that with a
-        bf16 or fp16 scale it is exact.
+        Numerics: the product is taken in fp32. The offset of an integer or a small float has at most 9
+        significant bits, so that with a bf16 or fp16 scale it is exact.
         """
         level_RC = torch.empty(self.codes_RC.shape, device=self.codes_RC.device) if out is None else out
         return self._into(level_RC, self.scale_RG.float()[..., None])
@@ -84,10 +125,20 @@ def joined_rows(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
     first = parts[0]
     if len(parts) == 1:
         return first
-    zeros = [part.zero_RG for part in parts if part.zero_RG is not None]
+    nested = first.nested
+    if nested is not None:
+        codes = [part.nested.code_RG for part in parts if part.nested is not None]
+        nested = replace(nested, code_RG=torch.cat(codes))
     return QuantizedLinear(
         codes_RC=torch.cat([part.codes_RC for part in parts]),
         scale_RG=torch.cat([part.scale_RG for part in parts]),
-        zero_RG=torch.cat(zeros) if zeros else None,
+        zero_RG=_joined([part.zero_RG for part in parts]),
         scheme=first.scheme,
+        divisor_R1=_joined([part.divisor_R1 for part in parts]),
+        nested=nested,
     )
+
+
+def _joined(parts: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    there = [part for part in parts if part is not None]
+    return torch.cat(there) if there else None

@@ -27,7 +27,7 @@ from quantlib.model.late_weights import LateWeight
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
 from quantlib.readers import Reader
-from quantlib.schemes import WeightScheme
+from quantlib.schemes import ActivationScheme, WeightScheme
 
 # Logits are gone over in pieces that stay in a CPU's cache from one pass to the next.
 _PIECE_BYTES = 1 << 20
@@ -249,6 +249,15 @@ def late_levels(
         linear.weight.tensor: late(linear, linear.scheme)
         for linear in plan.linears
         if linear.scheme is not None and linear.weight.view is None
+    }
+
+
+def input_schemes(plan: BlockPlan) -> dict[str, ActivationScheme]:
+    """Linear -> what its inputs are rounded to, of those whose scheme says so."""
+    return {
+        linear.name: linear.scheme.inputs
+        for linear in plan.linears
+        if linear.scheme is not None and linear.scheme.inputs is not None
     }
 
 

@@ -10,7 +10,7 @@ from quantlib.group_solver import GroupSolver
 from quantlib.job.expert_groups import GroupTokens
 from quantlib.job.plan import BlockPlan
 from quantlib.packing import FORMATS
-from quantlib.schemes import scheme_from_name
+from quantlib.schemes import has_own_groups, scheme_from_name
 from quantlib.solver_settings import SolverSettings
 from tests.support.linear_plans import linear_plan
 from tests.support.partials import gram_lower, panels_from
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def _block(scheme: str, method: str = "gptq") -> BlockPlan:
     """Gate and up of every expert."""
-    named = scheme_from_name(scheme, 32)
+    named = scheme_from_name(scheme, None if has_own_groups(scheme) else 32)
     groups = tuple((f"{expert}.gate", f"{expert}.up") for expert in range(EXPERTS))
     linears = tuple(
         linear_plan(name, rows, COLUMNS, named, method=method)
@@ -62,7 +62,7 @@ def _seen(*, is_shrunk: bool):
 
 @settings(max_examples=20, deadline=None)
 @given(
-    scheme=st.sampled_from(["W4A16", "W4A16_ASYM", "W3A16", "W8A16"]),
+    scheme=st.sampled_from(["W4A16", "W4A16_ASYM", "W3A16", "W8A16", "NVFP4A16", "FP8A16_TENSOR"]),
     method=st.sampled_from(["gptq", "gptq", "rtn"]),
     passes=st.integers(0, 1),
     is_shrunk=st.booleans(),

@@ -13,7 +13,7 @@ import torch
 from quantlib.fresh_bytes import fresh_bytes
 from quantlib.grids.levels import Levels, levels_of
 from quantlib.grouping import row_parts
-from quantlib.quantized import QuantizedLinear
+from quantlib.quantized import NestedScales, QuantizedLinear
 from quantlib.schemes import WeightScheme
 
 _VECTOR_ROWS = 16
@@ -28,12 +28,14 @@ class AffineGrid:
         zero_RG: uint8 [R, G], the code that means zero; None when symmetric.
         is_bounded_RG: bool [R, G], True for groups (not all zero) whose scale did not fit the stored dtype
             and was moved to its smallest normal or its largest number.
+        divisor_R1: fp32 [R, 1], of every row, where scales are quotients (``DIVIDED_SCALES``); else None.
     """
 
     scheme: WeightScheme
     scale_RG: torch.Tensor
     zero_RG: torch.Tensor | None
     is_bounded_RG: torch.Tensor
+    divisor_R1: torch.Tensor | None = None
 
     def rows(self, part: slice | torch.Tensor) -> "AffineGrid":
         """The grid of some rows, by slice or index; a copy, so that it does not keep the whole alive."""
@@ -42,6 +44,7 @@ class AffineGrid:
             scale_RG=self.scale_RG[part].clone(),
             zero_RG=None if self.zero_RG is None else self.zero_RG[part].clone(),
             is_bounded_RG=self.is_bounded_RG[part].clone(),
+            divisor_R1=None if self.divisor_R1 is None else self.divisor_R1[part].clone(),
         )
 
 
@@ -202,8 +205,15 @@ def num_clipped_(
     return quotient.sub_(offset).abs_().gt_(levels.half_step).sum(dim).long()
 
 
-def with_codes(grid: AffineGrid, codes_RC: torch.Tensor) -> QuantizedLinear:
+def with_codes(
+    grid: AffineGrid, codes_RC: torch.Tensor, nested: NestedScales | None = None
+) -> QuantizedLinear:
     """The linear that these codes mean on this grid."""
     return QuantizedLinear(
-        codes_RC=codes_RC, scale_RG=grid.scale_RG, zero_RG=grid.zero_RG, scheme=grid.scheme
+        codes_RC=codes_RC,
+        scale_RG=grid.scale_RG,
+        zero_RG=grid.zero_RG,
+        scheme=grid.scheme,
+        divisor_R1=grid.divisor_R1,
+        nested=nested,
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from quantlib.grids.affine import AffineGrid, nearest_offsets, whole_vectors
-from quantlib.grids.formats import FLOAT_FORMATS, POWER_SCALES
+from quantlib.grids.formats import DIVIDED_SCALES, FLOAT_FORMATS, POWER_SCALES
 from quantlib.grids.levels import levels_of
 from quantlib.grids.stored_scale import held_dtype, is_outside_stored, power_below, round_to_stored
 from quantlib.grouping import by_group, row_parts
@@ -27,6 +27,8 @@ _SMALLEST_MULTIPLE = {2: 0.3, 3: 0.3, 4: 0.3, 5: 0.5, 6: 0.7, 8: 0.85}
 _NUM_COARSE = 16
 # Of powers of two: up to where nothing is cut, and down to where cutting a heavy tail seldom pays.
 _POWER_MULTIPLES = (2.0, 0.5, 0.25, 0.125)
+# Of 4-bit floats: the largest weight becomes 4 instead of 6, between which they have no value.
+_WIDE_MULTIPLES = (1.25, 1.5)
 # In steps of the coarse search, around its winner.
 _FINE_STEPS = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
 # On a CPU 256 KiB of fp32: the three such buffers stay in a cache while all candidates pass over them, and
@@ -38,7 +40,12 @@ _ALL_BUT_SIGN = 0x7FFF
 
 
 def fit_to_extremes(
-    weight_RC: torch.Tensor, scheme: WeightScheme, *, scale_dtype: torch.dtype, cuts_half_step: bool = True
+    weight_RC: torch.Tensor,
+    scheme: WeightScheme,
+    *,
+    scale_dtype: torch.dtype,
+    cuts_half_step: bool = True,
+    divisor_R1: torch.Tensor | None = None,
 ) -> AffineGrid:
     """Scales that cover the smallest and largest weight of every group.
 
@@ -51,6 +58,7 @@ def fit_to_extremes(
 
     Shapes:
         weight_RC: floating [R, C], finite; taken as fp32. The last group may be ragged.
+        divisor_R1: fp32 [R, 1], of scales that are quotients; else None.
 
     Args:
         scheme: Bits, symmetry and group size.
@@ -64,18 +72,33 @@ def fit_to_extremes(
     Cost: two passes in a cache; memory of a handful of rows.
     """
     scale_dtype = held_dtype(scheme.scales, scale_dtype)
-    width = scheme.columns_per_group(weight_RC.shape[1])
-    if scheme.is_symmetric and weight_RC.dtype in (torch.bfloat16, torch.float16):
-        highest_RG = _largest_magnitudes(weight_RC, width)
-        lowest_RG = -highest_RG
-    else:
-        lowest_RG, highest_RG = _extremes(weight_RC, width)
-    fit, is_bounded_RG = _cover(lowest_RG, highest_RG, scheme, scale_dtype, cuts_half_step)
+    lowest_RG, highest_RG = extremes(weight_RC, scheme)
+    return grid_over(lowest_RG, highest_RG, scheme, scale_dtype, cuts_half_step, divisor_R1)
+
+
+def grid_over(
+    lowest_RG: torch.Tensor,
+    highest_RG: torch.Tensor,
+    scheme: WeightScheme,
+    scale_dtype: torch.dtype,
+    cuts_half_step: bool,
+    divisor_R1: torch.Tensor | None = None,
+) -> AffineGrid:
+    """The grid over these extremes; see `fit_to_extremes`.
+
+    Shapes:
+        lowest_RG, highest_RG: fp32 [R, G].
+
+    Args:
+        scale_dtype: In which scales are held.
+    """
+    fit, is_bounded_RG = _cover(lowest_RG, highest_RG, scheme, scale_dtype, cuts_half_step, divisor_R1)
     return AffineGrid(
         scheme=scheme,
         scale_RG=fit.scale_R.to(scale_dtype),
         zero_RG=None if scheme.is_symmetric else fit.zero_R.to(torch.uint8),
         is_bounded_RG=is_bounded_RG,
+        divisor_R1=divisor_R1,
     )
 
 
@@ -85,6 +108,7 @@ def search_scales(
     *,
     scale_dtype: torch.dtype,
     importance_C: torch.Tensor | None = None,
+    divisor_R1: torch.Tensor | None = None,
 ) -> AffineGrid:
     """Scales of least weighted squared error, group by group.
 
@@ -92,6 +116,7 @@ def search_scales(
         weight_RC: floating [R, C], finite; taken as fp32. The last group may be ragged.
         importance_C: fp32 [C], not negative; None for equal importance. Only ratios matter. A group whose
             importances are all zero is fitted with equal ones.
+        divisor_R1: fp32 [R, 1], of scales that are quotients; else None.
 
     Args:
         scheme: Bits, symmetry and group size.
@@ -109,7 +134,23 @@ def search_scales(
         importance_C = torch.ones(weight_RC.shape[1], device=weight_RC.device)
     # Division by the largest leaves equal importances exactly equal to 1, whatever their size was.
     largest = importance_C.max().clamp_min(torch.finfo(torch.float32).tiny)
-    return _search_all(weight_RC, scheme, scale_dtype, importance_C.float() / largest)
+    return _search_all(weight_RC, scheme, scale_dtype, importance_C.float() / largest, divisor_R1)
+
+
+def extremes(weight_RC: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest weight of every group of columns, or of a symmetric scheme what covers them.
+
+    Shapes:
+        weight_RC: floating [R, C], finite.
+
+    Returns:
+        fp32 [R, G] each; 0 counts into a ragged group.
+    """
+    width = scheme.columns_per_group(weight_RC.shape[1])
+    if scheme.is_symmetric and weight_RC.dtype in (torch.bfloat16, torch.float16):
+        highest_RG = _largest_magnitudes(weight_RC, width)
+        return -highest_RG, highest_RG
+    return _extremes(weight_RC, width)
 
 
 def _extremes(weight_RC: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -142,12 +183,18 @@ def _largest_magnitudes(weight_RC: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def _search_all(
-    weight_RC: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype, importance_C: torch.Tensor
+    weight_RC: torch.Tensor,
+    scheme: WeightScheme,
+    scale_dtype: torch.dtype,
+    importance_C: torch.Tensor,
+    divisor_R1: torch.Tensor | None,
 ) -> AffineGrid:
     filled_rows = whole_vectors(len(weight_RC), weight_RC.device)
     if filled_rows is not None:
         filled_RC = weight_RC[filled_rows]
-        return _search_all(filled_RC, scheme, scale_dtype, importance_C).rows(slice(len(weight_RC)))
+        filled_R1 = None if divisor_R1 is None else divisor_R1[filled_rows]
+        filled = _search_all(filled_RC, scheme, scale_dtype, importance_C, filled_R1)
+        return filled.rows(slice(len(weight_RC)))
     rows, columns = weight_RC.shape
     width = scheme.columns_per_group(columns)
     shape = (rows, scheme.num_groups(columns))
@@ -162,10 +209,12 @@ def _search_all(
         part = slice(row, row + chunk_rows)
         # Transposed, the rows of a chunk lie side by side: scales and errors of all of them are one vector.
         weight_CR = weight_RC[part].T.contiguous().float()
+        divisor_R = None if divisor_R1 is None else divisor_R1[part, 0]
         for group, start in enumerate(range(0, columns, width)):
             weight_SR = weight_CR[start : start + width]
-            fit, is_bounded_R = _cover(weight_SR.amin(0), weight_SR.amax(0), scheme, scale_dtype)
-            fit = _Search(weight_SR, importances[group], scheme, scale_dtype).from_(fit)
+            lowest_R, highest_R = weight_SR.amin(0), weight_SR.amax(0)
+            fit, is_bounded_R = _cover(lowest_R, highest_R, scheme, scale_dtype, divisor_R=divisor_R)
+            fit = _Search(weight_SR, importances[group], scheme, scale_dtype, divisor_R).from_(fit)
             scale_RG[part, group] = fit.scale_R.to(scale_dtype)
             zero_RG[part, group] = fit.zero_R.to(torch.uint8)
             is_bounded_RG[part, group] = is_bounded_R
@@ -174,6 +223,7 @@ def _search_all(
         scale_RG=scale_RG,
         zero_RG=None if scheme.is_symmetric else zero_RG,
         is_bounded_RG=is_bounded_RG,
+        divisor_R1=divisor_R1,
     )
 
 
@@ -200,6 +250,7 @@ def _cover(
     scheme: WeightScheme,
     scale_dtype: torch.dtype,
     cuts_half_step: bool = True,
+    divisor_R: torch.Tensor | None = None,
 ) -> tuple[_Fit, torch.Tensor]:
     """The fit that covers these extremes and 0, and which of its scales had to be bounded."""
     lowest_R, highest_R = lowest_R.clamp_max(0), highest_R.clamp_min(0)
@@ -212,8 +263,9 @@ def _cover(
         wanted_R = largest_R * (1 / levels.reach) if cuts_half_step else largest_R / levels.bounds[1]
     else:
         wanted_R = highest_R / num_steps - lowest_R / num_steps
-    is_bounded_R = is_outside_stored(wanted_R, scale_dtype)
-    scale_R = round_to_stored(torch.where(wanted_R == 0, 1.0, wanted_R), scale_dtype, scheme.scales)
+    is_bounded_R = is_outside_stored(wanted_R, scale_dtype, divisor_R)
+    scale_R = torch.where(wanted_R == 0, 1.0, wanted_R)
+    scale_R = round_to_stored(scale_R, scale_dtype, scheme.scales, divisor_R)
     if scheme.is_symmetric:
         zero_R = torch.full_like(scale_R, scheme.middle_code)
     else:
@@ -234,11 +286,12 @@ class _Search:
         importance_S: torch.Tensor,
         scheme: WeightScheme,
         scale_dtype: torch.dtype,
+        divisor_R: torch.Tensor | None,
     ) -> None:
         self._weight_SR = weight_SR
         self._importance_S = importance_S
         self._scheme, self._levels = scheme, levels_of(scheme)
-        self._scale_dtype = scale_dtype
+        self._scale_dtype, self._divisor_R = scale_dtype, divisor_R
         self._exact_SR = torch.empty_like(weight_SR)
         self._offset_SR = torch.empty_like(weight_SR)
 
@@ -250,6 +303,8 @@ class _Search:
         smallest = _SMALLEST_MULTIPLE[self._scheme.bits]
         step = (_LARGEST_MULTIPLE - smallest) / (_NUM_COARSE - 1)
         coarse = [_LARGEST_MULTIPLE - 1 - step * i for i in range(_NUM_COARSE)]
+        if self._scheme.scales == DIVIDED_SCALES:
+            coarse += [multiple - 1 for multiple in _WIDE_MULTIPLES]
         best = self._best_near(start, start.scale_R, coarse, (0,))
         if not self._scheme.is_symmetric:
             best = self._best_near(best, start.scale_R * step, [-1.0, 0.0, 1.0], (-1, 1))
@@ -264,7 +319,9 @@ class _Search:
         """
         scales = [center.scale_R] + [center.scale_R + unit_R * m for m in multiples] * len(shifts)
         zeros = [(center.zero_R + shift).clamp_(0, self._scheme.num_codes - 1) for shift in shifts]
-        scale_KR = round_to_stored(torch.stack(scales), self._scale_dtype, self._scheme.scales)
+        scale_KR = round_to_stored(
+            torch.stack(scales), self._scale_dtype, self._scheme.scales, self._divisor_R
+        )
         zero_KR = torch.stack([center.zero_R] + [zero_R for zero_R in zeros for _ in multiples])
         error_KR = self._errors(scale_KR, zero_KR)
         # Not argmin: its reduction over the outer dimension is 50 times slower than amin's.

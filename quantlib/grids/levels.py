@@ -1,16 +1,17 @@
 """What codes mean and which is nearest, in units of a scale: the one place where formats differ for solvers.
 
 An *offset* is a level divided by its scale: code - zero for integers, which may be negative; the value of a
-small float otherwise. Solvers work on offsets and store codes.
+small float or of a codebook otherwise. Solvers work on offsets and store codes.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 
-from quantlib.grids.formats import FLOAT_FORMATS, INTEGER, FloatFormat
-from quantlib.schemes import WeightScheme
+from quantlib.grids.formats import CODEBOOKS, FLOAT_FORMATS, INTEGER, FloatFormat
+from quantlib.schemes import ActivationScheme, WeightScheme
 
 # Exponent bits of a number as an integer, by the dtype of the arithmetic.
 _EXPONENTS = {
@@ -128,11 +129,59 @@ class FloatLevels:
         return out.copy_(self._values.to(out.device)[codes.int()])
 
 
+class CodebookLevels:
+    """Given values, one a code. Zero points and given bounds mean nothing.
+
+    Args:
+        values: In the order of their codes. Of equal ones, as 0 and -0, the first is chosen.
+    """
+
+    is_uniform = False
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self._values = torch.tensor(values)
+        by_value = sorted(range(len(values)), key=lambda code: (values[code], code))
+        chosen = [code for place, code in enumerate(by_value) if values[code] != values[by_value[place - 1]]]
+        self._codes = torch.tensor(chosen)
+        self._ascending = self._values[self._codes]
+        self._middles = (self._ascending[1:] + self._ascending[:-1]) / 2
+        self.bounds: tuple[float, float] = (min(values), max(values))
+        self.reach = max(values)
+        self.half_step = self._ascending.diff().max().item() / 2
+
+    def nearest(
+        self,
+        quotient: torch.Tensor,
+        lowest: Any,  # noqa: ARG002 - it has bounds of its own
+        highest: Any,  # noqa: ARG002
+        *,
+        out: torch.Tensor,
+    ) -> torch.Tensor:
+        """Of two values as near the smaller; see `Levels`."""
+        return out.copy_(self._like(self._ascending, quotient)[self._places(quotient)])
+
+    def encode(self, offset: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - it has none
+        """Looked up; see `Levels`."""
+        return out.copy_(self._codes.to(offset.device)[self._places(offset)])
+
+    def decode(self, codes: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - it has none
+        """Looked up; see `Levels`."""
+        return out.copy_(self._values.to(out.device)[codes.int()])
+
+    def _places(self, offset: torch.Tensor) -> torch.Tensor:
+        return torch.bucketize(offset, self._like(self._middles, offset), out_int32=True)
+
+    def _like(self, values: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        return values.to(device=other.device, dtype=other.dtype)
+
+
 @lru_cache
 def _levels_of(number: str, bits: int) -> Levels:
-    return IntegerLevels(bits) if number == INTEGER else FloatLevels(FLOAT_FORMATS[number])
+    if number == INTEGER:
+        return IntegerLevels(bits)
+    return CodebookLevels(CODEBOOKS[number]) if number in CODEBOOKS else FloatLevels(FLOAT_FORMATS[number])
 
 
-def levels_of(scheme: WeightScheme) -> Levels:
+def levels_of(scheme: WeightScheme | ActivationScheme) -> Levels:
     """Those of a scheme's number format."""
     return _levels_of(scheme.number, scheme.bits)

@@ -17,6 +17,7 @@ from quantlib.job.options import ALL_EXPERTS
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
 from quantlib.job.scheme_defaults import FOLLOWING
 from quantlib.job.text_sources import described as described_text
+from quantlib.schemes import groups_said
 
 
 def describe_plan(
@@ -83,8 +84,8 @@ def format_plan(described: dict[str, Any]) -> str:
     lines = [
         f"{described['source']} ({described['source_format']})  ->  {described['output']}",
         f"{described['model_type']}: {described['blocks']} blocks,"
-        f" {described['linears_quantized']} linears to {described['scheme']} g{described['group_size']}"
-        f" by {described['method']}, {described['format']}",
+        f" {described['linears_quantized']} linears to {described['scheme']},"
+        f" {groups_said(described['group_size'])}, by {described['method']}, {described['format']}",
         *_target_lines(described),
         *_solver_lines(described),
         *account_lines(described["tensors"]),

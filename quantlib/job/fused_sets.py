@@ -6,7 +6,7 @@ the structure: those that read the same tensor in the same module, and all route
 takes in more than some engines fuse: the gates beside the projections of a linear attention, for example.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from quantlib.errors import RecipeError
 from quantlib.job.plan import BlockPlan
@@ -39,7 +39,7 @@ def fused_sets(spec: BlockSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
     """The fused sets of a block: what they are, in words, and the names of their linears."""
     experts = {linear.name for linear in spec.linears if linear.expert is not None}
     for group in spec.input_groups:
-        for module, names in _by_module([name for name in group if name not in experts]).items():
+        for module, names in by_module([name for name in group if name not in experts]).items():
             if len(names) > 1:
                 yield f"linears of {module} that read the same input", names
     if len(experts) > 1:
@@ -47,7 +47,8 @@ def fused_sets(spec: BlockSpec) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield f"experts of block {spec.index}", in_order
 
 
-def _by_module(names: list[str]) -> Mapping[str, tuple[str, ...]]:
+def by_module(names: Iterable[str]) -> Mapping[str, tuple[str, ...]]:
+    """Module -> those of the linears that lie in it, in order."""
     found: dict[str, tuple[str, ...]] = {}
     for name in names:
         module = name.rpartition(".")[0]

@@ -26,7 +26,7 @@ class Option:
         section: Heading under which forms and help texts show it.
         choices: The allowed values, where they can be listed.
         minimum: Smallest allowed number.
-        also_allowed: A value outside the range with a meaning of its own (explained in ``help``).
+        also_allowed: Values below the range with meanings of their own (explained in ``help``).
         in_identity: True when the value itself is part of a plan's identity. Addresses, texts and the
             machine are so only by what the plan makes of them (etags, digests, threads, kind of device).
     """
@@ -35,7 +35,7 @@ class Option:
     section: str
     choices: tuple[str, ...] | None = None
     minimum: int | None = None
-    also_allowed: int | None = None
+    also_allowed: tuple[int, ...] = ()
     in_identity: bool = False
 
 
@@ -46,7 +46,7 @@ def declare(
     *,
     choices: tuple[str, ...] | None = None,
     minimum: int | None = None,
-    also_allowed: int | None = None,
+    also_allowed: tuple[int, ...] = (),
     in_identity: bool = False,
 ) -> Any:
     """A dataclass field that carries an `Option`; ``REQUIRED`` as default means there is none."""
@@ -99,9 +99,9 @@ def check_value(name: str, value: Any, found: dataclasses.Field[Any]) -> None:
         _check_range(name, value, option.minimum, option.also_allowed)
 
 
-def _check_range(name: str, value: int, minimum: int, also_allowed: int | None) -> None:
-    if value < minimum and value != also_allowed:
-        extra = "" if also_allowed is None else f" or {also_allowed}"
+def _check_range(name: str, value: int, minimum: int, also_allowed: tuple[int, ...]) -> None:
+    if value < minimum and value not in also_allowed:
+        extra = "".join(f" or {allowed}" for allowed in also_allowed)
         raise RecipeError(f"{name} must be at least {minimum}{extra}, found {value!r}", option=name)
 
 

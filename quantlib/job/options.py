@@ -20,11 +20,12 @@ from quantlib.schemes import (
     GGUF_GROUP_SIZE,
     SCHEME_NAMES,
     WHOLE_ROW,
+    WHOLE_TENSOR,
     WeightScheme,
     has_own_groups,
     scheme_from_name,
 )
-from quantlib.solver_settings import COLUMN_ORDERS, SCALE_SEARCHES
+from quantlib.solver_settings import COLUMN_ORDERS, FROM_EXTREMES, SCALE_SEARCHES
 from quantlib.units import parse_bytes
 
 ROUTED, ALL_EXPERTS = "routed", "all-experts"
@@ -56,10 +57,10 @@ class JobOptions:
     group_size: int | None = declare(
         None,
         _HOW,
-        "Columns that share a scale; -1 for one scale a row. By default 128, for gguf 32; floats have their"
-        " own.",
+        "Columns that share a scale; -1 for one scale a row, 0 for one a weight. By default 128, for gguf 32;"
+        " floats have their own.",
         minimum=8,
-        also_allowed=WHOLE_ROW,
+        also_allowed=(WHOLE_ROW, WHOLE_TENSOR),
         in_identity=True,
     )
     method: str = declare(
@@ -244,7 +245,7 @@ class JobOptions:
         _RUN,
         "Blocks between checkpoints of the activations; 0 keeps none; by default as often as they are cheap.",
         minimum=1,
-        also_allowed=0,
+        also_allowed=(0,),
     )
     replay: str | None = declare(
         None, _RUN, "Provenance file of an earlier run that is to be repeated: s3://, file:// or a path."
@@ -283,6 +284,7 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
         **_following(options, {name: getattr(options, name) for name in FOLLOWING}),
     )
     _refuse_missing_calibration(options, rules)
+    _refuse_idle_searches(options)
     if options.calibration is not None:
         text_sources(options.calibration)
     for name in ("worker_memory", "device_memory", "object_store_memory"):
@@ -316,8 +318,13 @@ def default_of(options: JobOptions, name: str) -> Any:
 
 
 def _following(options: JobOptions, choices: Mapping[str, Any]) -> dict[str, Any]:
-    bits = _scheme(options).bits
-    return with_scheme_defaults(choices, bits=bits, uses_data=options.method == "gptq")
+    scheme = _scheme(options)
+    return with_scheme_defaults(
+        choices,
+        bits=scheme.bits,
+        uses_data=options.method == "gptq",
+        has_given_scales=scheme.has_given_scales,
+    )
 
 
 def _scheme(options: JobOptions) -> WeightScheme:
@@ -349,6 +356,20 @@ def _refuse_missing_calibration(options: JobOptions, rules: Sequence[Rule]) -> N
             " or use method rtn",
             option="calibration",
         )
+
+
+def _refuse_idle_searches(options: JobOptions) -> None:
+    if not _scheme(options).has_given_scales:
+        return
+    wanted = {"scale_search": FROM_EXTREMES, "refit_scales": (False,)}
+    for name, allowed in wanted.items():
+        if getattr(options, name) not in allowed:
+            raise RecipeError(
+                f"{name} {getattr(options, name)} cannot be: scales of scheme {options.scheme} with"
+                f" group_size {options.group_size} follow from the whole weight; leave it out, or choose"
+                " another scheme",
+                option=name,
+            )
 
 
 def _refuse_impossible_nodes(options: JobOptions) -> None:

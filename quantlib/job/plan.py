@@ -16,7 +16,7 @@ from quantlib.errors import PlanMismatchError
 from quantlib.job.accounts import Account
 from quantlib.job.options import option_fields
 from quantlib.job.text_sources import TextRecord
-from quantlib.schemes import WeightScheme
+from quantlib.schemes import ActivationScheme, WeightScheme
 from quantlib.strided_view import StoredPart, StridedView
 
 SCHEMA = 5
@@ -267,7 +267,7 @@ def _block_from_json(values: Mapping[str, Any]) -> BlockPlan:
         LinearPlan(
             **{
                 **v,
-                "scheme": None if v["scheme"] is None else WeightScheme(**v["scheme"]),
+                "scheme": None if v["scheme"] is None else _scheme_from_json(v["scheme"]),
                 "weight": _part_from_json(v["weight"]),
                 "split_bias": None if v["split_bias"] is None else _part_from_json(v["split_bias"]),
             }
@@ -281,6 +281,11 @@ def _block_from_json(values: Mapping[str, Any]) -> BlockPlan:
         linears=linears,
         input_groups=tuple(tuple(g) for g in values["input_groups"]),
     )
+
+
+def _scheme_from_json(values: Mapping[str, Any]) -> WeightScheme:
+    inputs = values.get("inputs")
+    return WeightScheme(**{**values, "inputs": None if inputs is None else ActivationScheme(**inputs)})
 
 
 def _part_from_json(values: Mapping[str, Any]) -> StoredPart:

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from quantlib.schemes import groups_said
+
 NOTHING = "-"
 LANES = ("compute", "storage")
 # What `source_format` says of weights that are no codes.
@@ -95,10 +97,9 @@ def request(report: Mapping[str, Any]) -> str:
     """Scheme, group size, method and format in a few words."""
     options = report.get("options") or {}
     group_size = options.get("group_size")
-    group = "whole rows" if group_size == -1 else f"group {group_size}"
     words = (
         options.get("scheme"),
-        group if group_size else None,
+        None if group_size is None else groups_said(group_size),
         options.get("method"),
         options.get("format"),
     )

@@ -13,7 +13,7 @@ from typing import Any
 
 from quantlib.errors import RecipeError
 from quantlib.job.option_table import REQUIRED, check_value, declare, fields_of
-from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW
+from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WHOLE_TENSOR
 
 REGEX_PREFIX = "re:"
 
@@ -35,9 +35,9 @@ class Rule:
     group_size: int | None = declare(
         None,
         _WHAT,
-        "Columns that share a scale; -1 for one scale a row.",
+        "Columns that share a scale; -1 for one scale a row, 0 for one a weight.",
         minimum=8,
-        also_allowed=WHOLE_ROW,
+        also_allowed=(WHOLE_ROW, WHOLE_TENSOR),
     )
     method: str | None = declare(
         None, _WHAT, "How the codes of these weights are found.", choices=("gptq", "rtn")

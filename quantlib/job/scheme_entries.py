@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from quantlib.errors import RecipeError
 from quantlib.job.option_table import check_value
 from quantlib.job.options import option_fields
-from quantlib.schemes import WHOLE_ROW, has_own_groups, scheme_from_name
+from quantlib.schemes import group_tag, has_own_groups, scheme_from_name
 
 FORM = "[method:]SCHEME[@GROUP]"
 _FORM = re.compile(r"(?:([^:@]*):)?([^:@]*)(?:@([^:@]*))?")
@@ -23,7 +23,7 @@ class SchemeEntry:
     Attributes:
         method: ``gptq`` or ``rtn``.
         scheme: One of `quantlib.schemes.SCHEME_NAMES`.
-        group_size: Columns that share a scale; -1 for one scale a row.
+        group_size: Columns that share a scale; -1 for one scale a row, 0 for one a weight.
     """
 
     method: str
@@ -45,8 +45,7 @@ class SchemeEntry:
         >>> SchemeEntry(method="rtn", scheme="W8A16", group_size=-1).folder
         'rtn-W8A16-row'
         """
-        group = "row" if self.group_size == WHOLE_ROW else f"g{self.group_size}"
-        return f"{self.method}-{self.scheme}-{group}"
+        return f"{self.method}-{self.scheme}-{group_tag(self.group_size)}"
 
 
 def entry_from(text: str, *, method: str, group_size: int | None) -> SchemeEntry:

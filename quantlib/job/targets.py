@@ -13,7 +13,7 @@ from quantlib.errors import RecipeError
 from quantlib.grids.formats import INTEGER
 from quantlib.job import llama_cpp_rules, transformers_rules, vllm_rules
 from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, findings
-from quantlib.schemes import WHOLE_ROW, scheme_from_name
+from quantlib.schemes import WHOLE_ROW, WHOLE_TENSOR, WeightScheme, scheme_from_name
 
 DEFAULT_FORMAT = "compressed-tensors"
 _GROUP_SIZES = (128, 64, 32, WHOLE_ROW)
@@ -22,10 +22,11 @@ _SCHEMES = ("W4A16", "W8A16", "W4A16_ASYM", "W8A16_ASYM")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engine:
-    """One serving engine, as far as it was read: integers in some layouts.
+    """One serving engine, as far as it was read.
 
     Attributes:
-        formats: Layouts whose rules are known.
+        formats: Layouts whose rules are known, of integers whose inputs stay as they are.
+        schemes: Names of other schemes whose rules are known.
         default_format: Layout of outputs for it, where nobody names one.
         rules: What it rejects.
     """
@@ -33,6 +34,7 @@ class Engine:
     default_format: str
     rules: tuple[EngineRule, ...]
     formats: tuple[str, ...] = ("compressed-tensors", "gptq")
+    schemes: tuple[str, ...] = ("W8A8", "FP8_DYNAMIC")
 
 
 ENGINES: Mapping[str, Engine] = {
@@ -91,15 +93,23 @@ def refuse_unserved(target: str, serving: Serving) -> None:
 
 
 def _refuse_unknown(target: str, serving: Serving) -> None:
-    unknown = next((linear.scheme for linear in serving.linears if linear.scheme.number != INTEGER), None)
-    if serving.format in ENGINES[target].formats and unknown is None:
+    engine = ENGINES[target]
+    named = {scheme_from_name(name) for name in engine.schemes}
+    schemes = [linear.scheme for linear in serving.linears if linear.scheme not in named]
+    unknown = next((x for x in schemes if not _is_integer_by_group(x)), None)
+    if serving.format in engine.formats and unknown is None:
         return
+    found = serving.format if unknown is None else unknown
     raise RecipeError(
-        f"what {target} rejects is known of integers in {' and '.join(ENGINES[target].formats)} files, found"
-        f" {serving.format if unknown is None else unknown}; leave target out, or choose one of these",
+        f"what {target} rejects is known of integers by group or row in {' and '.join(engine.formats)} files,"
+        f" and of {' and '.join(engine.schemes)}; found {found}; leave target out, or choose one of these",
         option="target",
         target=target,
     )
+
+
+def _is_integer_by_group(scheme: WeightScheme) -> bool:
+    return scheme.number == INTEGER and scheme.group_size != WHOLE_TENSOR and scheme.inputs is None
 
 
 def _described(faults: Sequence[Fault]) -> str:
@@ -141,6 +151,10 @@ def _remedy(
 ) -> str | None:
     """What a choice is called, if no rule is broken after it; on fewer devices on as many as possible."""
     if any(group_size and linear.columns % group_size for linear in at_fault):
+        return None
+    have_own_groups = any(linear.scheme.inputs is not None for linear in at_fault)
+    if have_own_groups and (scheme is None) != (group_size is None):
+        # What was asked for says nothing of groups.
         return None
     linears = tuple(
         _changed(linear, scheme, group_size) if linear in at_fault else linear for linear in serving.linears

@@ -21,6 +21,11 @@ def _no_experts(linear: ServedLinear, _devices: int) -> str | None:
     return "routed experts" if linear.is_expert else None
 
 
+def _no_rounding_experts(linear: ServedLinear, _devices: int) -> str | None:
+    rounds_inputs = linear.scheme.inputs is not None
+    return str(linear.scheme) if linear.is_expert and rounds_inputs else None
+
+
 def _one_scheme(serving: Serving) -> Iterator[Fault]:
     if serving.format != "gptq":
         return
@@ -46,6 +51,12 @@ RULES = (
         " which no target need be named, and asymmetric experts not at all",
         source=_WITH_COMPRESSED_TENSORS,
         faults=of_linears(_symmetric, formats=("compressed-tensors",)),
+    ),
+    EngineRule(
+        wanted="routed experts whose inputs stay as they are, as far as is known here",
+        source="compressed-tensors 0.20.0, quantization/utils/helpers.py, compute_dynamic_scales_and_zp:"
+        " inputs of two dims get one scale for all tokens; experts were not tried",
+        faults=of_linears(_no_rounding_experts, formats=("compressed-tensors",)),
     ),
     EngineRule(
         wanted="gptq files without quantized experts, which are no linears in transformers",

@@ -1,7 +1,9 @@
 """What vLLM rejects of outputs, read in the source of release 0.33.0; files are those below ``vllm/``.
 
-On NVIDIA GPUs. Kernels pad tiles, so what a device has of a side need be no multiple of 64 or 128. Earlier
-releases reject more: 0.19 asymmetric experts, for example, and those before the middle of 2026 such sides.
+On NVIDIA GPUs; W8A8 on those before Blackwell, where CUTLASS stops it ("Int8 not supported", its
+scaled_mm_helper.hpp). Kernels pad tiles, so what a device has of a side need be no multiple of 64 or 128.
+Earlier releases reject more: 0.19 asymmetric experts, for example, and those before the middle of 2026 such
+sides.
 """
 
 from quantlib.job.parallel_splits import IN, OUT
@@ -27,7 +29,9 @@ def _gptq_group_size(linear: ServedLinear, _devices: int) -> str | None:
 
 
 def _grouped_expert(linear: ServedLinear, _devices: int) -> str | None:
-    good = not linear.is_expert or linear.scheme.group_size != WHOLE_ROW
+    # Beside rounded inputs Triton's kernel takes a row: fused_moe/experts/triton_moe.py.
+    rounds_inputs = linear.scheme.inputs is not None
+    good = not linear.is_expert or rounds_inputs or linear.scheme.group_size != WHOLE_ROW
     return None if good else str(linear.scheme)
 
 
@@ -74,6 +78,9 @@ def _straddling(linear: ServedLinear, devices: int, group_size: int) -> str | No
 
 
 def _whole_words(linear: ServedLinear, devices: int) -> str | None:
+    if linear.scheme.inputs is not None:
+        # A byte a code.
+        return None
     if linear.split == IN and linear.columns % devices == 0:
         side, size = "in", linear.columns // devices
     elif linear.split == OUT and linear.rows % devices == 0 and not linear.scheme.is_symmetric:
@@ -100,7 +107,7 @@ RULES = (
     ),
     # A row of experts is taken by Marlin alone, and on Hopper another kernel comes first.
     EngineRule(
-        wanted="routed experts with groups, not one scale a row",
+        wanted="routed experts with groups, not one scale a row, where inputs stay as they are",
         source=f"{_RELEASE}, model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/"
         "compressed_tensors_moe_wna16.py, and utils/humming/priority.py",
         faults=of_linears(_grouped_expert, formats=("compressed-tensors",)),

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
+from quantlib.grids.given_scales import NOTHING_GIVEN, GivenScales
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import SolverSettings
@@ -128,7 +129,12 @@ class Prepared(Protocol):
     """What the linears of an input group share, made once: all that is C x C."""
 
     def solve(
-        self, weights: Mapping[str, torch.Tensor], scheme: WeightScheme, *, scale_dtype: torch.dtype
+        self,
+        weights: Mapping[str, torch.Tensor],
+        scheme: WeightScheme,
+        *,
+        scale_dtype: torch.dtype,
+        given: Mapping[str, GivenScales] = NOTHING_GIVEN,
     ) -> dict[str, SolvedRows]:
         """Quantize a row tile.
 
@@ -138,6 +144,7 @@ class Prepared(Protocol):
         Args:
             scheme: Of all of them.
             scale_dtype: Dtype in which the output format stores scales.
+            given: Name -> what the scales of its rows owe to the whole weight, where they do.
 
         Returns:
             Name -> its rows, in the order of ``weights``.
@@ -188,6 +195,7 @@ class SolveBatch(Protocol):
         scheme: WeightScheme,
         *,
         scale_dtype: torch.dtype,
+        given: Sequence[Mapping[str, GivenScales]] = (),
     ) -> list[dict[str, SolvedRows]]:
         """Quantize row tiles of the same numbers of rows and columns, each of an input group of its own.
 
@@ -196,6 +204,7 @@ class SolveBatch(Protocol):
             tiles: What `Prepared.solve` takes of each.
             scheme: Of all linears.
             scale_dtype: Dtype in which the output format stores scales.
+            given: Of each tile what `Prepared.solve` takes; by default nothing.
 
         Returns:
             Of each tile what `Prepared.solve` gives; on a CPU the same bits.

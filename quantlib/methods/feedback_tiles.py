@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from quantlib.grids.affine import AffineGrid, with_codes
+from quantlib.grids.given_scales import GivenScales, stacked
 from quantlib.grids.levels import levels_of
 from quantlib.linalg import Factor
 from quantlib.methods.column_solver import solve_codes_of_batch
@@ -53,11 +54,13 @@ class FeedbackTile:
     Attributes:
         targets: Linear -> its rows, views of ``weight_RC``.
         problem: What belongs to their columns.
+        given: Linear -> what the scales of its rows owe to the whole weight, where they do.
     """
 
     targets: Mapping[str, torch.Tensor]
     weight_RC: torch.Tensor
     problem: Problem
+    given: Mapping[str, GivenScales]
 
 
 @dataclass(slots=True)
@@ -97,6 +100,7 @@ def _fitted(tile: FeedbackTile, scheme: WeightScheme, scale_dtype: torch.dtype) 
         search=problem.settings.scale_search,
         scale_dtype=scale_dtype,
         importance_C=problem.importance_C,
+        given=stacked([tile.given[name] for name in tile.targets]) if tile.given else None,
     )
 
 
@@ -106,11 +110,12 @@ def _solved(tiles: Sequence[FeedbackTile], fitted: Sequence[AffineGrid]) -> list
     codes = solve_codes_of_batch(weights, fitted, factors)
     solved = [_Solved(*found, grid) for found, grid in zip(codes, fitted, strict=True)]
     settings = tiles[0].problem.settings
+    refits = settings.refits_scales and not fitted[0].scheme.has_given_scales
     for _ in range(settings.descent_passes):
-        if settings.refits_scales:
+        if refits:
             _refit_(solved, tiles)
         _descend_(solved, tiles)
-    if settings.refits_scales and not settings.descent_passes:
+    if refits and not settings.descent_passes:
         _refit_(solved, tiles)
     return solved
 
@@ -147,7 +152,8 @@ def _parts(tile: FeedbackTile, solved: _Solved, *, expected_scale_RG: torch.Tens
         if levels_of(grid.scheme).is_uniform:
             scale_rG = expected_scale_RG[part]
             expected = expected_energy(scale_rG, factor.pivots_C, factor.order_C, width)
-        quantized = with_codes(grid.rows(part), solved.codes_RC[part].clone())
+        nested = tile.given[name].nested if tile.given else None
+        quantized = with_codes(grid.rows(part), solved.codes_RC[part].clone(), nested)
         found[name] = SolvedRows(
             quantized=quantized,
             circumstances=problem.circumstances,

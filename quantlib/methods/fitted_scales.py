@@ -5,8 +5,10 @@ R rows (out features), C columns (in features).
 
 import torch
 
+from quantlib.errors import NumericsError
 from quantlib.grids.affine import AffineGrid
 from quantlib.grids.fit import fit_to_extremes, search_scales
+from quantlib.grids.given_scales import GivenScales
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import FROM_EXTREMES
 
@@ -18,6 +20,7 @@ def fitted_scales(
     search: str,
     scale_dtype: torch.dtype,
     importance_C: torch.Tensor | None,
+    given: GivenScales | None = None,
 ) -> AffineGrid:
     """The grid of a row tile.
 
@@ -29,7 +32,26 @@ def fitted_scales(
     Args:
         search: One of `quantlib.solver_settings.SCALE_SEARCHES`.
         scale_dtype: Dtype in which the output format stores scales.
+        given: What the scales owe to the whole weight; None where they owe nothing.
     """
+    if given is None and scheme.owes_to_whole:
+        raise NumericsError(f"scales of {scheme} need what they owe to the whole weight, found nothing given")
+    if given is not None and given.grid is not None:
+        return given.grid
+    divisor_R1 = None if given is None else given.divisor_R1
     if search in FROM_EXTREMES:
-        return fit_to_extremes(weight_RC, scheme, scale_dtype=scale_dtype, cuts_half_step=search != "absmax")
-    return search_scales(weight_RC, scheme, scale_dtype=scale_dtype, importance_C=importance_C)
+        return fit_to_extremes(
+            weight_RC,
+            scheme,
+            scale_dtype=scale_dtype,
+            cuts_half_step=cuts_half_step(search),
+            divisor_R1=divisor_R1,
+        )
+    return search_scales(
+        weight_RC, scheme, scale_dtype=scale_dtype, importance_C=importance_C, divisor_R1=divisor_R1
+    )
+
+
+def cuts_half_step(search: str) -> bool:
+    """Whether scales by a search may cut the positive extreme of a symmetric group by half a step."""
+    return search != "absmax"

@@ -14,6 +14,7 @@ import torch
 
 from quantlib.column_order import activation_order, group_aware_order, natural_order
 from quantlib.errors import NumericsError
+from quantlib.grids.given_scales import NOTHING_GIVEN, GivenScales
 from quantlib.linalg import DAMPED, Factor, factor_hessian, inverse_diagonal
 from quantlib.methods.contracts import (
     RTN_CONSTANT_INPUTS,
@@ -67,14 +68,16 @@ def solve_batch(
     scheme: WeightScheme,
     *,
     scale_dtype: torch.dtype,
+    given: Sequence[Mapping[str, GivenScales]] = (),
 ) -> list[dict[str, SolvedRows]]:
     """Quantize row tiles of several input groups as one batch; see `contracts.SolveBatch`."""
     solvable: dict[int, FeedbackTile] = {}
     found: dict[int, dict[str, SolvedRows]] = {}
-    for number, (group, weights) in enumerate(zip(prepared, tiles, strict=True)):
-        tile = group.tile(weights, scheme) if isinstance(group, _Feedback) else None
+    owed = given or [NOTHING_GIVEN] * len(tiles)
+    for number, (group, weights, to_tile) in enumerate(zip(prepared, tiles, owed, strict=True)):
+        tile = group.tile(weights, scheme, to_tile) if isinstance(group, _Feedback) else None
         if tile is None:
-            found[number] = group.solve(weights, scheme, scale_dtype=scale_dtype)
+            found[number] = group.solve(weights, scheme, scale_dtype=scale_dtype, given=to_tile)
         else:
             solvable[number] = tile
     solved = solve_tiles(list(solvable.values()), scheme, scale_dtype=scale_dtype) if solvable else []
@@ -99,17 +102,24 @@ class _Feedback:
         self._problems: dict[int | None, Problem | None] = {}
 
     def solve(
-        self, weights: Mapping[str, torch.Tensor], scheme: WeightScheme, *, scale_dtype: torch.dtype
+        self,
+        weights: Mapping[str, torch.Tensor],
+        scheme: WeightScheme,
+        *,
+        scale_dtype: torch.dtype,
+        given: Mapping[str, GivenScales] = NOTHING_GIVEN,
     ) -> dict[str, SolvedRows]:
         """Quantize a row tile; see `contracts.Prepared`."""
-        tile = self.tile(weights, scheme)
+        tile = self.tile(weights, scheme, given)
         if tile is None:
             targets = {name: self._target(weight_RC) for name, weight_RC in weights.items()}
             rounding = _rounding(self._hessian_CC, self._num_tokens, self._settings, RTN_NOT_FACTORED)
-            return rounding.solve(targets, scheme, scale_dtype=scale_dtype)
+            return rounding.solve(targets, scheme, scale_dtype=scale_dtype, given=given)
         return solve_tiles([tile], scheme, scale_dtype=scale_dtype)[0]
 
-    def tile(self, weights: Mapping[str, torch.Tensor], scheme: WeightScheme) -> FeedbackTile | None:
+    def tile(
+        self, weights: Mapping[str, torch.Tensor], scheme: WeightScheme, given: Mapping[str, GivenScales]
+    ) -> FeedbackTile | None:
         """A row tile that is ready to be solved; None where no rung gives a factor."""
         check_weights(weights, self._hessian_CC)
         problem = self._problem(scheme.columns_per_group(len(self._hessian_CC)))
@@ -119,7 +129,7 @@ class _Feedback:
         weight_RC = torch.cat(parts) if len(parts) > 1 else parts[0]
         # From here on views: else every row would be there twice.
         targets = dict(zip(weights, weight_RC.split([len(part) for part in parts]), strict=True))
-        return FeedbackTile(targets=targets, weight_RC=weight_RC, problem=problem)
+        return FeedbackTile(targets=targets, weight_RC=weight_RC, problem=problem, given=given)
 
     def _target(self, weight_RC: torch.Tensor) -> torch.Tensor:
         wide_RC = at_least_fp32(weight_RC)

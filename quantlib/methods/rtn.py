@@ -8,6 +8,7 @@ import torch
 
 from quantlib.fresh_bytes import fresh_bytes
 from quantlib.grids.affine import rounded_parts, with_codes
+from quantlib.grids.given_scales import NOTHING_GIVEN, GivenScales
 from quantlib.methods.contracts import Circumstances, SolvedRows
 from quantlib.methods.fitted_scales import fitted_scales
 from quantlib.methods.measures import check_finite, check_shape, error_energy, plain_energies, weight_energy
@@ -56,24 +57,40 @@ class Rounding:
     settings: SolverSettings
 
     def solve(
-        self, weights: Mapping[str, torch.Tensor], scheme: WeightScheme, *, scale_dtype: torch.dtype
+        self,
+        weights: Mapping[str, torch.Tensor],
+        scheme: WeightScheme,
+        *,
+        scale_dtype: torch.dtype,
+        given: Mapping[str, GivenScales] = NOTHING_GIVEN,
     ) -> dict[str, SolvedRows]:
         """Round a row tile; see `contracts.Prepared`."""
         solved: dict[str, SolvedRows] = {}
         for name, weight_RC in weights.items():
             check_shape(name, weight_RC, self.hessian_CC)
-            solved[name] = self._rounded(weight_RC, scheme, scale_dtype)
+            solved[name] = self._rounded(weight_RC, scheme, scale_dtype, given.get(name))
             # A weight that is not finite leaves no finite sum of squares: only then is it worth to look.
             if not math.isfinite(solved[name].weight_energy):
                 check_finite(name, weight_RC)
         return solved
 
-    def _rounded(self, weight_RC: torch.Tensor, scheme: WeightScheme, scale_dtype: torch.dtype) -> SolvedRows:
+    def _rounded(
+        self,
+        weight_RC: torch.Tensor,
+        scheme: WeightScheme,
+        scale_dtype: torch.dtype,
+        given: GivenScales | None,
+    ) -> SolvedRows:
         grid = fitted_scales(
-            weight_RC, scheme, search=self.settings.scale_search, scale_dtype=scale_dtype, importance_C=None
+            weight_RC,
+            scheme,
+            search=self.settings.scale_search,
+            scale_dtype=scale_dtype,
+            importance_C=None,
+            given=given,
         )
         codes_RC = fresh_bytes(weight_RC.shape, weight_RC.device)
-        quantized = with_codes(grid, codes_RC)
+        quantized = with_codes(grid, codes_RC, None if given is None else given.nested)
         num_clipped, whole, lost = 0, 0.0, 0.0
         for part in rounded_parts(weight_RC, grid, codes_RC):
             num_clipped += int(part.num_clipped_R.sum())

@@ -64,12 +64,13 @@ def refit_scales(
         part = slice(start, start + step)
         offset_RC = quantized.rows(part).offsets(out=torch.empty_like(weight_RC[part]))
         system_RGG, wanted_RG = _normal_equations(weight_RC[part], offset_RC, grid, hessian_CC, damping)
-        scale_RG[part] = _better_scales(system_RGG, wanted_RG, grid.scale_RG[part], grid.scheme.scales)
+        scale_RG[part] = _better_scales(system_RGG, wanted_RG, grid, part)
     return AffineGrid(
         scheme=grid.scheme,
         scale_RG=scale_RG,
         zero_RG=grid.zero_RG,
         is_bounded_RG=grid.is_bounded_RG,
+        divisor_R1=grid.divisor_R1,
     )
 
 
@@ -98,9 +99,11 @@ def _normal_equations(
 
 
 def _better_scales(
-    system_RGG: torch.Tensor, wanted_RG: torch.Tensor, stored_RG: torch.Tensor, kind: str
+    system_RGG: torch.Tensor, wanted_RG: torch.Tensor, grid: AffineGrid, part: slice
 ) -> torch.Tensor:
     """Rounded solutions where they are better than what is stored, in the stored dtype."""
+    stored_RG = grid.scale_RG[part]
+    divisor_R1 = None if grid.divisor_R1 is None else grid.divisor_R1[part]
     before_RG = stored_RG.double()
     diagonal_RG = system_RGG.diagonal(dim1=1, dim2=2)
     mean_R1 = diagonal_RG.mean(1, keepdim=True)
@@ -112,7 +115,7 @@ def _better_scales(
     after_RG = before_RG + step_RG
     is_sane_RG = (after_RG < before_RG * _LARGEST_CHANGE) & (after_RG > before_RG / _LARGEST_CHANGE)
     wanted = torch.where(is_sane_RG, after_RG, before_RG).float()
-    rounded_RG = round_to_stored(wanted, stored_RG.dtype, kind)
+    rounded_RG = round_to_stored(wanted, stored_RG.dtype, grid.scheme.scales, divisor_R1)
     gain_R = _loss(system_RGG, wanted_RG, before_RG) - _loss(system_RGG, wanted_RG, rounded_RG.double())
     is_better_R = (status_R == 0) & (gain_R > 0)
     return torch.where(is_better_R[:, None], rounded_RG.to(stored_RG.dtype), stored_RG)

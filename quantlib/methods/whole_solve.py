@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantlib.grids.given_scales import NOTHING_GIVEN, GivenScales, given_scales
 from quantlib.methods.contracts import (
     LinearReport,
     LinearResult,
@@ -17,9 +18,10 @@ from quantlib.methods.contracts import (
     SolveBatch,
     SolvedRows,
 )
+from quantlib.methods.fitted_scales import cuts_half_step
 from quantlib.methods.measures import check_weights, share
 from quantlib.quantized import joined_rows
-from quantlib.row_tiles import row_tiles, tile_height
+from quantlib.row_tiles import Tile, row_tiles, tile_height
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
 
@@ -30,10 +32,11 @@ def _one_by_one(
     scheme: WeightScheme,
     *,
     scale_dtype: torch.dtype,
+    given: Sequence[Mapping[str, GivenScales]] = (),
 ) -> list[dict[str, SolvedRows]]:
     return [
-        group.solve(weights, scheme, scale_dtype=scale_dtype)
-        for group, weights in zip(prepared, tiles, strict=True)
+        group.solve(weights, scheme, scale_dtype=scale_dtype, given=owed)
+        for group, weights, owed in zip(prepared, tiles, given or [NOTHING_GIVEN] * len(tiles), strict=True)
     ]
 
 
@@ -60,6 +63,7 @@ class Method:
         scale_dtype: torch.dtype,
         solver: SolverSettings = DEFAULT_SOLVER,
         height: int | None = None,
+        given: Mapping[str, GivenScales] | None = None,
     ) -> dict[str, LinearResult]:
         """Quantize the linears of one input group.
 
@@ -74,6 +78,8 @@ class Method:
             scale_dtype: Dtype in which the output format stores scales.
             solver: The choices that are left to the method.
             height: Most rows of a tile; by default from columns and device.
+            given: Name -> what its scales owe to the whole weight, where they do; by default found here, as
+                of weights that are fused with no other.
 
         Returns:
             Name -> result, in the order of ``weights``.
@@ -88,13 +94,28 @@ class Method:
         solved: dict[str, list[SolvedRows]] = {name: [] for name in weights}
         for scheme in dict.fromkeys(schemes[name] for name in weights):
             alike = {name: weight_RC for name, weight_RC in weights.items() if schemes[name] == scheme}
+            owed = given
+            if owed is None:
+                owed = given_scales(
+                    alike,
+                    [(name,) for name in alike],
+                    scheme,
+                    scale_dtype=scale_dtype,
+                    cuts_half_step=cuts_half_step(solver.scale_search),
+                )
             first_RC = next(iter(alike.values()))
             most = height or tile_height(first_RC.shape[1], first_RC.device.type)
             for tile in row_tiles({name: len(weight_RC) for name, weight_RC in alike.items()}, most):
                 rows = {run.name: alike[run.name][run.start : run.end] for run in tile}
-                for name, part in prepared.solve(rows, scheme, scale_dtype=scale_dtype).items():
+                found = prepared.solve(rows, scheme, scale_dtype=scale_dtype, given=given_to(tile, owed))
+                for name, part in found.items():
                     solved[name].append(part)
         return {name: merged_rows(name, parts) for name, parts in solved.items()}
+
+
+def given_to(tile: Tile, given: Mapping[str, GivenScales]) -> dict[str, GivenScales]:
+    """What is given to the rows of a tile, of what is given to whole weights."""
+    return {run.name: given[run.name].rows(slice(run.start, run.end)) for run in tile if run.name in given}
 
 
 def merged_rows(name: str, parts: Sequence[SolvedRows]) -> LinearResult:

@@ -26,9 +26,11 @@ from quantlib.model.materialize import Slot, copy_module, fill_
 from quantlib.model.meta_model import build_meta_model, compute_buffers, find_blocks, put_buffers_
 from quantlib.model.outer import OuterModel
 from quantlib.model.rehearsal import refuse_unlike_trace
+from quantlib.model.rounded_inputs import round_inputs_
 from quantlib.model.sources import Sources
 from quantlib.model.trace import ModelTrace, trace_forward
 from quantlib.model.unused import why_unused
+from quantlib.schemes import ActivationScheme
 
 __all__ = ["BlockInputs", "BlockSpec", "LinearSpec", "OuterModel", "Skeleton", "load_skeleton", "run_block"]
 
@@ -89,6 +91,7 @@ class Skeleton:
         dtype: torch.dtype,
         device: torch.device | str,
         late: Mapping[str, LateWeight] = MappingProxyType({}),
+        inputs: Mapping[str, ActivationScheme] = MappingProxyType({}),
     ) -> nn.Module:
         """Block ``i``, live, in eval mode, without gradients.
 
@@ -99,6 +102,7 @@ class Skeleton:
             dtype: Of the parameters.
             device: Where they go.
             late: Checkpoint name -> weight of a linear that is made only while the linear runs.
+            inputs: Name of a linear -> what it rounds its inputs to.
 
         Raises:
             CheckpointError: A tensor is missing or has a wrong shape.
@@ -111,6 +115,8 @@ class Skeleton:
         fill_(live, early, self._sources.converted(early, tensors), dtype=dtype, device=device)
         run_in_parts_(live)
         put_late_(live, found, dtype=dtype, device=device)
+        paths = {linear.name: linear.path for linear in self._specs[i].linears}
+        round_inputs_(live, {paths[name]: scheme for name, scheme in inputs.items()})
         return live
 
     def build_outer(

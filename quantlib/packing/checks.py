@@ -8,7 +8,7 @@ import torch
 from quantlib.errors import PackingError
 from quantlib.grids.formats import INTEGER
 from quantlib.quantized import QuantizedLinear
-from quantlib.schemes import WHOLE_ROW, WeightScheme
+from quantlib.schemes import WHOLE_ROW, WHOLE_TENSOR, WeightScheme
 
 
 def require_whole_groups(
@@ -32,6 +32,13 @@ def require_whole_groups(
             bits=scheme.bits,
         )
     size = scheme.group_size
+    if size == WHOLE_TENSOR:
+        raise PackingError(
+            f"{name}: {format_name} output has no single scale for a weight; use --format compressed-tensors,"
+            " or a group size of -1 (whole row)",
+            linear=name,
+            group_size=size,
+        )
     if size == WHOLE_ROW or (size > 0 and columns % size == 0):
         return
     if scheme.number != INTEGER:
@@ -52,7 +59,7 @@ def require_whole_groups(
 
 
 def require_integers(name: str, scheme: WeightScheme, *, format_name: str) -> None:
-    """Refuse number formats other than integers.
+    """Refuse number formats other than integers, and inputs that are to be rounded.
 
     Raises:
         PackingError: Names the scheme.
@@ -61,6 +68,12 @@ def require_integers(name: str, scheme: WeightScheme, *, format_name: str) -> No
         raise PackingError(
             f"{name}: {format_name} output holds integers, not {scheme}; use --format compressed-tensors,"
             " or a scheme of integers",
+            linear=name,
+        )
+    if scheme.inputs is not None:
+        raise PackingError(
+            f"{name}: {format_name} output does not say what inputs are rounded to, as {scheme} wants it;"
+            " use --format compressed-tensors, or a scheme that leaves inputs as they are",
             linear=name,
         )
 

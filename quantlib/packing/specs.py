@@ -2,9 +2,11 @@
 
 import torch
 
+from quantlib.grids.formats import DIVIDED_SCALES, NESTED_SCALES
+from quantlib.grids.nested_scales import BLOCK_SCALES
 from quantlib.grids.stored_scale import held_dtype
 from quantlib.packing.contracts import PackingFormat
-from quantlib.quantized import QuantizedLinear
+from quantlib.quantized import NestedScales, QuantizedLinear
 from quantlib.schemes import WeightScheme
 
 
@@ -37,5 +39,15 @@ def packed_on_meta(
         scale_RG=torch.empty(rows, groups, dtype=scale_dtype, device="meta"),
         zero_RG=None if scheme.is_symmetric else torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
         scheme=scheme,
+        divisor_R1=torch.empty(rows, 1, device="meta") if scheme.scales == DIVIDED_SCALES else None,
+        nested=_nested(rows, groups) if scheme.scales == NESTED_SCALES else None,
     )
     return packer.pack(name, quantized)
+
+
+def _nested(rows: int, groups: int) -> NestedScales:
+    return NestedScales(
+        code_RG=torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
+        absmax_N=torch.empty(-(-rows * groups // BLOCK_SCALES), device="meta"),
+        offset=torch.empty((), device="meta"),
+    )

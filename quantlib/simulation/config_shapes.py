@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from quantlib.errors import RecipeError
-from quantlib.grids.formats import POWER_SCALES
+from quantlib.grids.formats import DIVIDED_SCALES, FULL_SCALES, NESTED_SCALES, POWER_SCALES
 from quantlib.job.alike_groups import Likeness
 from quantlib.job.options import JobOptions
 from quantlib.row_tiles import batch_size, row_tiles, tile_height, tile_rows
@@ -23,6 +23,7 @@ SHIPPED = ("llama-3.1-70b", "llama-3.1-405b", "deepseek-v3")
 PREFIX = "shapes:"
 # bf16: of stored weights, and of the scales beside the codes.
 _STORED_BYTES = 2
+_SCALE_BYTES = {POWER_SCALES: 1, DIVIDED_SCALES: 1, NESTED_SCALES: 1, FULL_SCALES: 4}
 
 
 def is_shipped(source: str) -> bool:
@@ -157,7 +158,7 @@ def _block(parts: _Parts, width: float, scheme: WeightScheme) -> BlockShape:
 
 
 def _packed_bytes(group: GroupShape, scheme: WeightScheme) -> int:
-    num_scales = group.rows * scheme.num_groups(group.columns)
+    num_scales = group.rows * scheme.num_groups(group.columns) // scheme.block_rows
     zero_bits = 0 if scheme.is_symmetric else scheme.bits
-    scale_bytes = 1 if scheme.scales == POWER_SCALES else _STORED_BYTES
+    scale_bytes = _SCALE_BYTES.get(scheme.scales, _STORED_BYTES)
     return (group.weights * scheme.bits + num_scales * zero_bits) // 8 + num_scales * scale_bytes

@@ -59,6 +59,7 @@ LAYERS = {
     "quantlib.model": 5,
     "quantlib.steps": 6,
     "quantlib.evaluation": 6,
+    "quantlib.stated_inputs": 6,
     "quantlib.cell_store": 6,
     "quantlib.batches": 6,
     "quantlib.block_runner": 6,

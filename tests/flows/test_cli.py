@@ -32,7 +32,7 @@ def test_console_script_is_installed():
     ("line", "said"),
     [
         ("quantize a b", "gptq needs calibration text"),
-        ("quantize a b --method rtn --group-size 5", "group_size must be at least 8 or -1, found 5"),
+        ("quantize a b --method rtn --group-size 5", "group_size must be at least 8 or -1 or 0, found 5"),
         ("plan a b --method rtn --scheme W3", "scheme must be one of"),
         ("quantize a b --recipe none.toml", "recipe none.toml cannot be read"),
         ("quantize a --replay none.json", "takes both source and output, or neither"),

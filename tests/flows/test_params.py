@@ -13,6 +13,7 @@ from quantlib.errors import RecipeError
 from quantlib.job.comparison_request import NOT_COMPARED, OUTPUT_HELP, SCHEMES_HELP, comparison_request
 from quantlib.job.options import option_fields, options_from
 from quantlib.job.provenance import with_replayed_values
+from quantlib.schemes import CODEBOOK_NAMES, FLOAT_NAMES, ROUNDED_INPUTS_NAMES
 from tests.support.provenance_example import write_provenance
 
 REQUEST = {"source": "s3://models/tiny", "output": "s3://models/out", "method": "rtn"}
@@ -51,7 +52,8 @@ def test_form_has_every_option_in_order_with_its_text_and_default():
 def test_form_has_constraints_where_a_server_can_check_them():
     properties = schema()["properties"]
     integers = [f"W{bits}A16{kind}" for kind in ("", "_ASYM") for bits in (2, 3, 4, 5, 6, 8)]
-    assert properties["scheme"]["enum"] == [*integers, "FP8A16", "MXFP4A16", "MXFP8A16"]
+    names = [*integers, *FLOAT_NAMES, *ROUNDED_INPUTS_NAMES, *CODEBOOK_NAMES]
+    assert properties["scheme"]["enum"] == names
     assert properties["sequences"]["minimum"] == 1
     assert {"minimum": 1, "type": "integer"} in properties["workers"]["anyOf"]
     assert schema()["additionalProperties"] is False
@@ -170,7 +172,7 @@ def test_wrong_value_is_refused_by_the_model_and_by_its_schema(wrong):
 @pytest.mark.parametrize("size", [-2, -1, 0, 1, 7, 8, 9, 4096])
 def test_group_size_schema_allows_what_the_validator_allows(size):
     values = {**REQUEST, "group_size": size}
-    allowed = size == -1 or size >= 8
+    allowed = size in (-1, 0) or size >= 8
     assert jsonschema.Draft202012Validator(schema()).is_valid(values) is allowed
     if not allowed:
         with pytest.raises((ValidationError, RecipeError)):

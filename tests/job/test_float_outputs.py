@@ -27,9 +27,15 @@ _RULES = (
     {"match": "*.down_proj", "scheme": "W4A16", "group_size": 16},
     {"match": "*.1.mlp.*", "keep": True},
 )
+_WHOLE_RULES = (
+    {"match": "*.o_proj", "scheme": "FP8A16_BLOCK", "method": "rtn"},
+    {"match": "*.down_proj", "scheme": "W8A16_ASYM", "group_size": 0},
+)
 _RECIPES = {
     "FP8A16": {"scheme": "FP8A16", "group_size": None},
     "MXFP4A16": {"scheme": "MXFP4A16", "group_size": None},
+    "NVFP4A16": {"scheme": "NVFP4A16", "group_size": None},
+    "tensors": {"scheme": "FP8A16_TENSOR", "group_size": None, "rules": _WHOLE_RULES},
     "mixed": {"scheme": "MXFP4A16", "group_size": None, "rules": _RULES},
     "quantized": {"scheme": "MXFP4A16", "group_size": None, "propagation": "quantized", "descent_passes": 1},
 }
@@ -98,7 +104,26 @@ def test_damaged_value_of_an_8_bit_weight_is_found(finished, tmp_path):
     assert any("up_proj" in finding and "not quantized" in finding for finding in findings)
 
 
-@pytest.mark.parametrize("recipe", ["FP8A16", "mixed"])
+@pytest.mark.parametrize(
+    ("recipe", "ending"), [("NVFP4A16", "weight_global_scale"), ("tensors", "weight_scale")]
+)
+def test_linears_that_engines_fuse_share_what_belongs_to_whole_weights(finished, recipe, ending):
+    written = read_all_tensors(finished(recipe))
+    for block in (0, 1):
+        of_block = {
+            name: written[f"model.layers.{block}.{name}.{ending}"].tolist()
+            for name in (
+                *(f"self_attn.{part}_proj" for part in "qkv"),
+                *(f"mlp.{part}_proj" for part in ("gate", "up")),
+            )
+        }
+        attention = [values for name, values in of_block.items() if name.startswith("self_attn")]
+        mlp = [values for name, values in of_block.items() if name.startswith("mlp")]
+        assert len({tuple(x) for x in attention}) == len({tuple(x) for x in mlp}) == 1
+        assert attention[0] != mlp[0]
+
+
+@pytest.mark.parametrize("recipe", ["FP8A16", "NVFP4A16", "tensors", "mixed"])
 def test_output_read_as_a_source_has_the_levels_that_were_written(finished, recipe):
     output = finished(recipe)
     config = json.loads((output / "config.json").read_text())["quantization_config"]
@@ -113,7 +138,7 @@ def test_output_read_as_a_source_has_the_levels_that_were_written(finished, reci
     assert len(source.decoded) == sum(name.endswith("weight_scale") for name in written)
 
 
-@pytest.mark.parametrize("recipe", ["mixed", "quantized"])
+@pytest.mark.parametrize("recipe", ["NVFP4A16", "tensors", "mixed", "quantized"])
 def test_several_workers_of_which_one_is_lost_write_the_same_bytes(finished, recipe):
     output = finished(recipe)
     cluster = ThreadCluster(3)

@@ -40,6 +40,18 @@ def test_plan_survives_json(plan):
     assert again.identity() == plan.identity()
 
 
+def test_plan_whose_inputs_are_rounded_survives_json_and_says_so(root):
+    plan, plain = (
+        build_plan(tiny_options(root, scheme=scheme, group_size=group_size), 1)[0]
+        for scheme, group_size in (("W8A8", None), ("W8A16", -1))
+    )
+    again = plan_from_json(json.loads(json.dumps(plan_to_json(plan))))
+    assert again.blocks == plan.blocks != plain.blocks
+    assert again.identity() == plan.identity() != plain.identity()
+    words = [reason for account in plan.accounts for reason in account.reason.splitlines()]
+    assert "to 8 bits, symmetric, one scale a row, inputs rounded to 8-bit int by token" in words
+
+
 def test_plan_of_another_schema_is_refused(plan):
     with pytest.raises(PlanMismatchError, match="schema 99"):
         plan_from_json({**plan_to_json(plan), "schema": 99})

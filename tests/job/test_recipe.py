@@ -72,7 +72,7 @@ def test_shipped_recipes_are_valid(path):
         ({"match": "*", "bits": 4}, "unknown key 'bits' in rule 2; a rule has match, scheme, group_size"),
         ({"scheme": "W8A16"}, "rule 2 has no match"),
         ({"match": "*", "scheme": "W7A16"}, "scheme of rule 2 must be one of W2A16"),
-        ({"match": "*", "group_size": 7}, "group_size of rule 2 must be at least 8 or -1, found 7"),
+        ({"match": "*", "group_size": 7}, "group_size of rule 2 must be at least 8 or -1 or 0, found 7"),
         ({"match": "*", "keep": "yes"}, "keep of rule 2 must be true or false, found 'yes'"),
         ({"match": 3}, "match of rule 2 must be text, found 3"),
         ({"match": "re:layers.(0"}, "match of rule 2 is not a valid regular expression"),

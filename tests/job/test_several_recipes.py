@@ -34,7 +34,7 @@ _RECIPES: dict[str, dict[str, Any]] = {
             {"match": "*.down_proj", "keep": True},
             {"match": "*.layers.1.mlp.*", "method": "rtn"},
             {"match": "*.k_proj", "method": "rtn"},
-            {"match": "*.o_proj", "scheme": "W8A16"},
+            {"match": "*.o_proj", "scheme": "W8A8"},
         ],
     },
 }

@@ -291,13 +291,43 @@ def test_what_vllm_takes_divides_as_every_rule_says(
 
 @pytest.mark.parametrize(
     ("layout", "scheme", "found"),
-    [("awq", "W4A16", "awq"), ("compressed-tensors", "FP8A16", "8 bits, floats e4m3, one scale a row")],
+    [
+        ("awq", "W4A16", "awq"),
+        ("compressed-tensors", "FP8A16", "8 bits, floats e4m3, one scale a row"),
+        (
+            "compressed-tensors",
+            "MXFP8",
+            "8 bits, floats e4m3, groups of 32 with powers of two, inputs rounded",
+        ),
+    ],
 )
 @pytest.mark.parametrize("target", ["vllm", "transformers"])
 def test_output_whose_rules_are_not_known_is_refused_and_not_waved_through(target, layout, scheme, found):
     linear = served("mlp.up_proj", 512, 256, scheme=scheme, group_size=None)
     said = refusal(target, Serving(linears=(linear,), format=layout, tensor_parallel=1))
-    assert f"is known of integers in compressed-tensors and gptq files, found {found}" in said.message
+    known = (
+        "is known of integers by group or row in compressed-tensors and gptq files, and of W8A8 and"
+        " FP8_DYNAMIC"
+    )
+    assert f"{known}; found {found}" in said.message
+
+
+@pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
+def test_whole_rows_whose_inputs_are_rounded_are_taken_by_those_who_round_them(scheme):
+    """Bytes need not fill words: 35 in features are on each of 2 devices."""
+    down = served("mlp.down_proj", 64, 70, IN, scheme=scheme, group_size=None)
+    expert = served("experts.0.down_proj", 64, 70, IN, scheme=scheme, group_size=None, is_expert=True)
+    refuse_unserved("vllm", Serving(linears=(down, expert), format="compressed-tensors", tensor_parallel=2))
+    uneven = Serving(linears=(down, expert), format="compressed-tensors", tensor_parallel=4)
+    assert "70 in features over 4 devices" in refusal("vllm", uneven).message
+    refuse_unserved("transformers", Serving(linears=(down,), format="compressed-tensors", tensor_parallel=1))
+    both = Serving(linears=(down, expert), format="compressed-tensors", tensor_parallel=1)
+    message = refusal("transformers", both).message
+    assert "as far as is known here; found 8 bits" in message and "(experts.0.down_proj)" in message
+    # Groups of its own are none that could be chosen; another scheme would do.
+    ways = message.splitlines()[-1].removeprefix("What would do instead: ").split("; or ")
+    assert ways == ["scheme W4A16 with group_size -1", "scheme W8A16 with group_size -1", ways[-1]]
+    assert ways[-1] == "a rule that keeps these linears as they are"
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 _WAYS: dict[str, dict[str, Any]] = {
     "original": {"propagation": "original"},
-    "quantized": {"propagation": "quantized"},
+    "quantized": {"propagation": "quantized", "rules": [{"match": "*.down_proj", "scheme": "FP8_DYNAMIC"}]},
     "corrected": {"propagation": "quantized", "correct_targets": True, "evaluation": None},
     "biases": {"propagation": "quantized", "source": "biased", "correct_biases": True},
 }

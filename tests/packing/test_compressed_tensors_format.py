@@ -264,8 +264,8 @@ def test_scheme_of_full_name_wins_over_regex_and_regex_over_class():
         ({"format": "pack-quantized", "config_groups": {"a": group(["Linear"], type="float")}}, "float"),
         ({"format": "float-quantized", "config_groups": {"a": group(["Linear"])}}, "float-quantized"),
         (
-            {"format": "pack-quantized", "config_groups": {"a": group(["Linear"], strategy="tensor")}},
-            "tensor",
+            {"format": "pack-quantized", "config_groups": {"a": group(["Linear"], strategy="block")}},
+            "block",
         ),
         (
             {"format": "pack-quantized", "config_groups": {"a": group(["Linear"], actorder="group")}},

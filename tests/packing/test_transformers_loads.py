@@ -55,23 +55,32 @@ def float_codes(quotient, scheme):
 def rounded_floats(grouped, scheme):
     """Likewise: the largest value for whole rows, the power of two of absmax for groups."""
     largest = grouped.abs().amax(-1, keepdim=True)
-    if scheme.group_size == WHOLE_ROW:
-        scale = largest / 448
+    if scheme.scales == "e4m3":
+        divisor = 448 * 6 / largest.max()
+        scale = (largest / 6 * divisor).to(torch.float8_e4m3fn).float() / divisor
+    elif scheme.scales == "e8m0":
+        scale = (2.0 ** (largest.log2().floor() - (8 if scheme.bits == 8 else 2))).bfloat16()
     else:
-        scale = 2.0 ** (largest.log2().floor() - (8 if scheme.bits == 8 else 2))
+        scale = (largest.amax(0, keepdim=True) if scheme.group_size == 0 else largest) / 448
+        scale = scale.expand_as(largest).contiguous()
     codes, values = float_codes(grouped / scale, scheme)
-    return codes, values * scale, scale if scheme.group_size == WHOLE_ROW else scale.bfloat16()
+    return codes, values * scale, scale
 
 
 def rounded_to_nearest(weight, scheme):
     """Plain round to nearest, written out here: nothing of the product decides about codes."""
     rows, columns = weight.shape
-    width = columns if scheme.group_size == WHOLE_ROW else scheme.group_size
+    width = scheme.columns_per_group(columns)
     grouped = weight.reshape(rows, columns // width, width)
     if scheme in FLOATS.values():
         codes, levels, scale = rounded_floats(grouped, scheme)
+        divisor_R1 = 448 * 6 / weight.abs().max().expand(rows, 1) if scheme.scales == "e4m3" else None
         quantized = QuantizedLinear(
-            codes_RC=codes.reshape(rows, columns), scale_RG=scale.squeeze(-1), zero_RG=None, scheme=scheme
+            codes_RC=codes.reshape(rows, columns),
+            scale_RG=scale.squeeze(-1),
+            zero_RG=None,
+            scheme=scheme,
+            divisor_R1=divisor_R1,
         )
         return quantized, levels.reshape(rows, columns)
     top = 2**scheme.bits - 1
@@ -146,6 +155,7 @@ def write_checkpoint(folder, model, schemes):
         ("six_bits_asymmetric", False),
         ("two_bits_asymmetric", False),
         ("FP8A16", False),
+        ("FP8A16_TENSOR", False),
     ],
 )
 def test_transformers_logits_equal_those_of_the_dequantized_model(tmp_path, assignment, is_tied):
@@ -173,7 +183,7 @@ def test_transformers_logits_equal_those_of_the_dequantized_model(tmp_path, assi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("assignment", ["MXFP4A16", "MXFP8A16", "mixed_with_floats"])
+@pytest.mark.parametrize("assignment", ["MXFP4A16", "MXFP8A16", "NVFP4A16", "mixed_with_floats"])
 def test_transformers_unpacks_the_levels_of_powers_of_two(tmp_path, assignment):
     original = tiny_llama(is_tied=False)
     schemes = assigned_schemes(original, assignment)
@@ -187,6 +197,7 @@ def test_transformers_unpacks_the_levels_of_powers_of_two(tmp_path, assignment):
     loaded(torch.zeros(1, 4, dtype=torch.int64))
     for name, scheme in schemes.items():
         found, wanted = (model.get_submodule(name).weight.float() for model in (loaded, expected))
-        # A power of two times a small float is exact in bf16; other scales are rounded, and so are levels.
+        # A power of two times a small float is exact in bf16; other scales are rounded there, and so are
+        # levels.
         is_exact = scheme in (FLOATS["MXFP4A16"], FLOATS["MXFP8A16"])
         torch.testing.assert_close(found, wanted, atol=0, rtol=0 if is_exact else 2**-6)

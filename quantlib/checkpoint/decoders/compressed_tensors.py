@@ -2,7 +2,8 @@
 
 Of a linear [R, C] with a scale for every group of columns, row, block or whole weight:
 ``weight_packed`` int32, codes of 2 to 6 or 8 bits along C, with ``weight_shape``; zero points are packed
-along R, ``weight_g_idx`` is the group of each column (``pack-quantized``).
+along R, but that of a whole weight is int8, less 2**(b - 1); ``weight_g_idx`` is the group of each column
+(``pack-quantized``).
 ``weight`` int8 or float8 (``int-quantized``, ``float-quantized``, ``naive-quantized``, ``mxfp8-quantized``).
 ``weight_packed`` uint8, two 4-bit floats a byte; ``weight_scale`` float8 times ``1 / weight_global_scale``
 for 16 of them (``nvfp4-pack-quantized``), or E8M0 bytes for 32 (``mxfp4-pack-quantized``).
@@ -175,7 +176,10 @@ def _unpacked_rows(
         )
     codes_RC = unpack_words(parts["codes"][start:end], bits=bits, dim=1, length=columns).float()
     scale_RG = parts["scale"].float().reshape(-1, parts["scale"].shape[-1]).expand(rows, -1)[start:end]
-    if "zero" in parts:
+    if "zero" in parts and parts["zero"].dtype == torch.int8:
+        # One for the whole weight is signed and not packed.
+        zero_RG = (parts["zero"].float() + (1 << bits - 1)).reshape(1, 1).expand_as(scale_RG)
+    elif "zero" in parts:
         words = slice(start * bits // BITS_PER_WORD, num_words(end, bits))
         zero_RG = unpack_words(parts["zero"][words], bits=bits, dim=0, length=end - start).float()
     else:
