@@ -33,7 +33,7 @@ def held_dtype(kind: str, stored_dtype: torch.dtype) -> torch.dtype:
     """
     if kind == POWER_SCALES:
         return POWERS_DTYPE
-    return stored_dtype if kind == PLAIN_SCALES else torch.float32
+    return stored_dtype if kind in (PLAIN_SCALES, SHORT_SCALES) else torch.float32
 
 
 def round_to_stored(

@@ -40,7 +40,7 @@ class Engine:
 ENGINES: Mapping[str, Engine] = {
     "vllm": Engine(default_format=DEFAULT_FORMAT, rules=vllm_rules.RULES),
     "transformers": Engine(default_format=DEFAULT_FORMAT, rules=transformers_rules.RULES),
-    "llama.cpp": Engine(default_format="gguf", rules=llama_cpp_rules.RULES, formats=("gguf",)),
+    "llama.cpp": Engine(default_format="gguf", rules=llama_cpp_rules.RULES, formats=("gguf",), schemes=()),
 }
 TARGETS = tuple(ENGINES)
 
@@ -100,9 +100,10 @@ def _refuse_unknown(target: str, serving: Serving) -> None:
     if serving.format in engine.formats and unknown is None:
         return
     found = serving.format if unknown is None else unknown
+    others = f", and of {' and '.join(engine.schemes)}" if engine.schemes else ""
     raise RecipeError(
-        f"what {target} rejects is known of integers by group or row in {' and '.join(engine.formats)} files,"
-        f" and of {' and '.join(engine.schemes)}; found {found}; leave target out, or choose one of these",
+        f"what {target} rejects is known of integers by group or row in {' and '.join(engine.formats)} files"
+        f"{others}; found {found}; leave target out, or choose one of these",
         option="target",
         target=target,
     )

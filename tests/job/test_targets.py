@@ -335,7 +335,7 @@ def test_whole_rows_whose_inputs_are_rounded_are_taken_by_those_who_round_them(s
     [
         (17, "gguf", "it takes at most 16 devices; found tensor_parallel 17"),
         (17, "gguf", "What would do instead: tensor_parallel 16"),
-        (1, "gptq", "is known of integers in gguf files, found gptq"),
+        (1, "gptq", "is known of integers by group or row in gguf files; found gptq"),
     ],
 )
 def test_llama_cpp_takes_so_many_devices_and_its_own_files(devices, layout, said):
