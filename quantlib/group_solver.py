@@ -14,6 +14,7 @@ import torch
 
 from quantlib.calibration.moments import Moments, about_zero, centered_moments, moments_from
 from quantlib.calibration.totals import Total, add_totals_
+from quantlib.checkpoint.dtypes import torch_dtype
 from quantlib.grids.given_scales import GivenScales, given_scales
 from quantlib.job.expert_groups import GroupTokens
 from quantlib.job.fused_sets import by_module
@@ -101,11 +102,12 @@ class GroupSolver:
         """
         self.forget()
         if group in block.centered_groups:
-            return self._packed(self._with_biases(block, group, tensors, statistics, tokens.total), tokens)
+            results = self._with_biases(block, group, tensors, statistics, tokens.total)
+            return self._packed(block, results, tokens)
         tiles = self.tiles(block)[group]
         solved = [self._solved_tile(block, tile, tensors, statistics, tokens) for tile in tiles]
         self.forget()
-        return self._packed(_merged(block, group, solved), tokens)
+        return self._packed(block, _merged(block, group, solved), tokens)
 
     def solve_batch(
         self,
@@ -140,7 +142,7 @@ class GroupSolver:
         given = [self._given(here, scheme, scale_dtype) for here in weights]
         solved = METHODS[method].solve_batch(prepared, weights, scheme, scale_dtype=scale_dtype, given=given)
         return [
-            self._packed(_merged(block, group, [rows]), behind)
+            self._packed(block, _merged(block, group, [rows]), behind)
             for group, rows, behind in zip(groups, solved, tokens, strict=True)
         ]
 
@@ -171,7 +173,7 @@ class GroupSolver:
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         """Pack the linears of a group from all its tiles, in order; gives what `solve` gives."""
         there = [{name: rows.to(self._device) for name, rows in tile.items()} for tile in solved]
-        return self._packed(_merged(block, group, there), tokens)
+        return self._packed(block, _merged(block, group, there), tokens)
 
     def _solved_tile(
         self,
@@ -260,13 +262,15 @@ class GroupSolver:
         return self._packer.scale_dtype(next(iter(weights.values())).dtype)
 
     def _packed(
-        self, results: Iterable[LinearResult], tokens: GroupTokens
+        self, block: BlockPlan, results: Iterable[LinearResult], tokens: GroupTokens
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
         packed: dict[str, torch.Tensor] = {}
         rows: list[dict[str, Any]] = []
+        dtypes = {linear.name: torch_dtype(linear.weight_dtype) for linear in block.linears}
         for result in results:
             name = result.report.name
-            packed |= {key: value.cpu() for key, value in self._packer.pack(name, result.quantized).items()}
+            quantized = dataclasses.replace(result.quantized, model_dtype=dtypes[name])
+            packed |= {key: value.cpu() for key, value in self._packer.pack(name, quantized).items()}
             if result.bias_R is not None:
                 packed[f"{name}.bias"] = result.bias_R.cpu()
             rows.append(_with_tokens(result.report, tokens).to_dict())

@@ -56,6 +56,8 @@ class QuantizedLinear:
 
     Attributes:
         nested: What the scales are made of where they are quantized (``NESTED_SCALES``); else None.
+        model_dtype: Of the weight before, which no level depends on and some layouts state; None where
+            nobody said it.
     """
 
     codes_RC: torch.Tensor
@@ -64,25 +66,26 @@ class QuantizedLinear:
     scheme: WeightScheme
     divisor_R1: torch.Tensor | None = None
     nested: NestedScales | None = None
+    model_dtype: torch.dtype | None = None
 
     def rows(self, part: slice) -> "QuantizedLinear":
         """Some rows, as views."""
-        return QuantizedLinear(
+        return replace(
+            self,
             codes_RC=self.codes_RC[part],
             scale_RG=self.scale_RG[part],
             zero_RG=None if self.zero_RG is None else self.zero_RG[part],
-            scheme=self.scheme,
             divisor_R1=None if self.divisor_R1 is None else self.divisor_R1[part],
             nested=None if self.nested is None else self.nested.rows(part),
         )
 
     def to(self, device: torch.device | str) -> "QuantizedLinear":
         """The same on a device."""
-        return QuantizedLinear(
+        return replace(
+            self,
             codes_RC=self.codes_RC.to(device),
             scale_RG=self.scale_RG.to(device),
             zero_RG=None if self.zero_RG is None else self.zero_RG.to(device),
-            scheme=self.scheme,
             divisor_R1=None if self.divisor_R1 is None else self.divisor_R1.to(device),
             nested=None if self.nested is None else self.nested.to(device),
         )
@@ -129,11 +132,11 @@ def joined_rows(parts: Sequence[QuantizedLinear]) -> QuantizedLinear:
     if nested is not None:
         codes = [part.nested.code_RG for part in parts if part.nested is not None]
         nested = replace(nested, code_RG=torch.cat(codes))
-    return QuantizedLinear(
+    return replace(
+        first,
         codes_RC=torch.cat([part.codes_RC for part in parts]),
         scale_RG=torch.cat([part.scale_RG for part in parts]),
         zero_RG=_joined([part.zero_RG for part in parts]),
-        scheme=first.scheme,
         divisor_R1=_joined([part.divisor_R1 for part in parts]),
         nested=nested,
     )

@@ -74,7 +74,7 @@ class JobOptions:
         None,
         _HOW,
         "Layout of the output; by default the one that the target reads best, else the first.",
-        choices=("compressed-tensors", "gptq", "awq", "gguf"),
+        choices=("compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf"),
         in_identity=True,
     )
     target: str | None = declare(

@@ -19,7 +19,7 @@ from quantlib.job.text_sources import TextRecord
 from quantlib.schemes import ActivationScheme, WeightScheme
 from quantlib.strided_view import StoredPart, StridedView
 
-SCHEMA = 5
+SCHEMA = 6
 
 # Where things lie, what is only measured, and what tells in other words what the rest says.
 _NOT_IN_IDENTITY = (
@@ -61,6 +61,7 @@ class LinearPlan:
         scheme: None when the linear is kept as it is.
         corrects_bias: Whether it has a bias that makes up for what rounding does to its mean output.
         weight: Where its weight [rows, columns] is read from.
+        weight_dtype: Its safetensors dtype there.
         split_bias: Where its bias is read from, if that is a part of a tensor and is written by itself.
     """
 
@@ -73,6 +74,7 @@ class LinearPlan:
     scheme: WeightScheme | None
     corrects_bias: bool
     weight: StoredPart
+    weight_dtype: str
     split_bias: StoredPart | None = None
 
 

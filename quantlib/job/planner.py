@@ -191,7 +191,8 @@ def build_plan(
     assert options.format is not None  # Chosen by `options_from`.
     packer = FORMATS[options.format]
     blocks = tuple(
-        _plan_block(skeleton.block_spec(index), options, packer) for index in range(skeleton.num_blocks)
+        _plan_block(skeleton.block_spec(index), options, packer, checkpoint)
+        for index in range(skeleton.num_blocks)
     )
     _refuse_other_layouts(blocks, checkpoint)
     _check_rules(options, skeleton, blocks, checkpoint)
@@ -299,7 +300,9 @@ def _check_rules(
         refuse_split_sets(skeleton.block_spec(block.index), block)
 
 
-def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> BlockPlan:
+def _plan_block(
+    spec: BlockSpec, options: JobOptions, packer: PackingFormat, checkpoint: Checkpoint
+) -> BlockPlan:
     linears = []
     for linear in spec.linears:
         method, scheme = rule_for(options, linear.name)
@@ -322,6 +325,7 @@ def _plan_block(spec: BlockSpec, options: JobOptions, packer: PackingFormat) -> 
                 and method == "gptq"
                 and linear.experts is None,
                 weight=StoredPart(tensor=linear.weight_tensors[0], view=linear.weight_view),
+                weight_dtype=checkpoint.tensors[linear.weight_tensors[0]].dtype,
                 split_bias=None if scheme is None or linear.has_own_bias else linear.bias,
             )
         )
@@ -377,7 +381,7 @@ def _plan_units(
         split = [linear for linear in block.linears if linear.split_bias is not None]
         replaced = quantized.union(corrected, (x.split_bias.tensor for x in split if x.split_bias))
         copied = [name for name in block.tensors if name not in replaced]
-        made = _packed_specs(block, checkpoint, packer) + [_source_spec(checkpoint, n) for n in corrected]
+        made = _packed_specs(block, packer) + [_source_spec(checkpoint, n) for n in corrected]
         made += [_bias_spec(checkpoint, linear) for linear in split]
         drafts.append((f"block-{block.index:05d}", "block", block.index, made, copied))
     if tail:
@@ -439,7 +443,7 @@ def _bias_spec(checkpoint: Checkpoint, linear: LinearPlan) -> TensorSpec:
     return TensorSpec(name=f"{linear.name}.bias", dtype=dtype, shape=(linear.rows,))
 
 
-def _packed_specs(block: BlockPlan, checkpoint: Checkpoint, packer: PackingFormat) -> list[TensorSpec]:
+def _packed_specs(block: BlockPlan, packer: PackingFormat) -> list[TensorSpec]:
     """What the packer will write."""
     specs = []
     for linear in block.linears:
@@ -451,7 +455,7 @@ def _packed_specs(block: BlockPlan, checkpoint: Checkpoint, packer: PackingForma
             rows=linear.rows,
             columns=linear.columns,
             scheme=linear.scheme,
-            model_dtype=torch_dtype(checkpoint.tensors[linear.weight.tensor].dtype),
+            model_dtype=torch_dtype(linear.weight_dtype),
         )
         specs += [
             TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))

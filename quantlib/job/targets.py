@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 from quantlib.errors import RecipeError
 from quantlib.grids.formats import INTEGER
-from quantlib.job import llama_cpp_rules, transformers_rules, vllm_rules
+from quantlib.job import bitsandbytes_rules, llama_cpp_rules, transformers_rules, vllm_rules
 from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, findings
-from quantlib.schemes import WHOLE_ROW, WHOLE_TENSOR, WeightScheme, scheme_from_name
+from quantlib.schemes import CODEBOOK_NAMES, WHOLE_ROW, WHOLE_TENSOR, WeightScheme, scheme_from_name
 
 DEFAULT_FORMAT = "compressed-tensors"
 _GROUP_SIZES = (128, 64, 32, WHOLE_ROW)
@@ -40,6 +40,12 @@ class Engine:
 ENGINES: Mapping[str, Engine] = {
     "vllm": Engine(default_format=DEFAULT_FORMAT, rules=vllm_rules.RULES),
     "transformers": Engine(default_format=DEFAULT_FORMAT, rules=transformers_rules.RULES),
+    "bitsandbytes": Engine(
+        default_format="bitsandbytes",
+        rules=bitsandbytes_rules.RULES,
+        formats=("bitsandbytes",),
+        schemes=CODEBOOK_NAMES,
+    ),
     "llama.cpp": Engine(default_format="gguf", rules=llama_cpp_rules.RULES, formats=("gguf",), schemes=()),
 }
 TARGETS = tuple(ENGINES)
@@ -58,12 +64,12 @@ def refuse_unserved(target: str, serving: Serving) -> None:
             what the engine takes, how many linears break it, one of them, and who says so; and what would do.
     """
     _refuse_unknown(target, serving)
-    rules = ENGINES[target].rules
-    broken = list(findings(rules, serving))
+    engine = ENGINES[target]
+    broken = list(findings(engine.rules, serving))
     if not broken:
         return
     at_fault = [linear for found in broken for linear, _ in found.faults if linear is not None]
-    ways = _remedies(ENGINES[target], serving, at_fault)
+    ways = _remedies(engine, serving, at_fault)
     # Keeping all of them would leave nothing quantized.
     if all(found.rule.spares_kept for found in broken) and not set(serving.linears).issubset(at_fault):
         ways.append("a rule that keeps these linears as they are")

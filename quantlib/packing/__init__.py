@@ -3,7 +3,13 @@
 from collections.abc import Mapping
 from typing import Any
 
-from quantlib.packing import awq_format, compressed_tensors_format, gguf_format, gptq_format
+from quantlib.packing import (
+    awq_format,
+    bitsandbytes_format,
+    compressed_tensors_format,
+    gguf_format,
+    gptq_format,
+)
 from quantlib.packing.contracts import PackingFormat
 from quantlib.schemes import WeightScheme
 
@@ -11,6 +17,7 @@ FORMATS: dict[str, PackingFormat] = {
     compressed_tensors_format.NAME: compressed_tensors_format,
     gptq_format.NAME: gptq_format,
     awq_format.NAME: awq_format,
+    bitsandbytes_format.NAME: bitsandbytes_format,
     gguf_format.NAME: gguf_format,
 }
 

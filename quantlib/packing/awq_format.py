@@ -23,7 +23,6 @@ from typing import Any
 import torch
 
 from quantlib.errors import PackingError
-from quantlib.packing.awq_names import is_kept, kept_entries
 from quantlib.packing.awq_words import in_plain_order, interleaved
 from quantlib.packing.bits import pack_words, transposed, unpack_words
 from quantlib.packing.checks import (
@@ -34,6 +33,7 @@ from quantlib.packing.checks import (
     require_whole_groups,
     take_tensor,
 )
+from quantlib.packing.kept_names import is_kept, kept_entries
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
 
@@ -149,7 +149,7 @@ def quantization_config(
         "group_size": scheme.group_size,
         "zero_point": True,
         "version": _LAYOUT,
-        "modules_to_not_convert": kept_entries([*kept, *other_linears], list(quantized)),
+        "modules_to_not_convert": kept_entries([*kept, *other_linears], list(quantized), format_name=NAME),
         "meta": {
             "quantizer": [f"quantmill:{version('quantmill')}"],
             "symmetric": scheme.is_symmetric,

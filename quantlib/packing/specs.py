@@ -39,6 +39,7 @@ def packed_on_meta(
         scale_RG=torch.empty(rows, groups, dtype=scale_dtype, device="meta"),
         zero_RG=None if scheme.is_symmetric else torch.empty(rows, groups, dtype=torch.uint8, device="meta"),
         scheme=scheme,
+        model_dtype=model_dtype,
         divisor_R1=torch.empty(rows, 1, device="meta") if scheme.scales == DIVIDED_SCALES else None,
         nested=_nested(rows, groups) if scheme.scales == NESTED_SCALES else None,
     )

@@ -50,11 +50,13 @@ def _tensors(folder: str | Path) -> dict[str, torch.Tensor]:
         {"format": "gptq", "method": "rtn"},
         {"format": "awq", "method": "gptq", "scheme": "W4A16_ASYM"},
         {"format": "awq", "method": "rtn"},
+        {"format": "bitsandbytes", "method": "gptq", "scheme": "W8A16", "group_size": -1},
+        {"target": "bitsandbytes", "method": "rtn", "scheme": "W8A16", "group_size": -1},
         {"scheme": "W5A16", "method": "rtn", "scale_search": "absmax"},
         {"scheme": "W5A16", "method": "gptq"},
         {"scheme": "W6A16_ASYM", "method": "gptq"},
     ],
-    ids=lambda given: "-".join(given.values()),
+    ids=lambda given: "-".join(map(str, given.values())),
 )
 def test_conversion_finished_output_is_verified_and_evaluates_to_the_reported_perplexity(tmp_path, given):
     options = tiny_options(tmp_path, **given)

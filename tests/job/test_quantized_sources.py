@@ -165,9 +165,12 @@ def test_gguf_gives_the_output_of_the_checkpoint_it_was_made_from(tmp_path, meth
     assert quantize(options)["finished"] == report["finished"], "the finished output is known again"
 
 
-@pytest.mark.parametrize(("output_format", "scheme"), [("gptq", "W8A16"), ("awq", "W4A16_ASYM")])
-def test_an_output_can_be_the_source_of_another(tmp_path, output_format, scheme):
-    first = tiny_options(tmp_path, method="rtn", scheme=scheme, format=output_format)
+@pytest.mark.parametrize(
+    ("output_format", "scheme", "group_size"),
+    [("gptq", "W8A16", 32), ("awq", "W4A16_ASYM", 32), ("bitsandbytes", "W8A16", -1)],
+)
+def test_an_output_can_be_the_source_of_another(tmp_path, output_format, scheme, group_size):
+    first = tiny_options(tmp_path, method="rtn", scheme=scheme, format=output_format, group_size=group_size)
     quantize(first)
     second = tiny_options(
         tmp_path, source=first.output, output=str(tmp_path / "again"), method="rtn", scheme="W4A16"

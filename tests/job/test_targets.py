@@ -305,10 +305,9 @@ def test_what_vllm_takes_divides_as_every_rule_says(
 def test_output_whose_rules_are_not_known_is_refused_and_not_waved_through(target, layout, scheme, found):
     linear = served("mlp.up_proj", 512, 256, scheme=scheme, group_size=None)
     said = refusal(target, Serving(linears=(linear,), format=layout, tensor_parallel=1))
-    known = (
-        "is known of integers by group or row in compressed-tensors and gptq files, and of W8A8 and"
-        " FP8_DYNAMIC"
-    )
+    known = {"bitsandbytes": ("bitsandbytes", "NF4 and NF4_DQ and FP4 and FP4_DQ")}
+    files, schemes = known.get(target, ("compressed-tensors and gptq", "W8A8 and FP8_DYNAMIC"))
+    known = f"is known of integers by group or row in {files} files, and of {schemes}"
     assert f"{known}; found {found}" in said.message
 
 
@@ -351,9 +350,22 @@ def test_llama_cpp_cuts_rows_anywhere():
 
 
 def test_every_target_has_a_default_format():
-    assert {target: default_format(target) for target in (None, *TARGETS)} == {
-        None: "compressed-tensors",
-        "vllm": "compressed-tensors",
-        "transformers": "compressed-tensors",
-        "llama.cpp": "gguf",
-    }
+    found = {target: default_format(target) for target in (None, *TARGETS)}
+    assert found.pop("bitsandbytes") == "bitsandbytes"
+    assert found.pop("llama.cpp") == "gguf"
+    assert set(found.values()) == {"compressed-tensors"}
+
+
+def test_bitsandbytes_takes_linears_on_one_device_and_no_experts():
+    rows = served("mlp.up_proj", 512, 256, scheme="W8A16", group_size=WHOLE_ROW)
+    expert = served("experts.0.up_proj", 512, 256, scheme="W8A16", group_size=WHOLE_ROW, is_expert=True)
+    refuse_unserved("bitsandbytes", Serving(linears=(rows,), format="bitsandbytes", tensor_parallel=1))
+    said = refusal(
+        "bitsandbytes", Serving(linears=(rows, expert), format="bitsandbytes", tensor_parallel=2)
+    ).message
+    assert "stay as they are; found routed experts (experts.0.up_proj) (transformers 5.23.0" in said
+    assert "one device a matrix, as far as is known here; found tensor_parallel 2" in said
+    said = refusal(
+        "bitsandbytes", Serving(linears=(rows, expert), format="bitsandbytes", tensor_parallel=1)
+    ).message
+    assert "What would do instead: a rule that keeps these linears as they are" in said

@@ -27,5 +27,6 @@ def linear_plan(
         scheme=scheme,
         corrects_bias=corrects_bias,
         weight=StoredPart(tensor=f"{name}.weight"),
+        weight_dtype="F32",
         **others,
     )
