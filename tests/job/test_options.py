@@ -77,11 +77,14 @@ def test_options_from_minimal_request_takes_every_default():
         ({"scheme": None}, "scheme must be text, found None"),
         ({"device": "tpu"}, "device must be one of cpu, cuda, found 'tpu'"),
         ({"evaluation": " "}, "evaluation must not be empty"),
-        ({"target": "sglang"}, "target must be one of vllm, transformers, llama.cpp, found 'sglang'"),
+        (
+            {"target": "sglang"},
+            "target must be one of vllm, transformers, bitsandbytes, llama.cpp, found 'sglang'",
+        ),
         ({"tensor_parallel": 0, "target": "vllm"}, "tensor_parallel must be at least 1, found 0"),
         (
             {"tensor_parallel": 2},
-            "and no target is named; name one of vllm, transformers, llama.cpp, or leave it out",
+            "no target is named; name one of vllm, transformers, bitsandbytes, llama.cpp, or leave it out",
         ),
         ({"workers": 0}, "workers must be at least 1, found 0"),
         ({"checkpoint_every": -1}, "checkpoint_every must be at least 1 or 0, found -1"),
