@@ -17,11 +17,14 @@ from quantlib.grids.formats import (
     NESTED_SCALES,
     PLAIN_SCALES,
     POWER_SCALES,
+    SHORT_SCALES,
 )
 
 WHOLE_ROW = -1
 WHOLE_TENSOR = 0
 DEFAULT_GROUP_SIZE = 128
+# Of the blocks of a GGUF file.
+GGUF_GROUP_SIZE = 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,6 +137,7 @@ _SCALES_SAID = {
     POWER_SCALES: " with powers of two",
     DIVIDED_SCALES: " with scales e4m3 over a divisor",
     NESTED_SCALES: " with quantized scales",
+    SHORT_SCALES: " with scales of 7 bits",
 }
 # Integers, whose groups are a choice: bits, symmetry.
 _INTEGERS = {

@@ -17,6 +17,7 @@ import torch
 
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
+from quantlib.checkpoint.shard_forms import ShardForms
 from quantlib.checkpoint.writer import ShardReceipt, ShardWriter
 from quantlib.errors import PackingError
 from quantlib.group_solver import GroupSolver
@@ -89,6 +90,7 @@ class UnitConverter:
         checkpoint: The source.
         source_store: Where it lies.
         output_store: Where shards go.
+        forms: What they are as files.
         solver: Quantizes and packs an input group.
         clock: Is told what reading and writing take.
         working: A context for what a stage computes; it raises when the job was stopped.
@@ -99,12 +101,13 @@ class UnitConverter:
         checkpoint: Checkpoint,
         source_store: Store,
         output_store: Store,
+        forms: ShardForms,
         solver: GroupSolver,
         clock: StageClock,
         working: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self._checkpoint, self._solver = checkpoint, solver
-        self._source_store, self._output_store = source_store, output_store
+        self._source_store, self._output_store, self._forms = source_store, output_store, forms
         self._clock, self._working = clock, working
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="unit-write")
 
@@ -179,7 +182,7 @@ class UnitConverter:
         return rows
 
     def _write(self, unit: UnitPlan, uri: str, made: dict[str, Future[torch.Tensor]]) -> ShardReceipt:
-        with ShardWriter(self._output_store, uri, unit.tensors) as shard:
+        with ShardWriter(self._output_store, uri, unit.tensors, self._forms.of(unit)) as shard:
             for spec in unit.tensors:
                 # Popped: what was sent is not kept.
                 tensor = made.pop(spec.name).result()

@@ -8,6 +8,7 @@ import torch
 
 from quantlib.checkpoint.dtypes import torch_dtype
 from quantlib.checkpoint.index import Checkpoint
+from quantlib.checkpoint.shard_forms import ShardForms
 from quantlib.checkpoint.writer import ShardReceipt, write_shard
 from quantlib.group_solver import GroupSolver
 from quantlib.job.finished import check_unit, read_unit
@@ -17,6 +18,7 @@ from quantlib.job.plan import Plan, UnitPlan
 from quantlib.job.publish import publish
 from quantlib.model.late_weights import LateWeight
 from quantlib.packing import FORMATS
+from quantlib.packing.outlier_columns import all_packed_names
 from quantlib.packing.repacking import repacked
 from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
@@ -67,8 +69,9 @@ class WorkerOutput:
         self.stores = (self._output_store, self._work_store)
         settings = SolverSettings.from_options(plan.options)
         self.solver = GroupSolver(self.packer, settings, device, height)
+        self._forms = ShardForms(plan, checkpoint, source_store)
         self._converter = UnitConverter(
-            checkpoint, source_store, self._output_store, self.solver, clock, working
+            checkpoint, source_store, self._output_store, self._forms, self.solver, clock, working
         )
         self._begun: dict[str, BegunShard] = {}
 
@@ -79,7 +82,8 @@ class WorkerOutput:
 
     def read_packed(self, unit_name: str) -> dict[str, torch.Tensor]:
         """The tensors of a finished unit, from the output."""
-        return read_unit(self._output_store, self.plan, self._units[unit_name])
+        unit = self._units[unit_name]
+        return read_unit(self._output_store, self.plan, unit, self._forms.of(unit))
 
     def check_finished(self, records: Sequence[DoneRecord]) -> tuple[dict[str, DoneRecord], dict[str, str]]:
         """Of units an earlier start finished: the records that stand, and what is wrong with the others.
@@ -112,7 +116,7 @@ class WorkerOutput:
         for linear in linears:
             assert linear.scheme is not None, "only such linears are in a group"
             model_dtype = torch_dtype(self._checkpoint.tensors[linear.weight.tensor].dtype)
-            names = [*other.packer.packed_names(linear.name), f"{linear.name}.bias"]
+            names = [*all_packed_names(other.packer, linear.name), f"{linear.name}.bias"]
             there = {name: packed[name].to(self._device) for name in names if name in packed}
             layouts = (other.packer, self.packer)
             made |= repacked(linear.name, linear.scheme, there, *layouts, model_dtype)
@@ -146,7 +150,7 @@ class WorkerOutput:
         given = {**tensors, **split_biases(block, tensors)}
         promised = {spec.name for spec in unit.tensors}
         made = {name: tensor for name, tensor in given.items() if name in promised}
-        receipt = write_shard(self._output_store, self._uri(unit), unit.tensors, made)
+        receipt = write_shard(self._output_store, self._uri(unit), unit.tensors, made, self._forms.of(unit))
         return self._record(unit, receipt, linears, excluded_rows, seconds)
 
     def convert_unit(self, unit_name: str) -> None:

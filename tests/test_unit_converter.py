@@ -9,6 +9,7 @@ import torch
 
 from quantlib import unit_converter
 from quantlib.checkpoint.index import Checkpoint, open_checkpoint
+from quantlib.checkpoint.shard_forms import ShardForms
 from quantlib.errors import NumericsError, TransientStorageError
 from quantlib.group_solver import GroupSolver
 from quantlib.job.plan import Plan
@@ -65,7 +66,8 @@ def _convert(job, store, folder: Path):
     solver = GroupSolver(
         FORMATS["compressed-tensors"], SolverSettings.from_options(plan.options), torch.device("cpu")
     )
-    converter = UnitConverter(checkpoint, store, store, solver, StageClock(), lambda _: nullcontext())
+    forms = ShardForms(plan, checkpoint, store)
+    converter = UnitConverter(checkpoint, store, store, forms, solver, StageClock(), lambda _: nullcontext())
     begun = converter.convert(plan.block_units[1], plan.blocks[1], f"file://{folder}/shard.safetensors")
     return begun.receipt.result(), begun.rows
 

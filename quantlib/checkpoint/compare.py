@@ -15,7 +15,8 @@ import numpy as np
 
 from quantlib.checkpoint.findings import limited
 from quantlib.checkpoint.header import TensorEntry
-from quantlib.checkpoint.index import Checkpoint, open_checkpoint
+from quantlib.checkpoint.index import Checkpoint, list_folder, open_checkpoint
+from quantlib.checkpoint.source import holds_gguf
 from quantlib.errors import CheckpointError
 from quantlib.storage import Store
 
@@ -101,7 +102,13 @@ def compare_checkpoints(store: Store, uri: str, other_store: Store, other_uri: s
 
 def _opened(store: Store, uri: str, findings: list[str]) -> Checkpoint | None:
     try:
-        return open_checkpoint(store, uri)
+        listing = list_folder(store, uri)
+        if not holds_gguf(listing):
+            return open_checkpoint(store, uri)
+        # The gguf package and the readers of transformers take a while to import.
+        from quantlib.checkpoint.gguf_files.stored import open_parts
+
+        return open_parts(store, uri, listing)
     except CheckpointError as error:
         findings.append(f"{uri} cannot be compared: {error}.")
         return None

@@ -82,13 +82,13 @@ def spec_bytes(spec: TensorSpec) -> int:
     return math.prod(spec.shape) * DTYPE_BYTES[spec.dtype]
 
 
-def shard_names(count: int) -> tuple[str, ...]:
+def shard_names(count: int, ending: str = ".safetensors") -> tuple[str, ...]:
     """The final file names of ``count`` shards.
 
     >>> shard_names(2)
     ('model-00001-of-00002.safetensors', 'model-00002-of-00002.safetensors')
     """
-    return tuple(f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+    return tuple(f"model-{number:05d}-of-{count:05d}{ending}" for number in range(1, count + 1))
 
 
 def index_bytes(units: Iterable[UnitPlan]) -> bytes:

@@ -5,7 +5,7 @@ Whoever plans, builds and converts a model sees names, shapes and one dtype as i
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -32,14 +32,14 @@ def open_source(store: Store, uri: str, *, levels_dtype: str | None = None) -> C
     Args:
         store: The store it lies in.
         uri: Normalized address of its folder, or of a GGUF file.
-        levels_dtype: safetensors dtype of the weights that are made from codes in safetensors; by default
-            what config.json states as ``dtype``, or else what most tensors that are no codes are stored in.
+        levels_dtype: safetensors dtype of the weights that are made from codes; by default what config.json
+            states as ``dtype``, or else what most tensors that are no codes are stored in.
 
     Raises:
         ObjectNotFoundError: There is nothing at the address.
         CheckpointError: It is damaged, or quantized in a way that is not understood.
     """
-    checkpoint = open_stored(store, uri)
+    checkpoint = open_stored(store, uri, levels_dtype=levels_dtype)
     quantization = _quantization(checkpoint.config)
     if not quantization:
         return checkpoint
@@ -64,33 +64,43 @@ def open_source(store: Store, uri: str, *, levels_dtype: str | None = None) -> C
     )
 
 
-def open_stored(store: Store, uri: str) -> Checkpoint:
+def open_stored(store: Store, uri: str, *, levels_dtype: str | None = None) -> Checkpoint:
     """Open a checkpoint with its tensors as they are stored; of a GGUF file, those it means.
 
     Args:
         store: The store it lies in.
         uri: Normalized address of its folder, or of a GGUF file.
+        levels_dtype: Of the tensors of a GGUF file.
 
     Raises:
         ObjectNotFoundError: There is nothing at the address.
         CheckpointError: It is damaged.
     """
     if uri.endswith(GGUF_ENDING):
-        return _open_gguf(store, uri)
+        return _open_gguf(store, uri, levels_dtype)
     try:
         return open_checkpoint(store, uri)
     except CheckpointError:
-        names = list_folder(store, uri)
-        if any(n.endswith(".safetensors") for n in names) or not any(n.endswith(GGUF_ENDING) for n in names):
+        if not holds_gguf(list_folder(store, uri)):
             raise
-        return _open_gguf(store, uri)
+        return _open_gguf(store, uri, levels_dtype)
 
 
-def _open_gguf(store: Store, uri: str) -> Checkpoint:
+def holds_gguf(names: Collection[str]) -> bool:
+    """Whether files of these names hold weights in GGUF.
+
+    >>> holds_gguf(["config.json", "model-00001-of-00002.gguf"]), holds_gguf(["model.safetensors", "x.gguf"])
+    (True, False)
+    """
+    is_safetensors = any(name.endswith(".safetensors") for name in names)
+    return not is_safetensors and any(name.endswith(GGUF_ENDING) for name in names)
+
+
+def _open_gguf(store: Store, uri: str, levels_dtype: str | None) -> Checkpoint:
     # The gguf package and the readers of transformers take a while to import.
     from quantlib.checkpoint.gguf_files.source import open_gguf
 
-    return open_gguf(store, uri)
+    return open_gguf(store, uri, levels_dtype=levels_dtype)
 
 
 def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:

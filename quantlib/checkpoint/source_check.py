@@ -174,10 +174,11 @@ def _byte_findings(
 ) -> Iterator[str]:
     pairs = [(output.tensors[name], source.tensors[name]) for name in copied]
     same = [(now, before) for now, before in pairs if _is_alike(before, now)]
-    stored = [(now, before) for now, before in same if before.name not in source.decoded]
+    decoded = source.decoded.keys() | output.decoded.keys()
+    stored = [(now, before) for now, before in same if now.name not in decoded]
     differing = differing_bytes(store, output, source_store, source, stored)
-    for now, before in same:
-        if before.name in source.decoded:
+    for now, _ in same:
+        if now.name in decoded:
             # One at a time: what is decoded is not read in pieces.
             made, there = (
                 read_tensors(its_store, checkpoint, [now.name])[now.name].flatten().view(torch.uint8)

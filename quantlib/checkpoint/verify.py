@@ -6,10 +6,10 @@ which is what evaluation is for.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -24,7 +24,7 @@ from quantlib.checkpoint.index import (
     read_weight_map,
 )
 from quantlib.checkpoint.reader import tensor_of
-from quantlib.checkpoint.source import open_source
+from quantlib.checkpoint.source import GGUF_ENDING, holds_gguf, open_source
 from quantlib.checkpoint.source_check import check_source
 from quantlib.errors import CheckpointError
 from quantlib.job.accounts import Account
@@ -33,6 +33,7 @@ from quantlib.storage import ObjectInfo, Store
 REPORT_NAME = "quantmill_report.json"
 # Held twice: one piece is hashed while the next is fetched.
 PIECE_BYTES = 128 << 20
+_Header = TypeVar("_Header")
 _SCALE_ENDINGS = (".weight_scale", ".scales")
 
 
@@ -87,30 +88,91 @@ def verify_checkpoint(
     listing = list_folder(store, uri)
     findings: list[str] = []
     report = report if report is not None else _stored_report(store, listing, findings)
-    config, weight_map = _config_and_weight_map(store, uri, listing, findings)
-    shards = {name: info for name, info in listing.items() if name.endswith(".safetensors")}
-    headers = dict(_intact_headers(store, shards, findings))
-    findings += _digest_findings(store, shards, report)
-    if weight_map is not None:
-        findings += _index_findings(store, listing, weight_map, headers)
-    for shard, header in headers.items():
-        findings += _scale_findings(store, shards[shard], header)
+    config = _config(store, uri, listing, findings)
+    read = _read_gguf if holds_gguf(listing) else _read_safetensors
+    contents = read(store, uri, listing, config, findings)
+    findings += _digest_findings(store, contents.output.shards, report)
+    findings += contents.further_findings
     accounts: tuple[Account, ...] = ()
     if source_uri is not None:
-        source = open_source(source_store or store, source_uri)
-        tensors = {name: entry for header in headers.values() for name, entry in header.tensors.items()}
-        output = Checkpoint(
-            uri=uri, config=config, shards=shards, tensors=tensors, stored=tensors, side_files={}
-        )
-        checked = check_source(store, output, source_store or store, source, report)
+        source = contents.source_of(open_source(source_store or store, source_uri))
+        checked = check_source(store, contents.output, source_store or store, source, report)
         findings += checked.findings
         accounts = checked.accounts
     return VerifyResult(
-        num_shards=len(shards),
-        num_tensors=sum(len(header.tensors) for header in headers.values()),
-        num_bytes=sum(info.size_bytes for info in shards.values()),
+        num_shards=len(contents.output.shards),
+        num_tensors=len(contents.output.tensors),
+        num_bytes=sum(info.size_bytes for info in contents.output.shards.values()),
         findings=tuple(findings),
         accounts=accounts,
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Contents:
+    """What can be read of an output.
+
+    Attributes:
+        output: Without the tensors of shards that are damaged or missing.
+        further_findings: About index or parts, and scales; read when they are asked for.
+        source_of: A source as the output holds what is copied of it.
+    """
+
+    output: Checkpoint
+    further_findings: Iterator[str]
+    source_of: Callable[[Checkpoint], Checkpoint]
+
+
+def _read_safetensors(
+    store: Store,
+    uri: str,
+    listing: Mapping[str, ObjectInfo],
+    config: dict[str, Any],
+    findings: list[str],
+) -> _Contents:
+    weight_map = _weight_map(store, uri, listing, findings)
+    shards = {name: info for name, info in listing.items() if name.endswith(".safetensors")}
+    headers = dict(_intact_headers(store, shards, findings, read_header))
+    tensors = {name: entry for header in headers.values() for name, entry in header.tensors.items()}
+
+    def further() -> Iterator[str]:
+        if weight_map is not None:
+            yield from _index_findings(store, listing, weight_map, headers)
+        for shard, header in headers.items():
+            yield from _scale_findings(store, shards[shard], header)
+
+    return _Contents(
+        output=Checkpoint(
+            uri=uri, config=config, shards=shards, tensors=tensors, stored=tensors, side_files={}
+        ),
+        further_findings=further(),
+        source_of=lambda source: source,
+    )
+
+
+def _read_gguf(
+    store: Store,
+    uri: str,
+    listing: Mapping[str, ObjectInfo],
+    config: dict[str, Any],
+    findings: list[str],
+) -> _Contents:
+    # The gguf package and the readers of transformers take a while to import.
+    from quantlib.checkpoint.gguf_files import stored
+    from quantlib.checkpoint.gguf_files.header import read_gguf_header
+
+    shards = {name: info for name, info in listing.items() if name.endswith(GGUF_ENDING)}
+    headers = dict(_intact_headers(store, shards, findings, read_gguf_header))
+
+    def further() -> Iterator[str]:
+        yield from stored.part_findings(headers)
+        for shard, header in headers.items():
+            yield from stored.scale_findings(store, shards[shard], header)
+
+    return _Contents(
+        output=stored.open_output(uri, config, shards, headers),
+        further_findings=further(),
+        source_of=stored.with_wide_vectors,
     )
 
 
@@ -125,31 +187,38 @@ def _stored_report(store: Store, listing: Mapping[str, ObjectInfo], findings: li
         return {}
 
 
-def _config_and_weight_map(
-    store: Store, uri: str, listing: Mapping[str, ObjectInfo], findings: list[str]
-) -> tuple[dict[str, Any], dict[str, str] | None]:
-    """config.json, empty if it cannot be read, and the index, after noting what is wrong with them."""
-    config: dict[str, Any] = {}
-    weight_map = None
+def _config(store: Store, uri: str, listing: Mapping[str, ObjectInfo], findings: list[str]) -> dict[str, Any]:
+    """config.json, empty if it cannot be read, after noting what is wrong with it."""
     try:
-        config = read_config(store, uri, listing)
+        return read_config(store, uri, listing)
     except CheckpointError as error:
         findings.append(_sentence(error))
+        return {}
+
+
+def _weight_map(
+    store: Store, uri: str, listing: Mapping[str, ObjectInfo], findings: list[str]
+) -> dict[str, str] | None:
+    """The index, after noting what is wrong with it."""
     try:
         weight_map = read_weight_map(store, uri, listing)
-        if weight_map is None and "model.safetensors" not in listing:
-            findings.append(f"There is neither {INDEX_NAME} nor model.safetensors.")
     except CheckpointError as error:
         findings.append(_sentence(error))
-    return config, weight_map
+        return None
+    if weight_map is None and "model.safetensors" not in listing:
+        findings.append(f"There is neither {INDEX_NAME} nor model.safetensors.")
+    return weight_map
 
 
 def _intact_headers(
-    store: Store, shards: Mapping[str, ObjectInfo], findings: list[str]
-) -> Iterator[tuple[str, Header]]:
+    store: Store,
+    shards: Mapping[str, ObjectInfo],
+    findings: list[str],
+    read: Callable[[Store, ObjectInfo], _Header],
+) -> Iterator[tuple[str, _Header]]:
     for shard, info in sorted(shards.items()):
         try:
-            yield shard, read_header(store, info)
+            yield shard, read(store, info)
         except CheckpointError as error:
             findings.append(_sentence(error))
 

@@ -9,12 +9,14 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
 
 from quantlib.checkpoint.dtypes import dtype_name
-from quantlib.checkpoint.layout import layout_shard
+from quantlib.checkpoint.header import TensorEntry
+from quantlib.checkpoint.layout import ShardLayout, layout_shard
+from quantlib.checkpoint.reader import tensor_of
 from quantlib.errors import PackingError
 from quantlib.job.plan import TensorSpec
 from quantlib.storage import Store
@@ -29,10 +31,52 @@ class ShardReceipt:
     etag: str
 
 
+class ShardForm(Protocol):
+    """What a shard is as a file."""
+
+    def layout(self, specs: Sequence[TensorSpec]) -> ShardLayout:
+        """Every byte but those of the tensors, which stand in the order of their specs."""
+        ...
+
+    def stored(self, spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor as the file holds it."""
+        ...
+
+    def restored(self, spec: TensorSpec, view: memoryview) -> torch.Tensor:
+        """A tensor from its bytes in the file: the inverse of `stored`."""
+        ...
+
+
+class SafetensorsForm:
+    """A safetensors file."""
+
+    def layout(self, specs: Sequence[TensorSpec]) -> ShardLayout:
+        """See `quantlib.checkpoint.layout`."""
+        return layout_shard(specs)
+
+    def stored(self, spec: TensorSpec, tensor: torch.Tensor) -> torch.Tensor:  # noqa: ARG002
+        """As it is."""
+        return tensor
+
+    def restored(self, spec: TensorSpec, view: memoryview) -> torch.Tensor:
+        """As it is."""
+        entry = TensorEntry(
+            name=spec.name, dtype=spec.dtype, shape=spec.shape, shard="", start=0, end=len(view)
+        )
+        return tensor_of(view, entry)
+
+
+SAFETENSORS = SafetensorsForm()
+
+
 def write_shard(
-    store: Store, uri: str, specs: Sequence[TensorSpec], tensors: Mapping[str, torch.Tensor]
+    store: Store,
+    uri: str,
+    specs: Sequence[TensorSpec],
+    tensors: Mapping[str, torch.Tensor],
+    form: ShardForm = SAFETENSORS,
 ) -> ShardReceipt:
-    """Write tensors as a safetensors object, in the order of their specs.
+    """Write tensors as one object, in the order of their specs.
 
     Shapes:
         As in the specs; tensors may lie on any device and need not be contiguous.
@@ -49,7 +93,7 @@ def write_shard(
         raise PackingError(f"tensor {name!r} {found}; nothing was written", tensor=name)
     for spec in specs:
         _check_promise(spec, tensors[spec.name])
-    with ShardWriter(store, uri, specs) as shard:
+    with ShardWriter(store, uri, specs, form) as shard:
         for spec in specs:
             shard.add(tensors[spec.name])
     return shard.receipt
@@ -65,15 +109,19 @@ class ShardWriter:
         store: Where the shard goes.
         uri: Its address.
         specs: Of all tensors, in file order.
+        form: What the file is.
     """
 
     receipt: ShardReceipt
 
-    def __init__(self, store: Store, uri: str, specs: Sequence[TensorSpec]) -> None:
-        self._layout = layout_shard(specs)
+    def __init__(
+        self, store: Store, uri: str, specs: Sequence[TensorSpec], form: ShardForm = SAFETENSORS
+    ) -> None:
+        self._form, self._layout = form, form.layout(specs)
         self._missing = deque(specs)
         self._digest = hashlib.sha256()
         self._writer = store.open_writer(uri)
+        self._position = 0
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
@@ -88,8 +136,13 @@ class ShardWriter:
         Raises:
             PackingError: It differs from the spec.
         """
-        _check_promise(self._missing[0], tensor)
-        self._send(tensor_bytes(tensor))
+        spec = self._missing[0]
+        _check_promise(spec, tensor)
+        start, end = self._layout.offsets[spec.name]
+        self._fill(start)
+        content = tensor_bytes(self._form.stored(spec, tensor))
+        assert len(content) == end - start, "a form stores what it lays out"
+        self._send(content)
         self._missing.popleft()
 
     def __exit__(self, kind: type[BaseException] | None, *error: Any) -> None:
@@ -97,6 +150,12 @@ class ShardWriter:
             missing = PackingError(f"tensor {self._missing[0].name!r} was promised, but is not there")
             self._open.__exit__(PackingError, missing, None)
             raise missing
+        if kind is None:
+            try:
+                self._fill(self._layout.size_bytes)
+            except BaseException as failed:
+                self._open.__exit__(type(failed), failed, failed.__traceback__)
+                raise
         self._open.__exit__(kind, *error)
         if kind is None:
             self.receipt = ShardReceipt(
@@ -108,6 +167,12 @@ class ShardWriter:
     def _send(self, content: bytes | memoryview) -> None:
         self._digest.update(content)
         self._writer.write(content)
+        self._position += len(content)
+
+    def _fill(self, position: int) -> None:
+        """Send zeros up to a position, where a form wants tensors to begin at multiples of something."""
+        if position > self._position:
+            self._send(bytes(position - self._position))
 
 
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:

@@ -5,14 +5,16 @@ from dataclasses import dataclass
 
 INTEGER = "int"
 # How a scale is stored: as a number of the dtype that the output's layout has for scales, as a power of two
-# in a byte (E8M0), as an E4M3 number over a divisor of the whole weight, as fp32, or as a code of
-# `dynamic_values` with a factor for many of them and an offset of the whole weight.
-PLAIN_SCALES, POWER_SCALES, DIVIDED_SCALES, FULL_SCALES, NESTED_SCALES = (
+# in a byte (E8M0), as an E4M3 number over a divisor of the whole weight, as fp32, as a code of
+# `dynamic_values` with a factor for many of them and an offset of the whole weight, or as a number of the
+# layout's dtype with 7 significant bits: fp16 holds its product with every zero point of 4 bits exactly.
+PLAIN_SCALES, POWER_SCALES, DIVIDED_SCALES, FULL_SCALES, NESTED_SCALES, SHORT_SCALES = (
     "plain",
     "e8m0",
     "e4m3",
     "fp32",
     "nested",
+    "7-bit",
 )
 # As plain ones, but of values that all layouts' dtypes have: the same codes can be written in any layout.
 PORTABLE_SCALES = "portable"

@@ -12,13 +12,20 @@ import math
 
 import torch
 
-from quantlib.grids.formats import FLOAT_FORMATS, PLAIN_SCALES, PORTABLE_SCALES, POWER_SCALES
+from quantlib.grids.formats import (
+    FLOAT_FORMATS,
+    PLAIN_SCALES,
+    PORTABLE_SCALES,
+    POWER_SCALES,
+    SHORT_SCALES,
+)
 from quantlib.grids.levels import FloatLevels
 
 # It holds every power of two that a byte can mean, exactly.
 POWERS_DTYPE = torch.bfloat16
 # The smallest normal number of fp16, and the largest of bf16 that is not above fp16's.
 _PORTABLE_BOUNDS = (2.0**-14, 65280.0)
+_SHORT_BITS = 7
 _E4M3 = FLOAT_FORMATS["e4m3"]
 _E4M3_LEVELS = FloatLevels(_E4M3)
 _SMALLEST_E4M3 = _E4M3.magnitudes[1]
@@ -35,7 +42,8 @@ def held_dtype(kind: str, stored_dtype: torch.dtype) -> torch.dtype:
     """
     if kind == POWER_SCALES:
         return POWERS_DTYPE
-    return stored_dtype if kind in (PLAIN_SCALES, PORTABLE_SCALES) else torch.float32
+    has_own_dtype = kind in (PLAIN_SCALES, PORTABLE_SCALES, SHORT_SCALES)
+    return stored_dtype if has_own_dtype else torch.float32
 
 
 def round_to_stored(
@@ -50,7 +58,8 @@ def round_to_stored(
         scale: fp32, not negative, any shape.
         dtype: bf16, fp16 or fp32.
         kind: ``POWER_SCALES`` for the nearest power of two, of two as near ones the larger;
-            ``PORTABLE_SCALES`` for values that bf16, fp16 and fp32 have all.
+            ``PORTABLE_SCALES`` for values that bf16, fp16 and fp32 have all; ``SHORT_SCALES`` for the nearest
+            number of 7 significant bits, half to even.
         divisor: fp32, broadcastable to ``scale``, of ``DIVIDED_SCALES``: they are quotients of the nearest
             positive E4M3 numbers and this.
 
@@ -63,6 +72,8 @@ def round_to_stored(
     [0.5, 1.0, 4.0]
     >>> round_to_stored(torch.tensor([0.1, 1e-7, 1e6]), torch.float16, PORTABLE_SCALES).tolist()
     [0.10009765625, 6.103515625e-05, 65280.0]
+    >>> round_to_stored(torch.tensor([0.1, 1.0, 1e6]), torch.float16, SHORT_SCALES).tolist()
+    [0.10009765625, 1.0, 65024.0]
     """
     limits = torch.finfo(dtype)
     if kind == PORTABLE_SCALES:
@@ -72,6 +83,11 @@ def round_to_stored(
         scale = torch.ldexp(torch.ones_like(scale), exponent - (mantissa < 0.75).int())
         # Of a dtype the largest power of two is half of what comes after it.
         return scale.clamp_(limits.smallest_normal, 2.0 ** (math.frexp(limits.max)[1] - 1))
+    if kind == SHORT_SCALES:
+        mantissa, exponent = torch.frexp(scale)
+        short = torch.ldexp(torch.round(mantissa * 2.0**_SHORT_BITS), exponent - _SHORT_BITS)
+        largest = (2.0**_SHORT_BITS - 1) * 2.0 ** (math.frexp(limits.max)[1] - _SHORT_BITS)
+        return short.clamp_(limits.smallest_normal, largest)
     if divisor is not None:
         return stored_dividends(scale, divisor).div_(divisor)
     return scale.to(dtype).float().clamp_(limits.smallest_normal, limits.max)

@@ -4,9 +4,8 @@ import dataclasses
 
 import torch
 
-from quantlib.checkpoint.header import read_header
-from quantlib.checkpoint.reader import tensor_of
 from quantlib.checkpoint.verify import object_sha256
+from quantlib.checkpoint.writer import ShardForm
 from quantlib.errors import ObjectNotFoundError
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.plan import Plan, UnitPlan
@@ -32,10 +31,14 @@ def check_unit(store: Store, plan: Plan, unit: UnitPlan, record: DoneRecord) -> 
     return dataclasses.replace(record, etag=info.etag), ""
 
 
-def read_unit(store: Store, plan: Plan, unit: UnitPlan) -> dict[str, torch.Tensor]:
-    """The packed tensors of a unit that is finished, from its shard in the output."""
+def read_unit(store: Store, plan: Plan, unit: UnitPlan, form: ShardForm) -> dict[str, torch.Tensor]:
+    """The packed tensors of a unit that is finished, from its shard in the output.
+
+    Args:
+        form: Of the shard.
+    """
     info = store.head(join_uri(plan.output, unit.shard))
-    header = read_header(store, info)
-    entries = [header.tensors[spec.name] for spec in unit.tensors if spec.name not in unit.copied]
-    views = store.read_ranges(info, [(entry.start, entry.end) for entry in entries])
-    return {entry.name: tensor_of(view, entry) for entry, view in zip(entries, views, strict=True)}
+    offsets = form.layout(unit.tensors).offsets
+    specs = [spec for spec in unit.tensors if spec.name not in unit.copied]
+    views = store.read_ranges(info, [offsets[spec.name] for spec in specs])
+    return {spec.name: form.restored(spec, view) for spec, view in zip(specs, views, strict=True)}

@@ -11,12 +11,20 @@ from typing import Any
 
 from quantlib.errors import RecipeError
 from quantlib.job.node_terms import labels_from, resources_from
-from quantlib.job.option_table import REQUIRED, Option, check_value, declare, fields_of
+from quantlib.job.option_table import REQUIRED, Option, check_value, declare, fields_of, names_in
 from quantlib.job.rules import Rule, rule_values, rules_from
 from quantlib.job.scheme_defaults import FOLLOWING, with_scheme_defaults
 from quantlib.job.targets import TARGETS, default_format
 from quantlib.job.text_sources import text_sources
-from quantlib.schemes import SCHEME_NAMES, WHOLE_ROW, WHOLE_TENSOR, WeightScheme, scheme_from_name
+from quantlib.schemes import (
+    GGUF_GROUP_SIZE,
+    SCHEME_NAMES,
+    WHOLE_ROW,
+    WHOLE_TENSOR,
+    WeightScheme,
+    has_own_groups,
+    scheme_from_name,
+)
 from quantlib.solver_settings import COLUMN_ORDERS, FROM_EXTREMES, SCALE_SEARCHES
 from quantlib.units import parse_bytes
 
@@ -49,8 +57,8 @@ class JobOptions:
     group_size: int | None = declare(
         None,
         _HOW,
-        "Columns that share a scale; -1 for one scale a row, 0 for one a weight. By default 128; floats,"
-        " codebooks and W8A8 have their own.",
+        "Columns that share a scale; -1 for one scale a row, 0 for one a weight. By default 128, for gguf 32;"
+        " floats, codebooks and W8A8 have their own.",
         minimum=8,
         also_allowed=(WHOLE_ROW, WHOLE_TENSOR),
         in_identity=True,
@@ -67,7 +75,7 @@ class JobOptions:
         _HOW,
         "Layout of the output; by default the one that the target reads best, else the first. Several, with"
         " commas between them, make an output each, OUTPUT/FORMAT, of codes that are solved once.",
-        choices=("compressed-tensors", "gptq", "awq", "bitsandbytes"),
+        choices=("compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf"),
         several=True,
         in_identity=True,
     )
@@ -285,10 +293,10 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
         check_value(name, value, known[name][0])
     rules = rules_from(values.get("rules", ()))
     options = JobOptions(**{**values, "rules": tuple(rule_values(rule) for rule in rules)})
+    options = dataclasses.replace(options, format=options.format or default_format(options.target))
     options = dataclasses.replace(
         options,
         group_size=_scheme(options).group_size,
-        format=options.format or default_format(options.target),
         **_following(options, {name: getattr(options, name) for name in FOLLOWING}),
     )
     _refuse_missing_calibration(options, rules)
@@ -321,7 +329,7 @@ def default_of(options: JobOptions, name: str) -> Any:
     if name in FOLLOWING:
         return _following(options, dict.fromkeys(FOLLOWING))[name]
     if name == "group_size":
-        return scheme_from_name(options.scheme).group_size
+        return _scheme(dataclasses.replace(options, group_size=None)).group_size
     if name == "format":
         return default_format(options.target)
     return option_fields()[name][0].default
@@ -338,7 +346,11 @@ def _following(options: JobOptions, choices: Mapping[str, Any]) -> dict[str, Any
 
 
 def _scheme(options: JobOptions) -> WeightScheme:
-    return scheme_from_name(options.scheme, options.group_size)
+    group_size = options.group_size
+    formats = names_in(options.format or "")
+    if group_size is None and "gguf" in formats and not has_own_groups(options.scheme):
+        group_size = GGUF_GROUP_SIZE
+    return scheme_from_name(options.scheme, group_size)
 
 
 def refuse_unknown(values: Mapping[str, Any]) -> None:

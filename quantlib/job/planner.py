@@ -20,7 +20,8 @@ from quantlib.checkpoint.decoded import decoding_bytes
 from quantlib.checkpoint.dtypes import dtype_name, torch_dtype
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.layout import shard_names
-from quantlib.checkpoint.source import open_source
+from quantlib.checkpoint.shard_forms import ShardForms
+from quantlib.checkpoint.source import GGUF_ENDING, open_source
 from quantlib.errors import (
     CheckpointError,
     PackingError,
@@ -45,7 +46,7 @@ from quantlib.job.texts import planned_rows
 from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_kind, may_share
 from quantlib.model.families import experts_per_token
 from quantlib.model.skeleton import BlockSpec, LinearSpec, Skeleton, load_skeleton
-from quantlib.packing import FORMATS
+from quantlib.packing import FORMATS, gguf_format, held_scheme
 from quantlib.packing.contracts import PackingFormat
 from quantlib.packing.specs import packed_on_meta
 from quantlib.recipe import refuse_idle_rules, rule_for
@@ -252,21 +253,22 @@ def build_plan(
         evaluation_digest=rows_digest(rows["evaluation"]) if "evaluation" in rows else None,
         calibration_texts=texts.get("calibration", ()),
         evaluation_texts=texts.get("evaluation", ()),
-        versions={name: importlib.metadata.version(name) for name in _versioned(checkpoint)},
+        versions={name: importlib.metadata.version(name) for name in _versioned(checkpoint, packer)},
         experts_per_token=experts_per_token(checkpoint.config),
         decoding_bytes=_decoding_bytes(checkpoint, blocks, units),
         format_version=packer.FORMAT_VERSION,
         device_kind=kind,
         **machine,
     )
+    ShardForms(plan, checkpoint, open_store(source, options.storage_engine)).check()
     if replayed is not None:
         check_replay(replayed, plan, checkpoint)
     return plan, {rows_digest(rows_BT): rows_BT for rows_BT in rows.values()}
 
 
-def _versioned(checkpoint: Checkpoint) -> tuple[str, ...]:
-    # The gguf package decodes the tensors of its files.
-    return (*_VERSIONED, "gguf") if checkpoint.source_format == "gguf" else _VERSIONED
+def _versioned(checkpoint: Checkpoint, packer: PackingFormat) -> tuple[str, ...]:
+    # The gguf package decodes the tensors of its files, and writes their headers.
+    return (*_VERSIONED, "gguf") if "gguf" in (checkpoint.source_format, packer.NAME) else _VERSIONED
 
 
 def work_uri(options: JobOptions) -> str:
@@ -324,6 +326,7 @@ def _plan_block(
         # Without data nothing tells which inputs are strong.
         num_outliers = options.outlier_columns if scheme is not None and method == "gptq" else 0
         if scheme is not None:
+            scheme = held_scheme(packer.NAME, scheme)
             packer.check(linear.name, linear.rows, linear.columns, scheme)
             _refuse_computed(linear)
             _refuse_few_columns(linear, num_outliers)
@@ -415,7 +418,8 @@ def _plan_units(
     if tail:
         drafts.append(("tail-00000", "tail", None, [], tail))
     units = []
-    for shard, (name, stage, index, packed, copied) in zip(shard_names(len(drafts)), drafts, strict=True):
+    shards = shard_names(len(drafts), GGUF_ENDING if packer.NAME == gguf_format.NAME else ".safetensors")
+    for shard, (name, stage, index, packed, copied) in zip(shards, drafts, strict=True):
         specs = packed + [_source_spec(checkpoint, n) for n in copied]
         units.append(
             UnitPlan(

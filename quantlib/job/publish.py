@@ -13,7 +13,7 @@ from quantlib.job.plan import Plan, schemes_of
 from quantlib.job.provenance import PROVENANCE_NAME, build_provenance
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_html import render_html
-from quantlib.packing import FORMATS
+from quantlib.packing import FORMATS, gguf_format
 from quantlib.packing.outlier_columns import config_with_outliers
 from quantlib.storage import Store, join_uri
 
@@ -43,7 +43,7 @@ def publish(
         (REPORT_NAME, json.dumps(report, indent=1, allow_nan=False).encode()),
         (HTML_NAME, render_html(dict(report)).encode()),
         (PROVENANCE_NAME, json.dumps(provenance, indent=1, allow_nan=False).encode()),
-        (INDEX_NAME, index_bytes(plan.units)),
+        *_index(plan).items(),
         (CONFIG_NAME, json.dumps(config, indent=2).encode()),
     ):
         output_store.write(join_uri(plan.output, name), content)
@@ -51,8 +51,13 @@ def publish(
 
 def published_names(plan: Plan) -> tuple[str, ...]:
     """Every file name that `publish` writes for a plan, in order; shards are not among them."""
-    names = (REPORT_NAME, HTML_NAME, PROVENANCE_NAME, INDEX_NAME, CONFIG_NAME)
+    names = (REPORT_NAME, HTML_NAME, PROVENANCE_NAME, *_index(plan), CONFIG_NAME)
     return (*plan.side_files, *_format_files(plan), *names)
+
+
+def _index(plan: Plan) -> dict[str, bytes]:
+    """File name -> content of the index; the parts of a GGUF file say themselves how many they are."""
+    return {} if plan.options["format"] == gguf_format.NAME else {INDEX_NAME: index_bytes(plan.units)}
 
 
 def _quantization(plan: Plan) -> dict[str, Any]:

@@ -11,8 +11,14 @@ from quantlib.job.plan import Plan
 from quantlib.solver_settings import SolverSettings
 from quantlib.storage.uris import join_uri
 
-# They store plain scales in the dtype of the model, the others in fp16.
-SCALES_OF_MODEL = ("compressed-tensors",)
+# In which dtype a layout stores plain scales; None for that of the model.
+SCALE_DTYPES = {
+    "compressed-tensors": None,
+    "gptq": "float16",
+    "awq": "float16",
+    "bitsandbytes": "bfloat16",
+    "gguf": "float16",
+}
 # Kinds of scales that are equal whatever the layout.
 _SAME_ANYWHERE = {PORTABLE_SCALES, POWER_SCALES}
 
@@ -31,7 +37,7 @@ def requests_of_formats(options: JobOptions) -> tuple[JobOptions, ...]:
     formats = formats_of(options)
     if len(formats) == 1:
         return (dataclasses.replace(options, format=formats[0]),)
-    is_mixed = len({name in SCALES_OF_MODEL for name in formats}) > 1
+    is_mixed = len({SCALE_DTYPES[name] for name in formats}) > 1
     return tuple(
         dataclasses.replace(
             options,
@@ -80,4 +86,4 @@ def _are_codes_equal(one: Plan, other: Plan) -> bool:
         return False
     kinds = {linear.scheme.scales for block in one.blocks for linear in block.linears if linear.scheme}
     formats = [plan.options["format"] for plan in (one, other)]
-    return kinds <= _SAME_ANYWHERE or len({name in SCALES_OF_MODEL for name in formats}) == 1
+    return kinds <= _SAME_ANYWHERE or len({SCALE_DTYPES[name] for name in formats}) == 1

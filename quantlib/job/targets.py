@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from quantlib.errors import RecipeError
 from quantlib.grids.formats import INTEGER
-from quantlib.job import bitsandbytes_rules, transformers_rules, vllm_rules
+from quantlib.job import bitsandbytes_rules, llama_cpp_rules, transformers_rules, vllm_rules
 from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, findings
 from quantlib.schemes import CODEBOOK_NAMES, WHOLE_ROW, WHOLE_TENSOR, WeightScheme, scheme_from_name
 
@@ -50,6 +50,7 @@ ENGINES: Mapping[str, Engine] = {
         formats=("bitsandbytes",),
         schemes=CODEBOOK_NAMES,
     ),
+    "llama.cpp": Engine(default_format="gguf", rules=llama_cpp_rules.RULES, formats=("gguf",), schemes=()),
 }
 TARGETS = tuple(ENGINES)
 
@@ -109,9 +110,10 @@ def _refuse_unknown(target: str, serving: Serving) -> None:
     if serving.format in engine.formats and unknown is None:
         return
     found = serving.format if unknown is None else unknown
+    others = f", and of {' and '.join(engine.schemes)}" if engine.schemes else ""
     raise RecipeError(
-        f"what {target} rejects is known of integers by group or row in {' and '.join(engine.formats)} files,"
-        f" and of {' and '.join(engine.schemes)}; found {found}; leave target out, or choose one of these",
+        f"what {target} rejects is known of integers by group or row in {' and '.join(engine.formats)} files"
+        f"{others}; found {found}; leave target out, or choose one of these",
         option="target",
         target=target,
     )

@@ -75,7 +75,9 @@ def test_params_from_options_and_back_changes_nothing(values):
 
 def test_form_names_targets_and_takes_no_other():
     target = schema()["properties"]["target"]
-    assert {"enum": ["vllm", "transformers", "bitsandbytes"], "type": "string"} in target["anyOf"]
+    assert {"enum": ["vllm", "transformers", "bitsandbytes", "llama.cpp"], "type": "string"} in target[
+        "anyOf"
+    ]
     assert schema()["properties"]["tensor_parallel"]["minimum"] == 1
     with pytest.raises(ValidationError):
         QuantizeParams.model_validate({**REQUEST, "target": "sglang"})

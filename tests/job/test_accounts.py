@@ -24,6 +24,8 @@ from tests.support.tiny_models import read_all_tensors
 
 RTN = {"method": "rtn", "calibration": None, "evaluation": None}
 EXTRA = "extra.safetensors"
+# tests/job/test_gguf_output.py damages the others.
+IN_SAFETENSORS = [name for name in FORMATS if name != "gguf"]
 
 
 def add_tensors(source: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -215,7 +217,7 @@ def finished(tmp_path_factory):
         held = load_file(shard)
         save_file({**held, **{n: t for n, t in biases.items() if n in held}}, shard, {"format": "pt"})
     tiny_text(root / "calibration.jsonl", seed=1)
-    for name in FORMATS:
+    for name in IN_SAFETENSORS:
         quantize(
             tiny_options(
                 root, **held_options(name), output=str(root / name), evaluation=None, correct_biases=True
@@ -245,7 +247,7 @@ def edit_tensors(edit):
     return change
 
 
-@pytest.mark.parametrize("output_format", FORMATS)
+@pytest.mark.parametrize("output_format", IN_SAFETENSORS)
 def test_sound_output_is_accounted_for(finished, tmp_path, output_format):
     assert tampered(finished, tmp_path, lambda _: None, output_format) == ()
 
@@ -341,7 +343,7 @@ def test_fault_in_the_output_is_one_sentence(finished, tmp_path, fault):
     assert found, tampered(finished, tmp_path / "again", edit)
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("format_name", IN_SAFETENSORS)
 def test_weight_beside_its_packed_tensors_is_found_in_every_format(tmp_path, format_name):
     plan, made, _ = converted(tmp_path, **held_options(format_name))
     output, name = Path(plan.output.removeprefix("file://")), f"{AT}.mlp.up_proj.weight"

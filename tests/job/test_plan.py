@@ -224,7 +224,7 @@ def test_estimate_counts_bytes_as_they_are_written(root, plan):
     assert described["linears_kept"] == ["lm_head"]
     text = format_plan(described)
     assert "3 blocks" in text
-    assert "21 linears to W4A16 g32 by gptq" in text
+    assert "21 linears to W4A16, group 32, by gptq" in text
 
 
 def test_manifest_second_plan_on_one_work_prefix_is_refused(tmp_path, plan):

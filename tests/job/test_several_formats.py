@@ -14,13 +14,20 @@ from quantlib.errors import RecipeError
 from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize, quantize_all
 from quantlib.job.options import JobOptions
-from quantlib.job.several_formats import SCALES_OF_MODEL, requests_of_formats
+from quantlib.job.several_formats import SCALE_DTYPES, requests_of_formats
 from quantlib.job.stages import Progress
 from quantlib.packing import FORMATS, format_of
 from quantlib.quantized import QuantizedLinear
 from quantlib.storage import open_store
 from tests.support.thread_cluster import ThreadCluster, convert_all_on, convert_in_least_store
-from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text, wide_source
+from tests.support.tiny_jobs import (
+    gguf_source,
+    shard_digests,
+    tiny_options,
+    tiny_source,
+    tiny_text,
+    wide_source,
+)
 from tests.support.tiny_models import read_all_tensors
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -43,6 +50,9 @@ _CASES: dict[str, dict[str, Any]] = {
         "source": "experts",
         "calibration_routing": "all-experts",
     },
+    "rows": {"format": "bitsandbytes,compressed-tensors,gptq", "scheme": "W8A16", "group_size": -1},
+    "outliers": {"format": "gptq,compressed-tensors", "outlier_columns": 3},
+    "gguf": {"format": "gguf,compressed-tensors", "group_size": 32, "source": "lettered"},
     "biases": {"format": _ALL, "source": "biased", "correct_biases": True},
 }
 
@@ -52,6 +62,7 @@ def root(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("formats")
     tiny_source(folder / "source")
     tiny_source(folder / "experts", "glm4_moe", num_hidden_layers=2, moe_intermediate_size=64)
+    gguf_source(folder / "lettered", num_hidden_layers=2)
     tiny_source(folder / "biased", num_hidden_layers=2, attention_bias=True)
     wide_source(folder / "wide")
     for seed, name in enumerate(("calibration", "evaluation")):
@@ -170,10 +181,12 @@ def test_layouts_with_scales_of_one_dtype_have_the_bytes_of_plain_conversions(ro
     assert _solves(reports) == reports[0]["own_stages"]["solve"]["calls"]
 
 
-def test_scales_are_portable_where_a_layout_has_those_of_the_model():
+def test_dtype_of_plain_scales_is_known_of_every_layout():
+    assert SCALE_DTYPES.keys() == FORMATS.keys()
     for name, packer in FORMATS.items():
-        follows = packer.scale_dtype(torch.bfloat16) != packer.scale_dtype(torch.float16)
-        assert follows == (name in SCALES_OF_MODEL)
+        for dtype in (torch.bfloat16, torch.float16):
+            stored = SCALE_DTYPES[name]
+            assert packer.scale_dtype(dtype) == (dtype if stored is None else getattr(torch, stored))
 
 
 class _StopError(Exception):

@@ -310,10 +310,12 @@ def test_output_whose_rules_are_not_known_is_refused_and_not_waved_through(targe
     known = {
         "bitsandbytes": ("bitsandbytes", "NF4 and NF4_DQ and FP4 and FP4_DQ"),
         "vllm": ("compressed-tensors and gptq and awq", "W8A8 and FP8_DYNAMIC"),
+        "llama.cpp": ("gguf", ""),
     }
     files, schemes = known.get(target, ("compressed-tensors and gptq", "W8A8 and FP8_DYNAMIC"))
-    known = f"is known of integers by group or row in {files} files, and of {schemes}"
-    assert f"{known}; found {found}" in said.message
+    others = f", and of {schemes}" if schemes else ""
+    known = f"is known of integers by group or row in {files} files{others}; found {found}"
+    assert known in said.message
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
@@ -364,9 +366,30 @@ def test_vllm_and_awq_files(linear, devices, said):
         assert said in refusal("vllm", serving).message
 
 
+@pytest.mark.parametrize(
+    ("devices", "layout", "said"),
+    [
+        (17, "gguf", "it takes at most 16 devices; found tensor_parallel 17"),
+        (17, "gguf", "What would do instead: tensor_parallel 16"),
+        (1, "gptq", "is known of integers by group or row in gguf files; found gptq"),
+    ],
+)
+def test_llama_cpp_takes_so_many_devices_and_its_own_files(devices, layout, said):
+    linear = served("mlp.up_proj", 512, 256, group_size=32)
+    assert (
+        said
+        in refusal("llama.cpp", Serving(linears=(linear,), format=layout, tensor_parallel=devices)).message
+    )
+
+
+def test_llama_cpp_cuts_rows_anywhere():
+    refuse_unserved("llama.cpp", llama(SMOLLM2, 32, 7, layout="gguf"))
+
+
 def test_every_target_has_a_default_format():
     found = {target: default_format(target) for target in (None, *TARGETS)}
     assert found.pop("bitsandbytes") == "bitsandbytes"
+    assert found.pop("llama.cpp") == "gguf"
     assert set(found.values()) == {"compressed-tensors"}
 
 

@@ -21,9 +21,9 @@ from quantlib.methods.column_solver import solve_codes
 from quantlib.methods.coordinate_descent import descend
 from quantlib.methods.target_correction import corrected_weight, target_change
 from quantlib.packing import FORMATS
-from quantlib.schemes import WHOLE_ROW, WeightScheme, scheme_from_name
+from quantlib.schemes import WHOLE_ROW, WeightScheme
 from quantlib.solver_settings import COLUMN_ORDERS, SolverSettings
-from tests.support.format_limits import FORMATS_AND_SCHEMES, held_group_size
+from tests.support.format_limits import FORMATS_AND_SCHEMES, scheme_for
 from tests.support.partials import partial_of
 from tests.support.reference_elimination import (
     damped_hessian,
@@ -299,7 +299,7 @@ def test_correction_fades_as_its_damping_grows(damping, shares, monkeypatch):
 @pytest.mark.parametrize("order", COLUMN_ORDERS)
 def test_method_levels_survive_packing_and_a_file(format_name, name, order, tmp_path):
     weight_RC, hessian_CC = problem(32, 96, seed=5)
-    packer, scheme = FORMATS[format_name], scheme_from_name(name, held_group_size(format_name, 32))
+    packer, scheme = FORMATS[format_name], scheme_for(format_name, name, 32)
     found = METHODS["gptq"](
         {"w": weight_RC},
         {"w": scheme},

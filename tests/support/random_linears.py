@@ -2,6 +2,7 @@
 
 import torch
 
+from quantlib.grids.formats import SHORT_SCALES
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
 
@@ -16,9 +17,13 @@ def random_quantized(
     def draw(*shape: int) -> torch.Tensor:
         return torch.randint(0, scheme.num_codes, shape, generator=generator).to(torch.uint8)
 
+    codes_RC = draw(rows, columns)
+    scale_RG = torch.rand(grid, generator=generator) + 0.01
+    if scheme.scales == SHORT_SCALES:
+        scale_RG = (scale_RG * 64).ceil() / 64
     return QuantizedLinear(
-        codes_RC=draw(rows, columns),
-        scale_RG=(torch.rand(grid, generator=generator) + 0.01).to(scale_dtype),
+        codes_RC=codes_RC,
+        scale_RG=scale_RG.to(scale_dtype),
         zero_RG=None if scheme.is_symmetric else draw(*grid),
         scheme=scheme,
     )

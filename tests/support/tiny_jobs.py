@@ -34,11 +34,20 @@ def save_tiny_tokenizer(folder: Path) -> None:
     ).save_pretrained(folder)
 
 
+def gguf_source(folder: Path, family: str = "llama", **settings) -> Path:
+    """A tiny source whose tokenizer GGUF has a name for."""
+    tiny_source(folder, family, **settings)
+    for old in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / old).unlink()
+    save_letter_tokenizer(folder)
+    return folder
+
+
 def save_letter_tokenizer(folder: Path) -> None:
     """Another one, of letters: some families' own class takes a byte-level BPE and nothing else."""
-    letters = ["<|endoftext|>", "<s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789", "\u0120"]
+    letters = ["<|endoftext|>", "<s>", "<unk>", *"abcdefghijklmnopqrstuvwxyz0123456789", "\u0120", "\u0120w"]
     vocabulary = {letter: number for number, letter in enumerate(letters)}
-    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer = Tokenizer(models.BPE(vocabulary, [("\u0120", "w")], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|endoftext|>", bos_token="<s>", unk_token="<unk>"
@@ -88,5 +97,6 @@ def shard_digests(folder: Path) -> dict[str, str]:
     """File name -> sha256 of every shard."""
     return {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.glob("*.safetensors"))
+        for path in sorted(folder.iterdir())
+        if path.suffix in (".safetensors", ".gguf")
     }

@@ -7,7 +7,7 @@ without weights, and a tensor's processor is asked on an array without memory.
 
 import json
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
@@ -33,6 +33,7 @@ from quantlib.model.meta_model import build_meta_model
 # By general.file_type: what most tensors are stored as. All else are codes, whose levels are rounded to bf16.
 _DTYPES = {0: "float32", 1: "float16"}
 _NO_TYPE = -1
+_BIASES = {"attention_bias": "blk.0.attn_q.bias", "mlp_bias": "blk.0.ffn_up.bias"}
 _TRACES = ("_name_or_path", "_model_name_or_path", "transformers_version", "quantization_config")
 # What transformers writes of how it was asked.
 _TOKENIZER_TRACES = ("is_local", "local_files_only", "name_or_path")
@@ -82,6 +83,14 @@ def config_of(headers: tuple[GgufHeader, ...]) -> dict[str, Any]:
     written = json.loads(config.to_json_string())
     config_json = {name: value for name, value in written.items() if name not in _TRACES}
     return {"architectures": [model_class(open_config(config_json)).__name__], **config_json}
+
+
+def with_biases(config: Mapping[str, Any], tensors: Collection[str]) -> dict[str, Any]:
+    """The values of a config.json, with what the header of a llama leaves to its tensors: its biases."""
+    if config["model_type"] != "llama":
+        return dict(config)
+    found = {key: name in tensors for key, name in _BIASES.items()}
+    return {**config, **{key: True for key, is_there in found.items() if is_there}}
 
 
 def places_of(

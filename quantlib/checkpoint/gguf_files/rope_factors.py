@@ -54,6 +54,25 @@ def with_rope_factors(config: Mapping[str, Any], divisors: np.ndarray) -> dict[s
     return {**config, "rope_parameters": stretched}
 
 
+def divisors_of(parameters: Mapping[str, Any], pairs: int) -> np.ndarray | None:
+    """What a file stores for rotary parameters, fp32 [pairs]; None where they are not those of a Llama 3.
+
+    Args:
+        parameters: ``rope_parameters`` of a config.json.
+        pairs: Of a head's dims.
+    """
+    known = {
+        "rope_type": "llama3",
+        "low_freq_factor": _LOW,
+        "high_freq_factor": _HIGH,
+        "original_max_position_embeddings": _POSITIONS,
+    }
+    if any(parameters.get(name) != value for name, value in known.items()):
+        return None
+    divisors = _divisors(parameters["rope_theta"], parameters["factor"], pairs)
+    return np.array(divisors, dtype=np.float32)
+
+
 def _divisors(theta: float, factor: float, pairs: int) -> list[float]:
     made = []
     for pair in range(pairs):

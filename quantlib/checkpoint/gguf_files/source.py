@@ -18,7 +18,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from quantlib.checkpoint.decoded import ROW_STEP, DecodedTensor
 from quantlib.checkpoint.gguf_files import rope_factors
 from quantlib.checkpoint.gguf_files.header import GgufHeader, GgufTensor, read_gguf_header
-from quantlib.checkpoint.gguf_files.meaning import Place, TokenizerFiles, config_of, places_of
+from quantlib.checkpoint.gguf_files.meaning import Place, TokenizerFiles, config_of, places_of, with_biases
 from quantlib.checkpoint.header import TensorEntry
 from quantlib.checkpoint.index import Checkpoint, list_folder
 from quantlib.checkpoint.reader import tensor_of
@@ -31,12 +31,13 @@ _PART = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<total>\d{5})\.gguf")
 _DTYPES = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
-def open_gguf(store: Store, uri: str) -> Checkpoint:
+def open_gguf(store: Store, uri: str, *, levels_dtype: str | None = None) -> Checkpoint:
     """Open a GGUF file.
 
     Args:
         store: The store it lies in.
         uri: Normalized address of the file, of any part of it, or of a folder that holds one model.
+        levels_dtype: safetensors dtype of its tensors; by default by ``general.file_type``.
 
     Raises:
         ObjectNotFoundError: There is nothing at the address.
@@ -48,7 +49,7 @@ def open_gguf(store: Store, uri: str) -> Checkpoint:
     described = {t.name: t for header in headers for t in header.tensors}
     stored = _stored(files, headers)
     _refuse_unknown_kinds({tensor.kind for tensor in described.values()}, uri)
-    config = config_of(headers)
+    config = with_biases(config_of(headers), described)
     divisors = described.pop(rope_factors.TENSOR, None)
     if divisors is not None:
         entry = stored[divisors.name]
@@ -58,7 +59,7 @@ def open_gguf(store: Store, uri: str) -> Checkpoint:
     decoded: dict[str, DecodedTensor] = {}
     for name, place in places.items():
         decoded |= _decoded(described[name], stored[name], place)
-    dtype = _DTYPES[config["dtype"]]
+    dtype = levels_dtype or _DTYPES[config["dtype"]]
     return Checkpoint(
         uri=uri,
         config=config,
