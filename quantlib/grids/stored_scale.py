@@ -73,7 +73,7 @@ def round_to_stored(
     >>> round_to_stored(torch.tensor([0.1, 1e-7, 1e6]), torch.float16, PORTABLE_SCALES).tolist()
     [0.10009765625, 6.103515625e-05, 65280.0]
     >>> round_to_stored(torch.tensor([0.1, 1.0, 1e6]), torch.float16, SHORT_SCALES).tolist()
-    [0.10009765625, 1.0, 65024.0]
+    [0.099609375, 1.0, 65024.0]
     """
     limits = torch.finfo(dtype)
     if kind == PORTABLE_SCALES:

@@ -55,7 +55,7 @@ def test_form_has_constraints_where_a_server_can_check_them():
     integers = [f"W{bits}A16{kind}" for kind in ("", "_ASYM") for bits in (2, 3, 4, 5, 6, 8)]
     names = [*integers, *FLOAT_NAMES, *ROUNDED_INPUTS_NAMES, *CODEBOOK_NAMES]
     assert properties["scheme"]["enum"] == names
-    assert properties["format"]["examples"] == ["compressed-tensors", "gptq", "awq", "bitsandbytes"]
+    assert properties["format"]["examples"] == ["compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf"]
     assert properties["sequences"]["minimum"] == 1
     assert {"minimum": 1, "type": "integer"} in properties["workers"]["anyOf"]
     assert schema()["additionalProperties"] is False
@@ -154,7 +154,7 @@ def test_params_from_options_survives_json():
     [
         {"bogus": 1},
         {"scheme": "W7A16"},
-        {"format": "gguf"},
+        {"format": "ggml"},
         {"format": "gptq;awq"},
         {"sequences": 0},
         {"sequences": "64"},
