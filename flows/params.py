@@ -125,7 +125,7 @@ class QuantizeParams(create_model("_JobFields", __base__=_Form, **_job_fields())
     def title(self) -> str:
         """What a run is called: the model's last path part and the scheme."""
         values = self.model_dump()
-        layout = values["format"] or default_format(values["target"])
+        layout = values["format"] or default_format(values["target"], values["scheme"])
         model = values["source"].rstrip("/").rpartition("/")[2]
         own = has_own_groups(values["scheme"])
         size = values["group_size"]

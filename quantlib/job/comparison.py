@@ -25,7 +25,8 @@ def build_comparison(request: ComparisonRequest, reports: Sequence[Mapping[str, 
     ``share`` that over the source as it is stored; ``kl_divergence`` is nats a token; ``solve_seconds`` are
     wall seconds of workers, added up; ``seconds`` are the wall seconds of all ``readings`` of the source.
 
-    Figures are None where a report has none, and ``notes`` say why. ``output`` is None where nothing is kept.
+    ``format`` names the layouts of all outputs. Figures are None where a report has none, and ``notes`` say
+    why. ``output`` is None where nothing is kept.
     """
     first = reports[0]
     readings = {tuple(sorted((r["output"], *r["made_with"]))): r["seconds"] for r in reports}
@@ -35,7 +36,7 @@ def build_comparison(request: ComparisonRequest, reports: Sequence[Mapping[str, 
         "source": first["source"],
         "source_format": first["source_format"],
         "model_type": first["model_type"],
-        "format": first["options"]["format"],
+        "format": ", ".join(dict.fromkeys(report["options"]["format"] for report in reports)),
         "source_bytes": first["bytes"]["source"],
         "evaluation": _evaluation(reports),
         "calibration_tokens": next((r["calibration"]["tokens"] for r in reports if r["calibration"]), None),

@@ -73,8 +73,9 @@ class JobOptions:
     format: str | None = declare(
         None,
         _HOW,
-        "Layout of the output; by default the one that the target reads best, else the first. Several, with"
-        " commas between them, make an output each, OUTPUT/FORMAT, of codes that are solved once.",
+        "Layout of the output; by default the one that the target reads best, else the first that holds the"
+        " scheme. Several, with commas between them, make an output each, OUTPUT/FORMAT, of codes that are"
+        " solved once.",
         choices=("compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf"),
         several=True,
         in_identity=True,
@@ -293,7 +294,8 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
         check_value(name, value, known[name][0])
     rules = rules_from(values.get("rules", ()))
     options = JobOptions(**{**values, "rules": tuple(rule_values(rule) for rule in rules)})
-    options = dataclasses.replace(options, format=options.format or default_format(options.target))
+    layout = options.format or default_format(options.target, options.scheme)
+    options = dataclasses.replace(options, format=layout)
     options = dataclasses.replace(
         options,
         group_size=_scheme(options).group_size,
@@ -331,7 +333,7 @@ def default_of(options: JobOptions, name: str) -> Any:
     if name == "group_size":
         return _scheme(dataclasses.replace(options, group_size=None)).group_size
     if name == "format":
-        return default_format(options.target)
+        return default_format(options.target, options.scheme)
     return option_fields()[name][0].default
 
 
@@ -382,6 +384,12 @@ def _refuse_unused_outliers(options: JobOptions, rules: Sequence[Rule]) -> None:
         raise RecipeError(
             f"outlier_columns {options.outlier_columns} needs method gptq, found {options.method}: which"
             " inputs are strong is known from calibration text alone",
+            option="outlier_columns",
+        )
+    if "gguf" in names_in(options.format or ""):
+        raise RecipeError(
+            f"outlier_columns {options.outlier_columns} adds tensors for which gguf files have no names; use"
+            " another format, or leave it out",
             option="outlier_columns",
         )
     if options.target is not None:

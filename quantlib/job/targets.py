@@ -55,9 +55,15 @@ ENGINES: Mapping[str, Engine] = {
 TARGETS = tuple(ENGINES)
 
 
-def default_format(target: str | None) -> str:
-    """The layout of an output where nobody names one."""
-    return DEFAULT_FORMAT if target is None else ENGINES[target].default_format
+def default_format(target: str | None, scheme: str) -> str:
+    """The layout of an output where nobody names one.
+
+    >>> default_format(None, "W4A16"), default_format(None, "NF4"), default_format("llama.cpp", "W4A16")
+    ('compressed-tensors', 'bitsandbytes', 'gguf')
+    """
+    if target is not None:
+        return ENGINES[target].default_format
+    return "bitsandbytes" if scheme in CODEBOOK_NAMES else DEFAULT_FORMAT
 
 
 def refuse_unserved(target: str, serving: Serving) -> None:

@@ -64,6 +64,12 @@ def test_wrong_request_is_refused(given, said):
         comparison_request({"source": "m", **TEXTS, "schemes": ["W4A16"], **given})
 
 
+def test_schemes_that_one_layout_does_not_hold_are_compared_in_their_own():
+    conversions = request("W4A16", "rtn:NF4", "NVFP4A16").conversions
+    layouts = [options.format for options in conversions]
+    assert layouts == ["compressed-tensors", "bitsandbytes", "compressed-tensors"]
+
+
 def test_outputs_and_work_prefixes_lie_below_what_is_named():
     (kept,) = request("W4A16", output="s3://o/all", work="s3://w").placed("s3://o/all")
     assert (kept.output, kept.work) == ("s3://o/all/gptq-W4A16-g128", "s3://w/gptq-W4A16-g128")

@@ -99,6 +99,15 @@ def test_options_from_minimal_request_takes_every_default():
         ({"rules": "*.down_proj"}, "rules must be a list of tables"),
         ({"rules": ["*.down_proj"]}, "rules must be a list of tables"),
         ({"method": "gptq"}, "gptq needs calibration text"),
+        (
+            {"method": "gptq", "calibration": "c", "format": "gguf", "outlier_columns": 2},
+            "for which gguf files have no names",
+        ),
+        (
+            {"scheme": "NF4_DQ", "scale_search": "mse"},
+            "scales of scheme NF4_DQ .* follow from the whole weight",
+        ),
+        ({"group_size": 0, "refit_scales": True}, "refit_scales True cannot be: scales of scheme W4A16"),
         ({"worker_resources": "quant"}, "worker_resources must be name=value"),
         ({"worker_labels": "pool=a b"}, "worker_labels has pool=a b, which is no label"),
         ({"placement": "together"}, "placement must be one of pack, spread, strict-pack, strict-spread"),
@@ -121,6 +130,18 @@ def test_options_from_missing_output_is_refused():
 @pytest.mark.parametrize("value", [8, 64, 100_000, -1])
 def test_group_size_range_and_whole_row_are_allowed(value):
     assert options_from({**REQUEST, "group_size": value}).group_size == value
+
+
+def test_codebooks_go_into_the_layout_that_holds_them_unless_somebody_names_another():
+    found = {
+        name: options_from({**REQUEST, **named}).format
+        for name, named in {
+            "alone": {"scheme": "NF4"},
+            "named": {"scheme": "NF4", "format": "gptq"},
+            "integers": {"scheme": "W4A16"},
+        }.items()
+    }
+    assert found == {"alone": "bitsandbytes", "named": "gptq", "integers": "compressed-tensors"}
 
 
 def test_no_checkpoints_can_be_asked_for():

@@ -387,7 +387,7 @@ def test_llama_cpp_cuts_rows_anywhere():
 
 
 def test_every_target_has_a_default_format():
-    found = {target: default_format(target) for target in (None, *TARGETS)}
+    found = {target: default_format(target, "W4A16") for target in (None, *TARGETS)}
     assert found.pop("bitsandbytes") == "bitsandbytes"
     assert found.pop("llama.cpp") == "gguf"
     assert set(found.values()) == {"compressed-tensors"}
