@@ -23,7 +23,7 @@ _NOTES = (
     "GPUs hold the weights and nothing else: caches, activations and the engine come on top, and an engine"
     " may want a number that divides the heads",
     "FP16 stands for BF16 too",
-    "A16: weights only; kernels turn codes into 16-bit numbers and multiply these, on any generation of GPUs",
+    "A16, NF4, FP4: weights only; kernels turn codes into 16-bit numbers and multiply these, on any GPU",
     "what GPUs of NVIDIA multiply as it is, if activations are in that format too:",
 )
 
@@ -105,12 +105,12 @@ def scheme_table(
 def format_schemes(table: Mapping[str, Any]) -> str:
     """The table for a terminal."""
     gpu = f"GPUs of {size(table['gpu_memory_bytes'])}"
+    groups = groups_said(table["group_size"]).replace("group ", "groups of ")
     width = max(len(gpu), 4)
     return "\n".join(
         (
-            f"{table['model']}: {table['parameters']:,} parameters; integers in"
-            f" {groups_said(table['group_size'])}",
-            f"{'scheme':<12}{'weights':>10}  {'of FP16':>7}  {gpu:>{width}}  codes",
+            f"{table['model']}: {table['parameters']:,} parameters; integers in {groups}",
+            f"{'scheme':<13}{'weights':>10}  {'of FP16':>7}  {gpu:>{width}}  codes",
             *(_line(row, width) for row in table["rows"]),
             *table["notes"],
             *(f"  {name}: {', '.join(generations)}" for name, generations in table["native"].items()),
@@ -122,7 +122,7 @@ def _line(row: Mapping[str, Any], width: int) -> str:
     kept = f"{row['kept']} linears kept, no whole groups" if row["kept"] else None
     words = ", ".join(word for word in (row["native"], kept) if word is not None)
     numbers = f"{size(row['bytes']):>10}  {row['share']:>7.1%}  {row['gpus']:>{width}}"
-    return f"{row['scheme']:<12}{numbers}  {words}".rstrip()
+    return f"{row['scheme']:<13}{numbers}  {words}".rstrip()
 
 
 def _scheme(name: str, group_size: int) -> WeightScheme:
