@@ -173,17 +173,21 @@ _ROWS_OF_BYTES = WeightScheme(bits=8, is_symmetric=True, group_size=WHOLE_ROW)
 
 
 def _with_inputs_alike(weights: WeightScheme) -> WeightScheme:
-    """Inputs are rounded to what weights are: one scale a token where these have one a row."""
+    """Inputs are rounded to what weights are: one scale a token where these have one a row or a weight."""
+    group_size = WHOLE_ROW if weights.group_size == WHOLE_TENSOR else weights.group_size
     inputs = ActivationScheme(
-        bits=weights.bits, number=weights.number, group_size=weights.group_size, scales=weights.scales
+        bits=weights.bits, number=weights.number, group_size=group_size, scales=weights.scales
     )
     return replace(weights, inputs=inputs)
 
 
-# Weights as those of another scheme, and inputs too; named as compressed-tensors' presets are.
+# Weights as those of another scheme, and inputs too; named as compressed-tensors' presets are, which has none
+# for whole weights.
 _ROUNDED_INPUTS = {
     "W8A8": _with_inputs_alike(_ROWS_OF_BYTES),
     "FP8_DYNAMIC": _with_inputs_alike(_WEIGHTS_ALONE["FP8A16"]),
+    "FP8_DYNAMIC_TENSOR": _with_inputs_alike(_WEIGHTS_ALONE["FP8A16_TENSOR"]),
+    "FP8_BLOCK": _with_inputs_alike(_WEIGHTS_ALONE["FP8A16_BLOCK"]),
     "MXFP4": _with_inputs_alike(_WEIGHTS_ALONE["MXFP4A16"]),
     "MXFP8": _with_inputs_alike(_WEIGHTS_ALONE["MXFP8A16"]),
 }

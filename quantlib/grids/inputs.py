@@ -1,9 +1,9 @@
 """Inputs of linears, rounded as a model runs: scales come from the values themselves.
 
-As compressed-tensors computes it, bit for bit in fp32 and bf16. A scale a token is absmax / 127.5 (8-bit
-integers, -128 .. 127) or absmax / 448 (e4m3), found in the dtype of the inputs, in which quotient and product
-are taken too. Groups with powers of two keep the exponent of absmax, one more from 1.75 times that power on.
-A token, or a group, of zeros stays zeros.
+As compressed-tensors computes it, bit for bit in fp32 and bf16. The scale of a token or a group is
+absmax / 127.5 (8-bit integers, -128 .. 127) or absmax / 448 (e4m3), found in the dtype of the inputs, in
+which quotient and product are taken too. Groups with powers of two keep the exponent of absmax, one more from
+1.75 times that power on. A token, or a group, of zeros stays zeros.
 
 Left out: what compressed-tensors does with inputs of two dims, [N, C], to which it gives one scale for all
 tokens. Engines have one a token there too, and so does this.

@@ -50,7 +50,8 @@ class JobOptions:
     scheme: str = declare(
         "W4A16",
         _HOW,
-        "Number format, bits and symmetry of the weights, and of inputs too where the name lacks A16.",
+        "Number format, bits and symmetry of the weights, and of inputs where a name says neither A16 nor NF4 or"
+        " FP4.",
         choices=SCHEME_NAMES,
         in_identity=True,
     )

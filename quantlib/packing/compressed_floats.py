@@ -10,7 +10,7 @@ whole rows, [1] for the whole weight or [ceil(R / 128), ceil(C / 128)] for block
 ragged; of ``mx`` layouts [R, G] for groups of 32, a power of two as uint8 with 127 more than its exponent
 (E8M0); of ``nvfp4`` float8 [R, G] for groups of 16, to be divided by fp32 ``weight_global_scale`` [1].
 
-Left out: inputs that are rounded beside one scale for a whole weight or blocks, or beside ``nvfp4``.
+Left out: inputs that are rounded beside ``nvfp4``.
 
 Source: compressed-tensors 0.20.0, compressors/{naive_quantized,mxfp4,mxfp8,nvfp4}; OCP Microscaling Formats
 (MX) 1.0, sections 5.3 and 5.4.
@@ -60,6 +60,8 @@ LAYOUTS = (
     FloatLayout(name="mxfp4-pack-quantized", scheme=scheme_from_name("MXFP4A16"), codes="weight_packed"),
     FloatLayout(name="nvfp4-pack-quantized", scheme=scheme_from_name("NVFP4A16"), codes="weight_packed"),
     FloatLayout(name="float-quantized", scheme=scheme_from_name("FP8_DYNAMIC"), codes="weight"),
+    FloatLayout(name="float-quantized", scheme=scheme_from_name("FP8_DYNAMIC_TENSOR"), codes="weight"),
+    FloatLayout(name="float-quantized", scheme=scheme_from_name("FP8_BLOCK"), codes="weight"),
     FloatLayout(name="mxfp8-quantized", scheme=scheme_from_name("MXFP8"), codes="weight"),
     FloatLayout(name="mxfp4-pack-quantized", scheme=scheme_from_name("MXFP4"), codes="weight_packed"),
 )

@@ -1,6 +1,6 @@
 """``input_activations`` of compressed-tensors: inputs that engines round as they run, with scales found then.
 
-Left out: scales that are stored (static), inputs of a whole tensor, asymmetric ones, groups of plain scales.
+Left out: scales that are stored (static), inputs of a whole tensor, asymmetric ones.
 
 Source: compressed-tensors 0.20.0, quantization/{quant_args,quant_scheme}.py; the values are its presets'.
 """

@@ -81,6 +81,13 @@ def check(name: str, rows: int, columns: int, scheme: WeightScheme) -> None:  # 
             f" {scheme}; choose one of these",
             linear=name,
         )
+    if scheme.inputs is not None and scheme.inputs.group_size > 0 and columns % scheme.inputs.group_size:
+        raise PackingError(
+            f"{name}: inputs rounded in groups of {scheme.inputs.group_size} need whole groups, found"
+            f" {columns} columns; keep this linear as it is, or choose another scheme for it",
+            linear=name,
+            columns=columns,
+        )
     if scheme.block_rows == 1 and scheme.group_size != WHOLE_TENSOR:
         require_whole_groups(name, columns, scheme, format_name=NAME, widths=WIDTHS)
 

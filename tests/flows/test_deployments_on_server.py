@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from quantlib.schemes import FLOAT_NAMES, ROUNDED_INPUTS_NAMES
+from quantlib.schemes import CODEBOOK_NAMES, FLOAT_NAMES, ROUNDED_INPUTS_NAMES
 from tests.flows.conftest import REPOSITORY, PrefectServer, stop, wait_until
 
 pytestmark = pytest.mark.slow
@@ -61,7 +61,12 @@ def test_serve_registers_a_form_with_constraints_texts_and_defaults(served):
     assert form["required"] == ["source", "output"]
     assert form["additionalProperties"] is False
     names = [f"W{bits}A16{kind}" for kind in ("", "_ASYM") for bits in (2, 3, 4, 5, 6, 8)]
-    assert form["properties"]["scheme"]["enum"] == [*names, *FLOAT_NAMES, *ROUNDED_INPUTS_NAMES]
+    assert form["properties"]["scheme"]["enum"] == [
+        *names,
+        *FLOAT_NAMES,
+        *ROUNDED_INPUTS_NAMES,
+        *CODEBOOK_NAMES,
+    ]
     assert form["properties"]["sequences"]["minimum"] == 1
     assert form["properties"]["sequence_length"]["default"] == 2048
     assert form["properties"]["evaluation"]["description"].startswith("Held-out text")

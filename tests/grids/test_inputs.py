@@ -10,12 +10,14 @@ from quantlib.grids.inputs import rounded_inputs
 from quantlib.schemes import ROUNDED_INPUTS_NAMES, scheme_from_name
 
 SCHEMES = {name: scheme_from_name(name).inputs for name in ROUNDED_INPUTS_NAMES}
+# What has no preset of its own rounds inputs as this one.
+PRESETS = {"FP8_DYNAMIC_TENSOR": "FP8_DYNAMIC"}
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def theirs(x_BTC, name):
     """Three dims, as the linears of a block have them: with two they give one scale to all tokens."""
-    args = preset_name_to_scheme(name, ["Linear"]).input_activations
+    args = preset_name_to_scheme(PRESETS.get(name, name), ["Linear"]).input_activations
     scale, zero = compute_dynamic_scales_and_zp(x_BTC, args, torch.nn.Identity())
     return fake_quantize(x_BTC, scale, zero, args)
 
@@ -25,7 +27,7 @@ def normal(*shape, seed=0):
 
 
 def nasty(kind):
-    x_BTC = normal(2, 40, 96)
+    x_BTC = normal(2, 40, 384)
     if kind == "wide":
         return x_BTC * 10.0 ** torch.randint(-44, 37, (2, 40, 1), generator=torch.Generator().manual_seed(1))
     if kind == "outliers":
@@ -44,7 +46,7 @@ def nasty(kind):
             torch.tensor([1.0, 1.7421875, 1.75, 1.7578125, 1.9921875]).repeat(16).view(2, 40, 1)
         )
     elif kind == "ties":
-        x_BTC = torch.arange(-48, 48).expand(2, 40, 96) / 2.0
+        x_BTC = torch.arange(-48, 48).repeat(4).expand(2, 40, 384) / 2.0
         x_BTC[..., ::32] = 127.5
     return x_BTC
 
@@ -76,15 +78,15 @@ def test_token_has_the_same_bits_whatever_comes_with_it(name, dtype):
 
 @pytest.mark.parametrize("name", SCHEMES)
 def test_strides_and_no_tokens(name):
-    x_NC = normal(96, 40).t()
+    x_NC = normal(256, 40).t()
     assert torch.equal(rounded_inputs(x_NC, SCHEMES[name]), rounded_inputs(x_NC.contiguous(), SCHEMES[name]))
-    assert rounded_inputs(x_NC[:0], SCHEMES[name]).shape == (0, 96)
+    assert rounded_inputs(x_NC[:0], SCHEMES[name]).shape == (0, 256)
 
 
 @pytest.mark.parametrize("bad", [torch.inf, -torch.inf, torch.nan])
 @pytest.mark.parametrize("name", SCHEMES)
 def test_what_is_no_number_stays_none(name, bad):
-    x_TC = normal(4, 64)
+    x_TC = normal(4, 256)
     x_TC[1, 7] = bad
     found = rounded_inputs(x_TC, SCHEMES[name])
     assert not found[1, 7].isfinite()

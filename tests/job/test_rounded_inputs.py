@@ -34,6 +34,8 @@ _RULES = (
 _RECIPES = {
     "W8A8": {"scheme": "W8A8", **_OWN},
     "FP8_DYNAMIC": {"scheme": "FP8_DYNAMIC", **_OWN},
+    "FP8_DYNAMIC_TENSOR": {"scheme": "FP8_DYNAMIC_TENSOR", **_OWN},
+    "FP8_BLOCK": {"scheme": "FP8_BLOCK", "method": "rtn", **_OWN},
     "MXFP4": {"scheme": "MXFP4", **_OWN},
     "MXFP8": {"scheme": "MXFP8", "method": "rtn", **_OWN},
     "mixed": {"scheme": "W8A8", "rules": _RULES, **_OWN},
@@ -43,6 +45,8 @@ _RECIPES = {
 _TWINS = {
     "W8A8": {"scheme": "W8A16", "group_size": -1},
     "FP8_DYNAMIC": {"scheme": "FP8A16", **_OWN},
+    "FP8_DYNAMIC_TENSOR": {"scheme": "FP8A16_TENSOR", **_OWN},
+    "FP8_BLOCK": {"scheme": "FP8A16_BLOCK", "method": "rtn", **_OWN},
     "MXFP4": {"scheme": "MXFP4A16", **_OWN},
     "MXFP8": {"scheme": "MXFP8A16", "method": "rtn", **_OWN},
 }
@@ -52,7 +56,7 @@ _TWINS = {
 def finished(tmp_path_factory):
     """Recipe -> folder with its output; the source is beside it."""
     root = tmp_path_factory.mktemp("inputs")
-    tiny_source(root / "source", hidden_size=64, intermediate_size=96)
+    tiny_source(root / "source", hidden_size=128, intermediate_size=128)
     for seed, name in enumerate(("calibration", "evaluation"), start=1):
         tiny_text(root / f"{name}.jsonl", seed=seed)
     made: dict[str, Path] = {}

@@ -22,6 +22,8 @@ NAME = "model.layers.0.mlp.down_proj"
 LAYOUTS = {
     "W8A8": "int-quantized",
     "FP8_DYNAMIC": "float-quantized",
+    "FP8_DYNAMIC_TENSOR": "float-quantized",
+    "FP8_BLOCK": "float-quantized",
     "MXFP4": "mxfp4-pack-quantized",
     "MXFP8": "mxfp8-quantized",
 }
@@ -39,6 +41,8 @@ def random_linear(rows, columns, name, *, dtype=torch.float32, seed=0):
         scale_RG = (2.0 ** torch.randint(-30, 20, shape, generator=generator)).bfloat16()
     else:
         scale_RG = (torch.rand(shape, generator=generator) + 0.01).to(dtype)
+    if name in ("FP8_DYNAMIC_TENSOR", "FP8_BLOCK"):  # of fewer rows than a block has
+        scale_RG = scale_RG[:1].expand(shape).contiguous()
     return QuantizedLinear(codes_RC=codes_RC, scale_RG=scale_RG, zero_RG=None, scheme=scheme)
 
 
@@ -56,15 +60,20 @@ def upstream(name):
 def test_config_is_that_of_the_upstream_preset(name):
     """Names are those of the presets: not FP8, whose scales are one a tensor and static."""
     assert block_of(name)["format"] == LAYOUTS[name]
-    ours, theirs = upstream(name)[1], preset_name_to_scheme(name, ["Linear"])
+    has_preset = name != "FP8_DYNAMIC_TENSOR"
+    ours, theirs = upstream(name)[1], preset_name_to_scheme(name if has_preset else "FP8_DYNAMIC", ["Linear"])
     assert ours.input_activations == theirs.input_activations
-    assert ours.weights == theirs.weights
+    if has_preset:
+        assert ours.weights == theirs.weights
+    else:
+        assert ours.weights == theirs.weights.model_copy(update={"strategy": ours.weights.strategy})
+        assert ours.weights.strategy == "tensor"
     assert ours.output_activations is theirs.output_activations is None
 
 
 @pytest.mark.parametrize("name", ROUNDED_INPUTS_NAMES)
 def test_upstream_decompresses_to_the_levels(name):
-    quantized = random_linear(48, 96, name)
+    quantized = random_linear(48, 256, name)
     compressor, scheme = upstream(name)
     packed = compressed_tensors_format.pack(NAME, quantized)
     local = {key.removeprefix(f"{NAME}."): tensor for key, tensor in packed.items()}
@@ -74,11 +83,12 @@ def test_upstream_decompresses_to_the_levels(name):
 
 @pytest.mark.parametrize("name", ROUNDED_INPUTS_NAMES)
 def test_upstream_compresses_the_levels_to_our_tensors(name):
-    quantized = random_linear(48, 96, name)
+    quantized = random_linear(48, 256, name)
     compressor, scheme = upstream(name)
-    state = {"weight": quantized.dequantize(), "weight_scale": quantized.scale_RG.float()}
-    written = compressor.compress(state, scheme)
     ours = compressed_tensors_format.pack(NAME, quantized)
+    scale = quantized.scale_RG if name.startswith("MX") else ours[f"{NAME}.weight_scale"]
+    state = {"weight": quantized.dequantize(), "weight_scale": scale.float()}
+    written = compressor.compress(state, scheme)
     assert {f"{NAME}.{key}" for key in written} == set(ours)
     for key, tensor in written.items():
         mine = ours[f"{NAME}.{key}"]
@@ -95,7 +105,8 @@ def test_upstream_compresses_the_levels_to_our_tensors(name):
     seed=st.integers(0, 999),
 )
 def test_unpack_of_packed_linear_is_identical(name, rows, groups, dtype, seed):
-    quantized = random_linear(rows, 32 * groups, name, dtype=dtype, seed=seed)
+    columns = (128 if name == "FP8_BLOCK" else 32) * groups
+    quantized = random_linear(rows, columns, name, dtype=dtype, seed=seed)
     packed = compressed_tensors_format.pack(NAME, quantized)
     found = compressed_tensors_format.unpack(NAME, packed, quantized.scheme)
     assert found.scheme == quantized.scheme and found.zero_RG is None
@@ -105,7 +116,7 @@ def test_unpack_of_packed_linear_is_identical(name, rows, groups, dtype, seed):
         compressed_tensors_format,
         NAME,
         rows=rows,
-        columns=32 * groups,
+        columns=columns,
         scheme=quantized.scheme,
         model_dtype=dtype,
     )
@@ -158,7 +169,7 @@ def test_values_of_another_tool_with_all_its_nothings_are_known():
         ("W8A8", {"dynamic": "local"}, "dynamic local"),
         ("W8A8", {"strategy": "tensor"}, "strategy tensor"),
         ("W8A8", {"symmetric": False}, "symmetric False"),
-        ("FP8_DYNAMIC", {"strategy": "group", "group_size": 128}, "group_size 128"),
+        ("FP8_DYNAMIC", {"strategy": "group", "group_size": 64}, "group_size 64"),
         ("FP8_DYNAMIC", {"num_bits": 4}, "num_bits 4"),
         ("MXFP8", {"scale_dtype": None}, "strategy group"),
         ("MXFP4", {"type": "int"}, "type int"),
@@ -186,7 +197,8 @@ def test_inputs_that_are_no_object_are_refused(values):
         ("W8A8", {"weights": {"symmetric": False}}, "'symmetric': False.* read is 8 bits"),
         ("W8A8", {"input_activations": None}, "inputs as they are; read is 8 bits"),
         ("W8A8", {"output_activations": {"num_bits": 8}}, "rounded outputs"),
-        ("FP8_DYNAMIC", {"weights": {"strategy": "tensor"}}, "of floats these are read"),
+        ("FP8_DYNAMIC", {"weights": {"strategy": "block"}}, "of floats these are read"),
+        ("FP8_BLOCK", {"weights": {"block_structure": [64, 64]}}, "of floats these are read"),
         ("FP8_DYNAMIC", {"input_activations": None}, "inputs as they are; of floats these are read"),
         ("FP8_DYNAMIC", {"format": "naive-quantized"}, "inputs 8-bit e4m3 by token; of floats"),
     ],
@@ -230,7 +242,13 @@ def test_other_formats_refuse_rounded_inputs(name):
 def test_other_weights_beside_rounded_inputs_are_refused():
     inputs = scheme_from_name("W8A8").inputs
     scheme = WeightScheme(bits=4, is_symmetric=True, group_size=32, inputs=inputs)
-    with pytest.raises(
-        PackingError, match="beside weights of W8A8, FP8_DYNAMIC, MXFP4, MXFP8, not of 4 bits"
-    ):
+    names = ", ".join(ROUNDED_INPUTS_NAMES)
+    with pytest.raises(PackingError, match=f"beside weights of {names}, not of 4 bits"):
         compressed_tensors_format.check(NAME, 64, 64, scheme)
+
+
+def test_columns_that_are_no_whole_groups_of_inputs_are_refused():
+    """Blocks of weights may be ragged, but compressed-tensors cannot round such inputs."""
+    compressed_tensors_format.check(NAME, 64, 200, scheme_from_name("FP8A16_BLOCK"))
+    with pytest.raises(PackingError, match="inputs rounded in groups of 128 need whole groups, found 200"):
+        compressed_tensors_format.check(NAME, 64, 200, scheme_from_name("FP8_BLOCK"))
