@@ -50,8 +50,8 @@ class JobOptions:
     scheme: str = declare(
         "W4A16",
         _HOW,
-        "Number format, bits and symmetry of the weights, and of inputs where a name says neither A16 nor NF4 or"
-        " FP4.",
+        "Number format, bits and symmetry of the weights, and of inputs where a name says neither A16 nor NF4"
+        " or FP4.",
         choices=SCHEME_NAMES,
         in_identity=True,
     )
