@@ -5,7 +5,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -198,9 +198,16 @@ def _quantized(plan: Plan) -> dict[str, int]:
         linears = {linear.name: linear for linear in block.linears if linear.scheme is not None}
         weights += sum(linear.rows * linear.columns for linear in linears.values())
         for spec in units[block.index].tensors:
-            linear, _, part = spec.name.rpartition(".")
-            size_bytes += spec_bytes(spec) if linear in linears and part != "bias" else 0
+            size_bytes += spec_bytes(spec) if _is_part(spec.name, linears) else 0
     return {"weights": weights, "size_bytes": size_bytes}
+
+
+def _is_part(name: str, linears: Container[str]) -> bool:
+    """Whether a tensor stands for the weight of one of the linears; some have names of several parts."""
+    module, _, last = name.rpartition(".")
+    if module in linears:
+        return last != "bias"
+    return bool(module) and _is_part(module, linears)
 
 
 def _added(tables: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:

@@ -23,6 +23,7 @@ from quantlib.inprocess import quantize
 from quantlib.job.stages import Progress
 from quantlib.storage import normalize_uri, open_store
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
+from tests.support.tiny_models import read_all_tensors
 
 
 def _output(options) -> Path:
@@ -373,3 +374,17 @@ def test_conversion_without_evaluation_resumes_without_running_finished_blocks(t
     options = tiny_options(tmp_path, evaluation=None)
     _interrupt(options, "head")
     assert "forward" not in quantize(options)["stages"]
+
+
+def test_quantized_bytes_are_those_of_all_tensors_that_stand_for_weights(tmp_path):
+    """Names such as weight.absmax and weight.quant_state.bitsandbytes__nf4 too."""
+    tiny_source(tmp_path / "source", hidden_size=64, intermediate_size=128)
+    report = quantize(
+        tiny_options(
+            tmp_path, scheme="NF4_DQ", group_size=None, method="rtn", calibration=None, evaluation=None
+        )
+    )
+    written = read_all_tensors(tmp_path / "output")
+    of_linears = [tensor for name, tensor in written.items() if "_proj.weight" in name]
+    assert report["quantized"]["size_bytes"] == sum(tensor.nbytes for tensor in of_linears)
+    assert any(name.endswith("_proj.weight.absmax") for name in written)

@@ -9,6 +9,8 @@ import pytest
 
 from quantlib.simulation.scaling_picture import main, scaling_picture, scaling_runs, scaling_table
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 SHIPPED = REPOSITORY / "infra" / "pictures" / "scaling.svg"
 SVG = "{http://www.w3.org/2000/svg}"
