@@ -163,7 +163,7 @@ def _schemes(parsed: argparse.Namespace, options: JobOptions) -> int:
     else:
         weights = _weights_of_source(options)
     named = None if has_own_groups(options.scheme) else options.group_size
-    table = scheme_table(weights, gpu_bytes, named or DEFAULT_GROUP_SIZE)
+    table = scheme_table(weights, gpu_bytes, DEFAULT_GROUP_SIZE if named is None else named)
     print(json.dumps(table, indent=1) if parsed.json else format_schemes(table))
     return 0
 

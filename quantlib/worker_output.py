@@ -115,7 +115,7 @@ class WorkerOutput:
         made: dict[str, torch.Tensor] = {}
         for linear in linears:
             assert linear.scheme is not None, "only such linears are in a group"
-            model_dtype = torch_dtype(self._checkpoint.tensors[linear.weight.tensor].dtype)
+            model_dtype = torch_dtype(linear.weight_dtype)
             names = [*all_packed_names(other.packer, linear.name), f"{linear.name}.bias"]
             there = {name: packed[name].to(self._device) for name in names if name in packed}
             layouts = (other.packer, self.packer)

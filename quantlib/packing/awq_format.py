@@ -26,6 +26,8 @@ from quantlib.errors import PackingError
 from quantlib.packing.awq_words import in_plain_order, interleaved
 from quantlib.packing.bits import pack_words, transposed, unpack_words
 from quantlib.packing.checks import (
+    only_scheme,
+    quantized_linears,
     require_consistent,
     require_integers,
     require_multiples,
@@ -133,15 +135,8 @@ def quantization_config(
     Raises:
         PackingError: Nothing is quantized, there are several schemes, or a kept linear cannot be named.
     """
-    quantized = {name: scheme for name, scheme in schemes.items() if scheme is not None}
-    if not quantized:
-        raise PackingError("no linear is quantized, so there is nothing to say in quantization_config")
-    scheme, *others = dict.fromkeys(quantized.values())
-    if others:
-        raise PackingError(
-            f"an awq checkpoint has one scheme, and this one would have {scheme} as well as {others[0]};"
-            " use one of them, or --format compressed-tensors"
-        )
+    quantized = quantized_linears(schemes)
+    scheme = only_scheme(quantized, format_name=NAME)
     kept = [name for name, given in schemes.items() if given is None]
     return {
         "quant_method": NAME,

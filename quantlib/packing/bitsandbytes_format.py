@@ -34,6 +34,7 @@ from quantlib.packing.bitsandbytes_int8 import (
     packed_names_int8,
     unpack_int8,
 )
+from quantlib.packing.checks import only_scheme, quantized_linears
 from quantlib.packing.kept_names import kept_entries
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import WeightScheme
@@ -109,15 +110,8 @@ def quantization_config(
     Raises:
         PackingError: Nothing is quantized, there are several schemes, or a kept linear cannot be named.
     """
-    quantized = {name: scheme for name, scheme in schemes.items() if scheme is not None}
-    if not quantized:
-        raise PackingError("no linear is quantized, so there is nothing to say in quantization_config")
-    scheme, *others = dict.fromkeys(quantized.values())
-    if others:
-        raise PackingError(
-            f"a {NAME} checkpoint has one scheme, and this one would have {scheme} as well as {others[0]};"
-            " use one of them, or --format compressed-tensors"
-        )
+    quantized = quantized_linears(schemes)
+    scheme = only_scheme(quantized, format_name=NAME)
     kept = [*(name for name, given in schemes.items() if given is None), *other_linears]
     # transformers calls the head so wherever the checkpoint has it.
     if any(name.endswith(f".{_HEAD}") for name in kept):

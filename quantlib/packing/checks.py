@@ -78,6 +78,36 @@ def require_integers(name: str, scheme: WeightScheme, *, format_name: str) -> No
         )
 
 
+def quantized_linears(schemes: Mapping[str, WeightScheme | None]) -> dict[str, WeightScheme]:
+    """Those of all linears that are quantized, in order.
+
+    Args:
+        schemes: Linear -> how it is stored, None for one that is kept.
+
+    Raises:
+        PackingError: There are none.
+    """
+    quantized = {name: scheme for name, scheme in schemes.items() if scheme is not None}
+    if not quantized:
+        raise PackingError("no linear is quantized, so there is nothing to say in quantization_config")
+    return quantized
+
+
+def only_scheme(quantized: Mapping[str, WeightScheme], *, format_name: str) -> WeightScheme:
+    """The scheme of all linears, for a layout that has one a checkpoint.
+
+    Raises:
+        PackingError: There are several.
+    """
+    scheme, *others = dict.fromkeys(quantized.values())
+    if others:
+        raise PackingError(
+            f"{format_name} output has one scheme, and this one would have {scheme} as well as {others[0]};"
+            " use one of them, or --format compressed-tensors"
+        )
+    return scheme
+
+
 def require_multiples(name: str, sides: Mapping[str, int], multiple: int, *, format_name: str) -> None:
     """Refuse sides of which words are not filled.
 

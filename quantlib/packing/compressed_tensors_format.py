@@ -30,7 +30,13 @@ from quantlib.errors import PackingError
 from quantlib.grids.formats import CODEBOOKS, INTEGER
 from quantlib.packing import compressed_int8
 from quantlib.packing.bits import PACKED_BITS, num_words, pack_words, unpack_words
-from quantlib.packing.checks import require_consistent, require_shape, require_whole_groups, take_tensor
+from quantlib.packing.checks import (
+    quantized_linears,
+    require_consistent,
+    require_shape,
+    require_whole_groups,
+    take_tensor,
+)
 from quantlib.packing.compressed_floats import (
     layout_of,
     pack_floats,
@@ -187,11 +193,8 @@ def quantization_config(
         PackingError: Nothing is quantized.
     """
     by_scheme: dict[WeightScheme, list[str]] = {}
-    for name, scheme in schemes.items():
-        if scheme is not None:
-            by_scheme.setdefault(scheme, []).append(name)
-    if not by_scheme:
-        raise PackingError("no linear is quantized, so there is nothing to say in quantization_config")
+    for name, scheme in quantized_linears(schemes).items():
+        by_scheme.setdefault(scheme, []).append(name)
     if len(by_scheme) == 1:
         by_scheme = {scheme: ["Linear"] for scheme in by_scheme}
     groups = {

@@ -28,7 +28,13 @@ import torch
 
 from quantlib.errors import PackingError
 from quantlib.grids.formats import SHORT_SCALES
-from quantlib.packing.checks import require_consistent, require_integers, require_shape, take_tensor
+from quantlib.packing.checks import (
+    quantized_linears,
+    require_consistent,
+    require_integers,
+    require_shape,
+    take_tensor,
+)
 from quantlib.quantized import QuantizedLinear
 from quantlib.schemes import GGUF_GROUP_SIZE, WeightScheme
 
@@ -174,10 +180,8 @@ def quantization_config(
     Raises:
         PackingError: Nothing is quantized.
     """
+    counted = Counter(map(type_of, quantized_linears(schemes).values()))
     types = {name: None if scheme is None else type_of(scheme) for name, scheme in schemes.items()}
-    counted = Counter(kind for kind in types.values() if kind is not None)
-    if not counted:
-        raise PackingError("no linear is quantized, so there is nothing to say in quantization_config")
     stated = counted.most_common(1)[0][0]
     bits, is_symmetric = _TYPES[stated]
     return {

@@ -41,6 +41,7 @@ import torch
 from quantlib.errors import PackingError
 from quantlib.packing.bits import BITS_PER_WORD, num_words, pack_words, transposed, unpack_words
 from quantlib.packing.checks import (
+    quantized_linears,
     require_consistent,
     require_integers,
     require_multiples,
@@ -145,9 +146,7 @@ def quantization_config(
     Raises:
         PackingError: Nothing is quantized, or symmetric and asymmetric schemes are mixed.
     """
-    counted = Counter(scheme for scheme in schemes.values() if scheme is not None)
-    if not counted:
-        raise PackingError("no linear is quantized, so there is nothing to say in quantization_config")
+    counted = Counter(quantized_linears(schemes).values())
     if len({scheme.is_symmetric for scheme in counted}) > 1:
         raise PackingError(
             "a gptq checkpoint has one convention for zero points and cannot mix symmetric and asymmetric"

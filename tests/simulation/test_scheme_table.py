@@ -91,6 +91,11 @@ def test_linears_that_rules_keep_are_not_counted_as_codes(tmp_path, capsys):
     assert kept["W4A16"]["bytes"] - every["W4A16"]["bytes"] == saved
 
 
+def test_group_size_of_whole_weights_is_taken_at_its_word(capsys):
+    assert main(["plan", "shapes:bloom-176b", "--gpu-memory", "141GB", "--group-size", "0"]) == 0
+    assert "integers in whole weights" in capsys.readouterr().out
+
+
 def test_text_says_what_is_native_where(capsys):
     assert main(["plan", "shapes:bloom-176b", "--gpu-memory", "141GB", "--group-size", "-1"]) == 0
     shown = capsys.readouterr().out
