@@ -71,6 +71,12 @@ def publish_comparison(comparison: Mapping[str, Any]) -> None:
         )
 
 
+def publish_lines(key: str, title: str, lines: str) -> None:
+    """Leave a text for terminals with the run, as it is."""
+    with _view_only():
+        create_markdown_artifact(f"```\n{lines}\n```\n", key=key, description=title)
+
+
 def _outside_event_loop(created: UUID | Coroutine[Any, Any, UUID]) -> UUID:
     # Prefect's functions give a coroutine when they are called inside an event loop; a flow's body is not.
     assert isinstance(created, UUID)

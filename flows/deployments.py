@@ -1,16 +1,20 @@
 """Deployments that `quantmill serve` registers and runs on one host.
 
-For work pools (Kubernetes, several hosts) there is `infra/prefect/prefect.yaml`.
+For work pools (Kubernetes, several hosts) there is `infra/prefect/prefect.yaml`, with the same names.
 """
 
-from prefect import serve
+from dataclasses import dataclass, field
+from typing import Any
+
+from prefect import Flow, serve
 from prefect.deployments.runner import RunnerDeployment
 from prefect.schedules import Cron
 from prefect.types.entrypoint import EntrypointType
 
-from flows.quantize_model import quantize_model
-
-ON_DEMAND, NIGHTLY = "on-demand", "nightly-example"
+from flows.clean_work import clean_work
+from flows.evaluate_model import evaluate_model
+from flows.quantize_model import compare_schemes, quantize_model, quantize_recipes
+from flows.verify_output import verify_output
 
 # Shown with a schedule that is off: whoever turns it on puts in addresses of their own.
 _NIGHTLY_PARAMETERS = {
@@ -21,29 +25,54 @@ _NIGHTLY_PARAMETERS = {
 }
 
 
-def deployments() -> tuple[RunnerDeployment, ...]:
-    """What `quantmill serve` registers: a form to fill in, and an example of a nightly schedule (off)."""
-    on_demand = quantize_model.to_deployment(
-        name=ON_DEMAND,
-        description="Convert one checkpoint; fill in the form.",
-        tags=["quantmill"],
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    nightly = quantize_model.to_deployment(
-        name=NIGHTLY,
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """A flow as it is offered.
+
+    Attributes:
+        flow: The flow, after which the deployment is named unless it has a name.
+        description: Shown above its form.
+        name: Of the deployment, where the flow has several.
+        further: What else Prefect is told: parameters, schedules, tags.
+    """
+
+    flow: Flow[..., Any]
+    description: str
+    name: str | None = None
+    further: dict[str, Any] = field(default_factory=dict)
+
+    def deployment(self) -> RunnerDeployment:
+        """As Prefect takes it."""
+        tags = ["quantmill", *self.further.get("tags", ())]
+        found = self.flow.to_deployment(
+            **{**self.further, "tags": tags},
+            name=self.name or self.flow.name,
+            description=self.description,
+            entrypoint_type=EntrypointType.MODULE_PATH,
+        )
+        # to_deployment gives a coroutine when called inside an event loop; here it never is.
+        assert isinstance(found, RunnerDeployment)
+        return found
+
+
+SERVED = (
+    Served(flow=quantize_model, description="Convert one checkpoint; fill in the form."),
+    Served(
+        flow=quantize_model,
+        name="nightly-example",
         description="Example of a schedule, switched off: set the parameters, then switch it on.",
-        tags=["quantmill", "example"],
-        parameters={"params": _NIGHTLY_PARAMETERS},
-        schedules=[Cron("0 2 * * *", timezone="UTC", active=False)],
-        entrypoint_type=EntrypointType.MODULE_PATH,
-    )
-    return tuple(_resolved(deployment) for deployment in (on_demand, nightly))
-
-
-def _resolved(deployment: object) -> RunnerDeployment:
-    # to_deployment gives a coroutine when called inside an event loop; here it never is.
-    assert isinstance(deployment, RunnerDeployment)
-    return deployment
+        further={
+            "tags": ["example"],
+            "parameters": {"params": _NIGHTLY_PARAMETERS},
+            "schedules": [Cron("0 2 * * *", timezone="UTC", active=False)],
+        },
+    ),
+    Served(flow=quantize_recipes, description="Convert one checkpoint by several recipes from one reading."),
+    Served(flow=compare_schemes, description="Convert one checkpoint by several schemes, and compare them."),
+    Served(flow=evaluate_model, description="Measure the perplexity of a checkpoint, original or quantized."),
+    Served(flow=verify_output, description="Compare every shard of an output with its record."),
+    Served(flow=clean_work, description="Remove what a finished or abandoned job left in its work prefix."),
+)
 
 
 def serve_deployments(limit: int) -> None:
@@ -52,4 +81,4 @@ def serve_deployments(limit: int) -> None:
     Args:
         limit: Runs at a time; one already uses the whole machine.
     """
-    serve(*deployments(), limit=limit, print_starting_message=False)
+    serve(*(served.deployment() for served in SERVED), limit=limit, print_starting_message=False)

@@ -7,10 +7,13 @@ text) is found by `options_from` when the run starts.
 """
 
 import dataclasses
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
+from flows.credentials import NAME_HELP, NAME_PATTERN
+from quantlib.errors import RecipeError
 from quantlib.job.comparison_request import (
     NOT_COMPARED,
     OUTPUT_HELP,
@@ -25,13 +28,17 @@ from quantlib.job.rules import Rule
 from quantlib.job.targets import default_format
 from quantlib.schemes import DEFAULT_GROUP_SIZE, group_tag, has_own_groups
 
+T = TypeVar("T")
+
 # Literal with choices known only at run time; a type checker sees no type in it.
 _LITERAL: Any = Literal
+# Below the fields of any table.
+LAST = 1000
 # In a flow the work is always spread over Ray workers; one process is the command line's business.
 _FLOW_RUNNERS = ("ray",)
 
 
-class _Form(BaseModel):
+class Form(BaseModel):
     """What all generated forms share: unknown keys are refused, text is no number."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -39,11 +46,20 @@ class _Form(BaseModel):
     def values_given(self) -> dict[str, Any]:
         """The values that are not the defaults, with which a form fills in what was left alone."""
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
-        values = self.model_dump(exclude_unset=True)
+        values = self.model_dump(exclude_unset=True, exclude={"credentials"})
         return {name: value for name, value in values.items() if value != defaults[name]}
 
 
-def _field(found: dataclasses.Field[Any], option: Option, position: int) -> tuple[Any, Any]:
+class StoredForm(Form):
+    """What is read from and written to object storage, with credentials that a block holds."""
+
+    credentials: Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")] | None = Field(
+        None, title="Credentials", description=NAME_HELP, json_schema_extra={"position": LAST}
+    )
+
+
+def form_field(found: dataclasses.Field[Any], option: Option, position: int) -> tuple[Any, Any]:
+    """Type and field of a form for one entry of a table of options."""
     schema: dict[str, Any] = {"position": position}
     kind: Any = kind_of(found)
     if option.choices is not None and option.several:
@@ -80,7 +96,7 @@ def _default(found: dataclasses.Field[Any]) -> Any:
 
 def _fields(table: type) -> dict[str, Any]:
     return {
-        name: _field(found, option, position)
+        name: form_field(found, option, position)
         for position, (name, (found, option)) in enumerate(fields_of(table).items())
     }
 
@@ -89,7 +105,7 @@ def _job_fields() -> dict[str, Any]:
     fields = _fields(JobOptions)
     found, option = fields_of(JobOptions)["runner"]
     position = list(fields).index("runner")
-    fields["runner"] = _field(found, dataclasses.replace(option, choices=_FLOW_RUNNERS), position)
+    fields["runner"] = form_field(found, dataclasses.replace(option, choices=_FLOW_RUNNERS), position)
     return fields
 
 
@@ -107,13 +123,13 @@ def _comparison_fields() -> dict[str, Any]:
     }
 
 
-class RuleParams(create_model("_RuleFields", __base__=_Form, **_fields(Rule))):
+class RuleParams(create_model("_RuleFields", __base__=Form, **_fields(Rule))):
     """An exception for some linears; the first rule that matches a linear decides."""
 
     model_config = ConfigDict(title="Rule")
 
 
-class QuantizeParams(create_model("_JobFields", __base__=_Form, **_job_fields())):
+class QuantizeParams(create_model("_JobFields", __base__=StoredForm, **_job_fields())):
     """A conversion of one checkpoint."""
 
     model_config = ConfigDict(title="Conversion")
@@ -142,7 +158,7 @@ class QuantizeParams(create_model("_JobFields", __base__=_Form, **_job_fields())
         return self._options or options_from(with_replayed_values(self.values_given()))
 
 
-class CompareParams(create_model("_ComparisonFields", __base__=_Form, **_comparison_fields())):
+class CompareParams(create_model("_ComparisonFields", __base__=StoredForm, **_comparison_fields())):
     """A comparison of schemes and methods on one checkpoint."""
 
     model_config = ConfigDict(title="Comparison")
@@ -178,3 +194,30 @@ def params_from(options: JobOptions) -> QuantizeParams:
     params = QuantizeParams.model_validate(values)
     params._options = options  # pyright: ignore[reportPrivateUsage]
     return params
+
+
+def common_credentials(conversions: Sequence[QuantizeParams]) -> str | None:
+    """The block that all conversions of one run name.
+
+    Raises:
+        RecipeError: They name several.
+    """
+    names = sorted({str(params.credentials) for params in conversions})
+    if len(names) > 1:
+        error = RecipeError(
+            "conversions of one run read one source with the same credentials, found"
+            f" {', '.join(names)}; name one block in all of them",
+            option="credentials",
+        )
+        error.before_work = True
+        raise error
+    return conversions[0].credentials if conversions else None
+
+
+def validated(validate: Callable[[], T]) -> T:
+    """What a form means; a refusal comes before any work."""
+    try:
+        return validate()
+    except RecipeError as error:
+        error.before_work = True
+        raise

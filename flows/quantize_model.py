@@ -4,25 +4,24 @@ The flow's process is the Ray driver: Prefect tasks wait for Ray workers and get
 done in which order is `quantlib.job.conversion`'s; here are only the Prefect run around it and what it shows.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
 
 from prefect import flow
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.artifacts import ProgressArtifact, publish_comparison, publish_report
-from flows.params import CompareParams, QuantizeParams
+from flows.credentials import storage_credentials
+from flows.params import CompareParams, QuantizeParams, common_credentials, validated
 from flows.progress import tell_listener
 from flows.stages import PrefectStages
-from quantlib.errors import RecipeError
 from quantlib.job.comparison_run import compare
 from quantlib.job.conversion import convert
 from quantlib.job.options import JobOptions
 from quantlib.job.several_formats import requests_of_formats
 from quantlib.job.stages import Progress
-
-T = TypeVar("T")
 
 # Tasks only wait, and the conversion starts no more stages at a time than there are workers, plus writes.
 _TASK_RUNNER: Any = ThreadPoolTaskRunner(max_workers=64)  # Prefect types the parameter too narrowly
@@ -52,7 +51,8 @@ def quantize_model(params: QuantizeParams) -> dict[str, Any] | list[dict[str, An
     Raises:
         QuantError: With ``before_work`` set when the request was refused before anything was written.
     """
-    reports = _convert(requests_of_formats(_validated(params.to_options)))
+    with storage_credentials(params.credentials) as environment:
+        reports = _convert(requests_of_formats(validated(params.to_options)), environment)
     return reports[0] if len(reports) == 1 else reports
 
 
@@ -74,8 +74,9 @@ def quantize_recipes(conversions: list[QuantizeParams]) -> list[dict[str, Any]]:
     Raises:
         QuantError: With ``before_work`` set when a request was refused before anything was written.
     """
-    given = [_validated(params.to_options) for params in conversions]
-    return _convert([options for each in given for options in requests_of_formats(each)])
+    with storage_credentials(common_credentials(conversions)) as environment:
+        given = [validated(params.to_options) for params in conversions]
+        return _convert([options for each in given for options in requests_of_formats(each)], environment)
 
 
 @flow(
@@ -96,12 +97,13 @@ def compare_schemes(params: CompareParams) -> dict[str, Any]:
     Raises:
         QuantError: With ``before_work`` set when the request was refused before anything was written.
     """
-    comparison = compare(_validated(params.to_request), _convert)
+    with storage_credentials(params.credentials) as environment:
+        comparison = compare(validated(params.to_request), partial(_convert, environment=environment))
     publish_comparison(comparison)
     return comparison
 
 
-def _convert(requests: Sequence[JobOptions]) -> list[dict[str, Any]]:
+def _convert(requests: Sequence[JobOptions], environment: Mapping[str, str]) -> list[dict[str, Any]]:
     # Ray loads with the first run, not when a deployment is registered or a form is drawn.
     from workers.api import open_crew
 
@@ -111,16 +113,8 @@ def _convert(requests: Sequence[JobOptions]) -> list[dict[str, Any]]:
         tell_listener(progress)
         bar.show(progress)
 
-    with open_crew(requests[0]) as crew:
+    with open_crew(requests[0], environment) as crew:
         reports = convert(requests, crew, PrefectStages(), on_progress)
     for report in reports:
         publish_report(report)
     return reports
-
-
-def _validated(validate: Callable[[], T]) -> T:
-    try:
-        return validate()
-    except RecipeError as error:
-        error.before_work = True
-        raise

@@ -15,9 +15,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from quantlib.checkpoint.compare import compare_checkpoints
 from quantlib.checkpoint.inspect import format_inspection, inspect_checkpoint
-from quantlib.checkpoint.verify import verify_checkpoint
 from quantlib.errors import (
     CheckpointError,
     CorpusError,
@@ -28,9 +26,8 @@ from quantlib.errors import (
     RecipeError,
     UnsupportedModelError,
 )
-from quantlib.evaluation import evaluate_checkpoint, format_evaluation
+from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize_all
-from quantlib.job.accounts import account_lines
 from quantlib.job.clean import clean_work, format_cleaned
 from quantlib.job.command_line import (
     COMMANDS,
@@ -44,6 +41,7 @@ from quantlib.job.comparison_request import comparison_request
 from quantlib.job.comparison_run import compare
 from quantlib.job.comparison_text import format_comparison
 from quantlib.job.estimate import describe_plan, format_plan
+from quantlib.job.evaluation_text import format_evaluation
 from quantlib.job.memory import Room, Surroundings, budgets_from, heap_bytes, plan_memory
 from quantlib.job.options import JobOptions
 from quantlib.job.planner import build_plan, open_planned_source, plan_all
@@ -51,6 +49,7 @@ from quantlib.job.progress_bar import progress_bar
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_text import format_report, format_summary
 from quantlib.job.targets import DEFAULT_FORMAT
+from quantlib.job.verification_text import all_findings, format_verification
 from quantlib.machine import default_threads, measured_flops_per_second
 from quantlib.memory_watch import machine_memory_bytes, memory_bytes
 from quantlib.schemes import DEFAULT_GROUP_SIZE, WHOLE_ROW, has_own_groups
@@ -67,6 +66,7 @@ from quantlib.simulation.scheme_table import (
 from quantlib.simulation.shapes import ModelShape, shape_of_plan
 from quantlib.storage import join_uri, normalize_uri, open_store
 from quantlib.units import parse_bytes
+from quantlib.verification import verify_output
 
 _INTERRUPTED = 130
 _WRITING = ("quantize", "compare")
@@ -220,58 +220,16 @@ def _interrupted_by_termination() -> Iterator[None]:
 
 
 def _verify(parsed: argparse.Namespace) -> int:
-    uri = normalize_uri(parsed.output)
-    engine = values_of(parsed)["storage_engine"]
-    source = normalize_uri(parsed.source) if parsed.source else None
-    # First, because it looks at both addresses before it reads for long.
-    against = _compared(uri, normalize_uri(parsed.against), engine) if parsed.against else None
-    result = verify_checkpoint(
-        open_store(uri, engine),
-        uri,
-        source_uri=source,
-        source_store=open_store(source, engine) if source else None,
-    )
-    values = {
-        "output": uri,
-        "shards": result.num_shards,
-        "tensors": result.num_tensors,
-        "bytes": result.num_bytes,
-        "source": source,
-        "source_tensors": [dataclasses.asdict(account) for account in result.accounts],
-        "findings": list(result.findings),
-        "against": against,
-    }
-    print(json.dumps(values, indent=1) if parsed.json else _verification(values))
-    return 1 if result.findings or (against and against["findings"]) else 0
-
-
-def _compared(uri: str, other: str, engine: str) -> dict[str, Any]:
-    result = compare_checkpoints(open_store(uri, engine), uri, open_store(other, engine), other)
-    return {
-        "uri": other,
-        "tensors": result.num_tensors,
-        "bytes": result.num_bytes,
-        "findings": list(result.findings),
-    }
-
-
-def _verification(values: dict[str, Any]) -> str:
-    lines = [
-        f"{values['output']}: {values['shards']} shards, {values['tensors']} tensors,"
-        f" {values['bytes']:,} bytes read",
-        *([f"tensors of {values['source']}:"] if values["source"] else []),
-        *(f"  {line}" for line in account_lines(values["source_tensors"])),
-        *(f"  wrong: {finding}" for finding in values["findings"]),
-        f"{len(values['findings'])} finding(s)" if values["findings"] else "verified",
-    ]
-    against = values["against"]
-    if against is not None:
-        lines += [
-            f"against {against['uri']}: {against['tensors']} tensors, {against['bytes']:,} bytes compared",
-            *(f"  differs: {finding}" for finding in against["findings"]),
-            f"{len(against['findings'])} difference(s)" if against["findings"] else "the same",
-        ]
-    return "\n".join(lines)
+    with progress_bar() as show:
+        result = verify_output(
+            parsed.output,
+            source=parsed.source,
+            against=parsed.against,
+            storage_engine=values_of(parsed)["storage_engine"],
+            on_progress=show,
+        )
+    print(json.dumps(result, indent=1) if parsed.json else format_verification(result))
+    return 1 if all_findings(result) else 0
 
 
 def _clean(parsed: argparse.Namespace) -> int:

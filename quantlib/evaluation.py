@@ -87,16 +87,6 @@ def evaluate_checkpoint(
     }
 
 
-def format_evaluation(result: Mapping[str, Any]) -> str:
-    """The result of `evaluate_checkpoint` for a terminal."""
-    lines = [f"{result['model']}: perplexity {result['perplexity']:.4f} over {result['tokens']} tokens"]
-    for words, count in result["rounded_inputs"].items():
-        lines.append(f"inputs of {count} linears rounded to {words}, as engines do")
-    for words, count in result["unknown_inputs"].items():
-        lines.append(f"inputs of {count} linears left as they are; engines round them with {words}")
-    return "\n".join(lines)
-
-
 def _score(
     store: Store,
     checkpoint: Checkpoint,

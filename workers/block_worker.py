@@ -25,8 +25,14 @@ class BlockWorker:
         """Answers once the actor has its place; tells its process id and its node's id."""
         return {"pid": os.getpid(), "node": ray.get_runtime_context().get_node_id()}
 
-    def load(self) -> None:
-        """Load the libraries, which takes seconds; asked for as soon as the actor has its place."""
+    def load(self, environment: Mapping[str, str] | None = None) -> None:
+        """Load the libraries, which takes seconds; asked for as soon as the actor has its place.
+
+        Args:
+            environment: Variables to set first. They come by a call, because a runtime environment is written
+                to Ray's logs, and credentials may be among them.
+        """
+        os.environ.update(environment or {})
         # Not at the top: the driver, which ships this class, needs neither torch nor transformers.
         from quantlib.block_runner import BlockRunner
 

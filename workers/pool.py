@@ -2,7 +2,7 @@
 
 import itertools
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -31,6 +31,7 @@ class WorkerPool:
 
     Args:
         options: The request.
+        environment: Variables that workers set before they begin.
 
     Attributes:
         actors: Worker number -> `BlockWorker` handle; no number is given twice.
@@ -40,9 +41,10 @@ class WorkerPool:
         RecipeError: More was asked for than the cluster can ever hold, or its GPUs are of several models.
     """
 
-    def __init__(self, options: JobOptions) -> None:
+    def __init__(self, options: JobOptions, environment: Mapping[str, str] | None = None) -> None:
         nodes = ray.nodes()
         self._options = options
+        self._environment = dict(environment or {})
         self._is_local = options.ray_address is None
         self._need, self._count = demand(options, nodes)
         self.threads = self._need.cpus
@@ -130,7 +132,7 @@ class WorkerPool:
             if _is_well(reference):
                 answer: dict[str, Any] = ray.get(reference)
                 self._nodes[number] = answer["node"]
-                actor.load.remote()
+                actor.load.remote(self._environment)
                 self._newcomers[number] = actor
                 came.append(number)
             else:
@@ -266,7 +268,7 @@ class WorkerPool:
         homes = {waiting[reference]: self._home(reference) for reference in ready}
         placed = {number: home for number, home in homes.items() if home is not None}
         for number in placed:
-            self.actors[number].load.remote()
+            self.actors[number].load.remote(self._environment)
         self._nodes.update(placed)
         return placed
 

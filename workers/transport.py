@@ -21,7 +21,7 @@ PULSE_S = 20.0
 SILENCE_LIMIT_S = 300.0
 
 # What Ray raises when a worker, its node or a value it kept is gone or out of reach.
-_LOST = (
+LOST = (
     exceptions.RayActorError,
     exceptions.ObjectLostError,
     exceptions.NodeDiedError,
@@ -90,11 +90,11 @@ class RayTransport:
             if isinstance(cause, QuantError):
                 raise cause from None
             # A worker that waited for another one's value tells of that one's death.
-            if isinstance(cause, _LOST):
-                raise _lost(cause) from error
+            if isinstance(cause, LOST):
+                raise lost_worker(cause) from error
             raise
-        except _LOST as error:
-            raise _lost(error) from error
+        except LOST as error:
+            raise lost_worker(error) from error
 
     def drop_lost(self) -> list[int]:
         """Do without the workers that are gone; see `WorkerPool.drop_lost`."""
@@ -143,6 +143,7 @@ class RayTransport:
                     )
 
 
-def _lost(error: Exception) -> WorkerLostError:
+def lost_worker(error: Exception) -> WorkerLostError:
+    """What Ray said of a worker that is gone, as an error of ours."""
     words = next((line for line in str(error).splitlines() if line.strip()), "")
     return WorkerLostError(f"a worker was lost ({type(error).__name__}): {words}")

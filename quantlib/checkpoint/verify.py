@@ -28,6 +28,7 @@ from quantlib.checkpoint.source import GGUF_ENDING, holds_gguf, open_source
 from quantlib.checkpoint.source_check import check_source
 from quantlib.errors import CheckpointError
 from quantlib.job.accounts import Account
+from quantlib.job.stages import Progress
 from quantlib.storage import ObjectInfo, Store
 
 REPORT_NAME = "quantmill_report.json"
@@ -68,6 +69,7 @@ def verify_checkpoint(
     source_store: Store | None = None,
     *,
     report: Mapping[str, Any] | None = None,
+    on_progress: Callable[[Progress], None] = lambda _: None,
 ) -> VerifyResult:
     """Verify every shard, the index and the scales of a checkpoint, and what became of its source's tensors.
 
@@ -77,6 +79,7 @@ def verify_checkpoint(
         source_uri: The checkpoint it was made from; without it the comparison is left out.
         source_store: The store of the source, where it is another one.
         report: The run's report, where it is not stored beside the shards yet.
+        on_progress: Called before every shard.
 
     Raises:
         ObjectNotFoundError: There is nothing at ``uri``.
@@ -91,7 +94,7 @@ def verify_checkpoint(
     config = _config(store, uri, listing, findings)
     read = _read_gguf if holds_gguf(listing) else _read_safetensors
     contents = read(store, uri, listing, config, findings)
-    findings += _digest_findings(store, contents.output.shards, report)
+    findings += _digest_findings(store, contents.output.shards, report, on_progress)
     findings += contents.further_findings
     accounts: tuple[Account, ...] = ()
     if source_uri is not None:
@@ -224,12 +227,16 @@ def _intact_headers(
 
 
 def _digest_findings(
-    store: Store, shards: Mapping[str, ObjectInfo], report: Mapping[str, Any]
+    store: Store,
+    shards: Mapping[str, ObjectInfo],
+    report: Mapping[str, Any],
+    on_progress: Callable[[Progress], None],
 ) -> Iterator[str]:
     promised = _promised_digests(report)
     for name in sorted(promised.keys() - shards.keys()):
         yield f"{name} is in the report, but not there."
-    for name, info in sorted(shards.items()):
+    for number, (name, info) in enumerate(sorted(shards.items())):
+        on_progress(Progress(done=number, total=len(shards), label=name))
         found = object_sha256(store, info)
         if name not in promised:
             if report:

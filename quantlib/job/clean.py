@@ -4,9 +4,11 @@ Done under the lease of the work prefix, so that nothing is taken from under a r
 are removed that the stored plan accounts for; whatever else lies there stays and is counted.
 """
 
+import dataclasses
 import re
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 
 from quantlib.checkpoint.index import CONFIG_NAME, list_folder, read_json
 from quantlib.errors import LeaseError, ObjectNotFoundError, PlanMismatchError, StorageError
@@ -92,6 +94,12 @@ def clean_work(
         return _clean_held(places, lease, discard)
     finally:
         _give_up(places, lease)
+
+
+def clean_said(output: str, **how: Any) -> dict[str, Any]:
+    """`clean_work` in plain values: the fields of `Cleaned`, and ``said``, which tells them in a line."""
+    cleaned = clean_work(output, **how)
+    return {**dataclasses.asdict(cleaned), "said": format_cleaned(cleaned)}
 
 
 def format_cleaned(cleaned: Cleaned) -> str:

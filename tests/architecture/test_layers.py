@@ -60,6 +60,7 @@ LAYERS = {
     "quantlib.model": 5,
     "quantlib.steps": 6,
     "quantlib.evaluation": 6,
+    "quantlib.verification": 6,
     "quantlib.stated_inputs": 6,
     "quantlib.cell_store": 6,
     "quantlib.batches": 6,

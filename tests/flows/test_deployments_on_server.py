@@ -48,14 +48,14 @@ def served(prefect_server: PrefectServer, tmp_path_factory) -> Iterator[PrefectS
 
 
 def submit(server: PrefectServer, params: dict) -> httpx.Response:
-    deployment = server.deployment("on-demand")
+    deployment = server.deployment("quantize-model")
     with server.client() as client:
         body = {"parameters": {"params": params}}
         return client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body)
 
 
 def test_serve_registers_a_form_with_constraints_texts_and_defaults(served):
-    schema = served.deployment("on-demand")["parameter_openapi_schema"]
+    schema = served.deployment("quantize-model")["parameter_openapi_schema"]
     form = schema["definitions"]["QuantizeParams"]
     assert schema["required"] == ["params"]
     assert form["required"] == ["source", "output"]

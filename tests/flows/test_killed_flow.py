@@ -131,7 +131,7 @@ def test_flow_that_is_cancelled_frees_its_workers_and_can_be_resumed(
 
 def _is_served(server: PrefectServer) -> bool:
     with server.client() as client:
-        found = client.get("/deployments/name/quantize-model/on-demand")
+        found = client.get("/deployments/name/quantize-model/quantize-model")
     return found.status_code == 200 and found.json()["status"] == "READY"
 
 
@@ -144,7 +144,7 @@ def test_run_cancelled_in_prefect_frees_its_workers_and_can_be_resumed(
     process = _start([str(QUANTMILL), "serve"], prefect_server.environment, log)
     try:
         wait_until(lambda: _is_served(prefect_server), 120, "the registration")
-        deployment = prefect_server.deployment("on-demand")
+        deployment = prefect_server.deployment("quantize-model")
         with prefect_server.client() as client:
             body = {"parameters": {"params": _values(root, output, **given)}}
             created = client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body)

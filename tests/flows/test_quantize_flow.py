@@ -171,11 +171,11 @@ def test_run_created_through_the_api_is_executed_by_serve(
 ):
     def is_registered() -> bool:
         with prefect_server.client() as client:
-            found = client.get("/deployments/name/quantize-model/on-demand")
+            found = client.get("/deployments/name/quantize-model/quantize-model")
             return found.status_code == 200 and found.json()["status"] == "READY"
 
     wait_until(is_registered, 120, "the registration")
-    deployment = prefect_server.deployment("on-demand")
+    deployment = prefect_server.deployment("quantize-model")
     with prefect_server.client() as client:
         body = {"parameters": {"params": request(inputs, tmp_path / "out")}}
         created = client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body)

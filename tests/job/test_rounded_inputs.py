@@ -13,8 +13,9 @@ from quantlib.calibration.corpus import load_tokenizer, token_rows
 from quantlib.calibration.documents import read_documents
 from quantlib.checkpoint.source import open_source
 from quantlib.checkpoint.verify import verify_checkpoint
-from quantlib.evaluation import evaluate_checkpoint, format_evaluation
+from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize
+from quantlib.job.evaluation_text import format_evaluation
 from quantlib.packing import compressed_tensors_format
 from quantlib.schemes import scheme_from_name
 from quantlib.storage import open_store

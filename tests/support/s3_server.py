@@ -20,8 +20,8 @@ from pathlib import Path
 import botocore.session
 from botocore.config import Config
 
-ACCESS_KEY = "quantmill-test"
-SECRET_KEY = "quantmill-test-secret"
+ACCESS_KEY = "AKQUANTMILLTESTS7K2"
+SECRET_KEY = "s3cr3t-of-the-tests-Wq81hZ"
 BUCKET = "models"
 START_LIMIT_S = 90.0
 _PORTS: tuple[str, ...] = (

@@ -1,0 +1,38 @@
+"""The flow that removes what a job left behind, on one worker of the cluster."""
+
+from typing import Any
+
+from prefect import flow
+
+from flows.artifacts import publish_lines
+from flows.checkpoint_params import CleanParams
+from flows.credentials import storage_credentials
+from flows.params import validated
+
+RESULT_KEY = "clean-work"
+_FUNCTION = "quantlib.job.clean.clean_said"
+
+
+@flow(name="clean-work", flow_run_name="{params.title}", persist_result=False)
+def clean_work(params: CleanParams) -> dict[str, Any]:
+    """Abort what killed runs left unfinished, and remove the work prefix of a finished output.
+
+    Args:
+        params: What to clean.
+
+    Returns:
+        What was removed.
+
+    Raises:
+        QuantError: A run is at work there, there is nothing to clean, or it belongs to another job.
+    """
+    # Ray loads with the first run, not when a deployment is registered or a form is drawn.
+    from workers.api import run_errand
+
+    values = params.model_dump()
+    arguments = {name: values[name] for name in ("output", "work", "storage_engine", "discard")}
+    options = validated(params.worker_options)
+    with storage_credentials(params.credentials) as environment:
+        result = run_errand(options, _FUNCTION, arguments, environment)
+    publish_lines(RESULT_KEY, "What was removed", result["said"])
+    return result

@@ -1,0 +1,47 @@
+"""The flow that re-reads an output and compares it with its record, on one worker of the cluster."""
+
+from typing import Any
+
+from prefect import flow
+
+from flows.artifacts import ProgressArtifact, publish_lines
+from flows.checkpoint_params import VerifyParams
+from flows.credentials import storage_credentials
+from flows.params import validated
+from quantlib.errors import CheckpointError
+from quantlib.job.verification_text import all_findings, format_verification
+
+RESULT_KEY = "verify-output"
+_FUNCTION = "quantlib.verification.verify_output"
+
+
+@flow(name="verify-output", flow_run_name="{params.title}", persist_result=False)
+def verify_output(params: VerifyParams) -> dict[str, Any]:
+    """Re-read every shard of an output and compare it with its record, its source, or another output.
+
+    Args:
+        params: What to verify.
+
+    Returns:
+        What `quantlib.verification.verify_output` gives.
+
+    Raises:
+        CheckpointError: Something is wrong with the output; all of it is in the run's artifact.
+        QuantError: Something at one of the addresses cannot be read at all.
+    """
+    # Ray loads with the first run, not when a deployment is registered or a form is drawn.
+    from workers.api import run_errand
+
+    values = params.model_dump()
+    arguments = {name: values[name] for name in ("output", "source", "against", "storage_engine")}
+    options = validated(params.worker_options)
+    with storage_credentials(params.credentials) as environment:
+        result = run_errand(options, _FUNCTION, arguments, environment, ProgressArtifact().show)
+    publish_lines(RESULT_KEY, "What was found", format_verification(result))
+    if findings := all_findings(result):
+        raise CheckpointError(
+            f"{result['output']} is not as its record says: {len(findings)} finding(s), the first:"
+            f" {findings[0]}",
+            uri=result["output"],
+        )
+    return result
