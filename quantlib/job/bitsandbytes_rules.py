@@ -18,12 +18,13 @@ def _one_device(serving: Serving) -> Iterator[Fault]:
         yield None, f"tensor_parallel {serving.tensor_parallel}"
 
 
+NO_EXPERTS = EngineRule(
+    wanted="files without quantized experts, which are fused there and stay as they are",
+    source="transformers 5.23.0, integrations/bitsandbytes.py, replace_with_bnb_linear",
+    faults=of_linears(_no_experts, formats=("bitsandbytes",)),
+)
 RULES = (
-    EngineRule(
-        wanted="files without quantized experts, which are fused there and stay as they are",
-        source="transformers 5.23.0, integrations/bitsandbytes.py, replace_with_bnb_linear",
-        faults=of_linears(_no_experts),
-    ),
+    NO_EXPERTS,
     EngineRule(
         wanted="one device a matrix, as far as is known here",
         source="what transformers does with packed tensors on several was not tried",

@@ -10,7 +10,7 @@ there are fewer heads than devices.
 import re
 from collections.abc import Mapping
 
-OUT, IN = "out", "in"
+OUT, IN, HEADS = "out", "in", "heads"
 
 _STYLES = {"colwise": OUT, "rowwise": IN}
 _TO_HEADS = ("q_proj", "k_proj", "v_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv")
@@ -53,14 +53,14 @@ def split_of(path: str, styles: Mapping[str, str], *, is_expert: bool = False) -
             all experts, some of them transposed.
 
     Returns:
-        `OUT` (out features, column-parallel) or `IN` (in features, row-parallel); None where heads are
-        split, where every device has all of it, or where nothing tells.
+        `OUT` (out features, column-parallel), `IN` (in features, row-parallel) or `HEADS` (out features by
+        whole heads); None where every device has all of it, or where nothing tells.
 
     >>> split_of("mlp.ffn", {"mlp.ffn": "colwise"}), split_of("mlp.ffn", {})
     ('out', None)
     """
     name = path.rpartition(".")[2]
     if name in _TO_HEADS:
-        return None
+        return HEADS
     style = None if is_expert else styles.get(re.sub(r"\.\d+\.", ".*.", path))
     return _STYLES.get(style or "", _BY_NAME.get(name))

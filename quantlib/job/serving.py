@@ -18,6 +18,7 @@ class ServedLinear:
         scheme: How they are quantized.
         is_expert: Whether they belong to routed experts.
         split: Which side of them is split: see `quantlib.job.parallel_splits`.
+        is_stored_alone: Whether each is a tensor of the source by itself; experts may be stored in one.
     """
 
     name: str
@@ -27,6 +28,7 @@ class ServedLinear:
     scheme: WeightScheme
     is_expert: bool
     split: str | None
+    is_stored_alone: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,20 +36,26 @@ class Serving:
     """An output and how it is to be served.
 
     Attributes:
-        linears: All that is quantized.
+        linears: All that is quantized; the first of the file comes first.
         kept: Names of linears of the blocks, experts apart, that rules keep as they are.
+        kept_experts: Names of routed experts that rules keep as they are, if each is a tensor by itself.
         format: Layout of the output.
         tensor_parallel: Devices that share every matrix.
         heads: Attention heads; None where the model does not say one number.
         kv_heads: Heads of keys and values, likewise; None too where keys are compressed (latent attention).
+        dtype: Of the model, as ``config.json`` names it; None where it does not.
+        model_type: Family, as ``config.json`` names it; None where it does not.
     """
 
     linears: tuple[ServedLinear, ...]
     kept: tuple[str, ...] = ()
+    kept_experts: tuple[str, ...] = ()
     format: str
     tensor_parallel: int
     heads: int | None = None
     kv_heads: int | None = None
+    dtype: str | None = None
+    model_type: str | None = None
 
 
 # Linears, or None where it is about the model; and what was found of them, in words.

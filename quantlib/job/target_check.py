@@ -33,14 +33,18 @@ def serving_of(options: JobOptions, config: Mapping[str, Any], blocks: Sequence[
     text = open_config(config).get_text_config(decoder=True)
     # A latent attention has no heads of keys: they are made of what all heads share.
     kv_heads = None if getattr(text, "kv_lora_rank", None) else _number(text, "num_key_value_heads")
+    kept = [linear for block in blocks for linear in block.linears if linear.scheme is None]
     assert options.format is not None  # Chosen by `options_from`.
     return Serving(
         linears=_served(blocks, split_styles(text.base_model_tp_plan or {})),
-        kept=tuple(x.name for b in blocks for x in b.linears if x.scheme is None and x.experts is None),
+        kept=tuple(x.name for x in kept if x.experts is None),
+        kept_experts=tuple(x.name for x in kept if x.experts is not None and _is_stored_alone(x)),
         format=options.format,
         tensor_parallel=options.tensor_parallel,
         heads=_number(text, "num_attention_heads"),
         kv_heads=kv_heads,
+        dtype=_dtype(text),
+        model_type=getattr(text, "model_type", None),
     )
 
 
@@ -64,10 +68,20 @@ def _nameless(linear: LinearPlan, scheme: WeightScheme, styles: Mapping[str, str
         scheme=scheme,
         is_expert=is_expert,
         split=split_of(linear.path, styles, is_expert=is_expert),
+        is_stored_alone=_is_stored_alone(linear),
     )
+
+
+def _is_stored_alone(linear: LinearPlan) -> bool:
+    return linear.weight.tensor == f"{linear.name}.weight"
 
 
 def _number(config: Any, name: str) -> int | None:
     # Some families have a list, of every block.
     found = getattr(config, name, None)
     return found if isinstance(found, int) else None
+
+
+def _dtype(config: Any) -> str | None:
+    found = getattr(config, "dtype", None)
+    return None if found is None else str(found).removeprefix("torch.")

@@ -10,10 +10,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from quantlib.errors import RecipeError
-from quantlib.grids.formats import INTEGER
-from quantlib.job import bitsandbytes_rules, llama_cpp_rules, transformers_rules, vllm_rules
+from quantlib.grids.formats import CODEBOOKS, FLOAT_FORMATS, INTEGER
+from quantlib.job import (
+    bitsandbytes_rules,
+    llama_cpp_rules,
+    transformers_rules,
+    vllm_float_rules,
+    vllm_rules,
+)
 from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, findings
-from quantlib.schemes import CODEBOOK_NAMES, WHOLE_ROW, WHOLE_TENSOR, WeightScheme, scheme_from_name
+from quantlib.schemes import (
+    CODEBOOK_NAMES,
+    FLOAT_NAMES,
+    ROUNDED_INPUTS_NAMES,
+    WHOLE_ROW,
+    WeightScheme,
+    has_own_groups,
+    scheme_from_name,
+)
 
 DEFAULT_FORMAT = "compressed-tensors"
 _GROUP_SIZES = (128, 64, 32, WHOLE_ROW)
@@ -33,24 +47,30 @@ class Engine:
 
     default_format: str
     rules: tuple[EngineRule, ...]
-    formats: tuple[str, ...] = ("compressed-tensors", "gptq")
-    schemes: tuple[str, ...] = ("W8A8", "FP8_DYNAMIC")
+    formats: tuple[str, ...]
+    schemes: tuple[str, ...] = ()
 
 
 ENGINES: Mapping[str, Engine] = {
     "vllm": Engine(
         default_format=DEFAULT_FORMAT,
-        rules=vllm_rules.RULES,
-        formats=("compressed-tensors", "gptq", "awq"),
+        rules=(*vllm_rules.RULES, *vllm_float_rules.RULES),
+        formats=(*vllm_rules.FORMATS, "bitsandbytes", "gguf"),
+        schemes=(*FLOAT_NAMES, *ROUNDED_INPUTS_NAMES, *CODEBOOK_NAMES),
     ),
-    "transformers": Engine(default_format=DEFAULT_FORMAT, rules=transformers_rules.RULES),
+    "transformers": Engine(
+        default_format=DEFAULT_FORMAT,
+        rules=(*transformers_rules.RULES, bitsandbytes_rules.NO_EXPERTS),
+        formats=("compressed-tensors", "gptq", "bitsandbytes"),
+        schemes=(*FLOAT_NAMES, *ROUNDED_INPUTS_NAMES, *CODEBOOK_NAMES),
+    ),
     "bitsandbytes": Engine(
         default_format="bitsandbytes",
         rules=bitsandbytes_rules.RULES,
         formats=("bitsandbytes",),
         schemes=CODEBOOK_NAMES,
     ),
-    "llama.cpp": Engine(default_format="gguf", rules=llama_cpp_rules.RULES, formats=("gguf",), schemes=()),
+    "llama.cpp": Engine(default_format="gguf", rules=llama_cpp_rules.RULES, formats=("gguf",)),
 }
 TARGETS = tuple(ENGINES)
 
@@ -80,8 +100,7 @@ def refuse_unserved(target: str, serving: Serving) -> None:
         return
     at_fault = [linear for found in broken for linear, _ in found.faults if linear is not None]
     ways = _remedies(engine, serving, at_fault)
-    # Keeping all of them would leave nothing quantized.
-    if all(found.rule.spares_kept for found in broken) and not set(serving.linears).issubset(at_fault):
+    if all(found.rule.spares_kept for found in broken) and _are_spared(engine, serving, at_fault):
         ways.append("a rule that keeps these linears as they are")
     raise RecipeError(
         "\n".join(
@@ -112,21 +131,31 @@ def _refuse_unknown(target: str, serving: Serving) -> None:
     engine = ENGINES[target]
     named = {scheme_from_name(name) for name in engine.schemes}
     schemes = [linear.scheme for linear in serving.linears if linear.scheme not in named]
-    unknown = next((x for x in schemes if not _is_integer_by_group(x)), None)
+    unknown = next((x for x in schemes if x.number != INTEGER or x.inputs is not None), None)
     if serving.format in engine.formats and unknown is None:
         return
     found = serving.format if unknown is None else unknown
-    others = f", and of {' and '.join(engine.schemes)}" if engine.schemes else ""
+    others = f", and of {', '.join(engine.schemes)}" if engine.schemes else ""
     raise RecipeError(
-        f"what {target} rejects is known of integers by group or row in {' and '.join(engine.formats)} files"
+        f"what {target} rejects is known of integers in {' and '.join(engine.formats)} files"
         f"{others}; found {found}; leave target out, or choose one of these",
         option="target",
         target=target,
     )
 
 
-def _is_integer_by_group(scheme: WeightScheme) -> bool:
-    return scheme.number == INTEGER and scheme.group_size != WHOLE_TENSOR and scheme.inputs is None
+def _are_spared(engine: Engine, serving: Serving, at_fault: Sequence[ServedLinear]) -> bool:
+    """Whether an output that keeps linears as they are is taken; one that keeps all is none."""
+    others = tuple(linear for linear in serving.linears if linear not in at_fault)
+    kept = tuple(linear.name for linear in at_fault if not linear.is_expert)
+    experts = tuple(linear.name for linear in at_fault if linear.is_expert and linear.is_stored_alone)
+    changed = dataclasses.replace(
+        serving,
+        linears=others,
+        kept=(*serving.kept, *kept),
+        kept_experts=(*serving.kept_experts, *experts),
+    )
+    return bool(others) and next(findings(engine.rules, changed), None) is None
 
 
 def _described(faults: Sequence[Fault]) -> str:
@@ -144,13 +173,24 @@ def _advice(ways: Sequence[str]) -> str:
 def _remedies(engine: Engine, serving: Serving, at_fault: Sequence[ServedLinear]) -> list[str]:
     """The smallest changes of options, in words, after which no rule is broken."""
     formats = () if serving.format == engine.default_format else (engine.default_format,)
-    choices = itertools.product((None, *formats), (None, *_SCHEMES), (None, *_GROUP_SIZES), (False, True))
+    schemes = (*_SCHEMES, *_alike(engine.schemes, at_fault))
+    choices = itertools.product((None, *formats), (None, *schemes), (None, *_GROUP_SIZES), (False, True))
     by_size = itertools.groupby(sorted(choices, key=_num_changes), key=_num_changes)
     for _, alike in by_size:
         found = (_remedy(engine.rules, serving, at_fault, *choice) for choice in alike)
         if ways := [words for words in found if words is not None]:
             return ways
     return []
+
+
+def _alike(names: Sequence[str], at_fault: Sequence[ServedLinear]) -> list[str]:
+    """Those of schemes of floats that have as many bits as linears that are floats already."""
+    bits = {linear.scheme.bits if linear.scheme.number in FLOAT_FORMATS else None for linear in at_fault}
+    return [name for name in names if _is_float(name) and {scheme_from_name(name).bits} == bits]
+
+
+def _is_float(name: str) -> bool:
+    return scheme_from_name(name).number in FLOAT_FORMATS
 
 
 def _num_changes(choice: tuple[object, ...]) -> int:
@@ -167,20 +207,16 @@ def _remedy(
     on_fewer: bool,
 ) -> str | None:
     """What a choice is called, if no rule is broken after it; on fewer devices on as many as possible."""
-    if any(group_size and linear.columns % group_size for linear in at_fault):
+    if not all(_says_enough(linear.scheme, scheme, group_size) for linear in at_fault):
         return None
-    have_own_groups = any(linear.scheme.inputs is not None for linear in at_fault)
-    if have_own_groups and (scheme is None) != (group_size is None):
-        # What was asked for says nothing of groups.
+    changes = {linear: _changed(linear, scheme, group_size) for linear in at_fault}
+    linears = tuple(changes.get(linear, linear) for linear in serving.linears)
+    layout_then = layout or serving.format
+    if not all(map(_has_whole_groups, changes.values())) or not _holds_codebooks(layout_then, linears):
         return None
-    linears = tuple(
-        _changed(linear, scheme, group_size) if linear in at_fault else linear for linear in serving.linears
-    )
     devices = range(serving.tensor_parallel - 1, 0, -1) if on_fewer else (serving.tensor_parallel,)
     for number in devices:
-        changed = dataclasses.replace(
-            serving, linears=linears, tensor_parallel=number, format=layout or serving.format
-        )
+        changed = dataclasses.replace(serving, linears=linears, tensor_parallel=number, format=layout_then)
         if next(findings(rules, changed), None) is None:
             parts = (
                 layout and f"format {layout}",
@@ -192,11 +228,33 @@ def _remedy(
     return None
 
 
+def _says_enough(asked: WeightScheme, scheme: str | None, group_size: int | None) -> bool:
+    """Whether a choice names a group size where it must, and only where it may."""
+    if scheme is not None and has_own_groups(scheme):
+        return group_size is None
+    if asked.number == INTEGER and asked.inputs is None:
+        return True
+    # What was asked for says nothing of groups.
+    return (scheme is None) == (group_size is None)
+
+
 def _changed(linear: ServedLinear, scheme: str | None, group_size: int | None) -> ServedLinear:
-    group_size = group_size or linear.scheme.group_size
-    changed = (
-        dataclasses.replace(linear.scheme, group_size=group_size)
-        if scheme is None
-        else scheme_from_name(scheme, group_size)
-    )
+    if scheme is None and group_size is None:
+        return linear
+    if scheme is None:
+        changed = dataclasses.replace(linear.scheme, group_size=group_size)
+    else:
+        own = None if has_own_groups(scheme) else linear.scheme.group_size
+        changed = scheme_from_name(scheme, group_size or own)
     return dataclasses.replace(linear, scheme=changed)
+
+
+def _has_whole_groups(linear: ServedLinear) -> bool:
+    scheme = linear.scheme
+    sizes = [scheme.group_size] if scheme.block_rows == 1 else []
+    sizes += [] if scheme.inputs is None else [scheme.inputs.group_size]
+    return all(size <= 0 or linear.columns % size == 0 for size in sizes)
+
+
+def _holds_codebooks(layout: str, linears: Sequence[ServedLinear]) -> bool:
+    return layout == "bitsandbytes" or all(linear.scheme.number not in CODEBOOKS for linear in linears)

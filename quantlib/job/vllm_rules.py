@@ -6,11 +6,16 @@ Earlier releases reject more: 0.19 asymmetric experts, for example, and those be
 sides.
 """
 
+from collections.abc import Iterator
+
+from quantlib.grids.formats import INTEGER
 from quantlib.job.parallel_splits import IN, OUT
 from quantlib.job.serving import EngineRule, Fault, ServedLinear, Serving, of_linears
-from quantlib.schemes import WHOLE_ROW
+from quantlib.schemes import WHOLE_ROW, WHOLE_TENSOR
 
-_RELEASE = "vLLM 0.33.0"
+RELEASE = "vLLM 0.33.0"
+FORMATS = ("compressed-tensors", "gptq", "awq")
+COMPRESSED_TENSORS = "model_executor/layers/quantization/compressed_tensors"
 _GPTQ_BITS = (4, 8)
 _GPTQ_GROUP_SIZES = (WHOLE_ROW, 32, 64, 128)
 _SMALLEST_HALVED_GROUP = 32
@@ -35,9 +40,23 @@ def _awq_bits(linear: ServedLinear, _devices: int) -> str | None:
 
 def _grouped_expert(linear: ServedLinear, _devices: int) -> str | None:
     # Beside rounded inputs Triton's kernel takes a row: fused_moe/experts/triton_moe.py.
-    rounds_inputs = linear.scheme.inputs is not None
-    good = not linear.is_expert or rounds_inputs or linear.scheme.group_size != WHOLE_ROW
-    return None if good else str(linear.scheme)
+    is_row = _is_integer_alone(linear) and linear.scheme.group_size == WHOLE_ROW
+    return str(linear.scheme) if linear.is_expert and is_row else None
+
+
+def _is_integer_alone(linear: ServedLinear) -> bool:
+    return linear.scheme.number == INTEGER and linear.scheme.inputs is None
+
+
+def _integer_by_group(linear: ServedLinear, _devices: int) -> str | None:
+    is_whole = linear.scheme.number == INTEGER and linear.scheme.group_size == WHOLE_TENSOR
+    return str(linear.scheme) if is_whole else None
+
+
+def _no_reader(serving: Serving) -> Iterator[Fault]:
+    if serving.format not in FORMATS:
+        for linear in serving.linears:
+            yield linear, f"{serving.format} files"
 
 
 def _even_side(linear: ServedLinear, devices: int) -> str | None:
@@ -83,7 +102,7 @@ def _whole_awq_groups(linear: ServedLinear, devices: int) -> str | None:
 def _straddling(linear: ServedLinear, devices: int, group_size: int) -> str | None:
     each, rest = divmod(linear.columns, devices)
     # Sides that do not go evenly over the devices are another rule's.
-    if linear.split != IN or group_size == WHOLE_ROW or rest or each % group_size == 0:
+    if linear.split != IN or group_size in (WHOLE_ROW, WHOLE_TENSOR) or rest or each % group_size == 0:
         return None
     return (
         f"{linear.columns} in features over {devices} devices, {each} each, in groups of"
@@ -92,8 +111,8 @@ def _straddling(linear: ServedLinear, devices: int, group_size: int) -> str | No
 
 
 def _whole_words(linear: ServedLinear, devices: int) -> str | None:
-    if linear.scheme.inputs is not None:
-        # A byte a code.
+    if not _is_integer_alone(linear):
+        # A byte a code, or two codes a byte in whole groups.
         return None
     if linear.split == IN and linear.columns % devices == 0:
         side, size = "in", linear.columns // devices
@@ -117,74 +136,85 @@ def _whole_awq_words(linear: ServedLinear, devices: int) -> str | None:
 
 RULES = (
     EngineRule(
+        wanted=f"{', '.join(FORMATS[:-1])} or {FORMATS[-1]} files",
+        source=f"{RELEASE}, model_executor/layers/quantization/__init__.py, QuantizationMethods",
+        faults=_no_reader,
+        spares_kept=False,
+    ),
+    EngineRule(
+        wanted="integers by group or row",
+        source=f"{RELEASE}, {COMPRESSED_TENSORS}/compressed_tensors.py, _is_wNa16_group_channel",
+        faults=of_linears(_integer_by_group, formats=("compressed-tensors",)),
+    ),
+    EngineRule(
         wanted="gptq files with symmetric 4 or 8 bits",
-        source=f"{_RELEASE}, model_executor/layers/quantization/auto_gptq.py, TYPE_MAP",
+        source=f"{RELEASE}, model_executor/layers/quantization/auto_gptq.py, TYPE_MAP",
         faults=of_linears(_gptq_scheme, formats=("gptq",)),
     ),
     EngineRule(
         wanted="gptq files with groups of 32, 64 or 128 or one scale a row",
-        source=f"{_RELEASE}, model_executor/layers/quantization/utils/marlin_utils.py,"
+        source=f"{RELEASE}, model_executor/layers/quantization/utils/marlin_utils.py,"
         " verify_marlin_supported",
         faults=of_linears(_gptq_group_size, formats=("gptq",)),
     ),
     EngineRule(
         wanted="awq files with 4 bits",
-        source=f"{_RELEASE}, model_executor/layers/quantization/auto_awq.py, TYPE_MAP",
+        source=f"{RELEASE}, model_executor/layers/quantization/auto_awq.py, TYPE_MAP",
         faults=of_linears(_awq_bits, formats=("awq",)),
     ),
     EngineRule(
         wanted="routed experts with groups, not one scale a row",
-        source=f"{_RELEASE}, model_executor/layers/quantization/auto_awq.py, AutoAWQMoEMethod, which counts"
+        source=f"{RELEASE}, model_executor/layers/quantization/auto_awq.py, AutoAWQMoEMethod, which counts"
         " groups by their size",
         faults=of_linears(_grouped_expert, formats=("awq",)),
     ),
     # A row of experts is taken by Marlin alone, and on Hopper another kernel comes first.
     EngineRule(
-        wanted="routed experts with groups, not one scale a row, where inputs stay as they are",
-        source=f"{_RELEASE}, model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/"
+        wanted="routed experts of integers with groups, not one scale a row, where inputs stay as they are",
+        source=f"{RELEASE}, model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/"
         "compressed_tensors_moe_wna16.py, and utils/humming/priority.py",
         faults=of_linears(_grouped_expert, formats=("compressed-tensors",)),
     ),
     EngineRule(
         wanted="attention heads, and those of keys and values, that go evenly over the devices",
-        source=f"{_RELEASE}, config/model.py, verify_with_parallel_config, and"
+        source=f"{RELEASE}, config/model.py, verify_with_parallel_config, and"
         " model_executor/layers/linear.py, QKVParallelLinear",
         faults=_heads,
         spares_kept=False,
     ),
     EngineRule(
         wanted="sides that go evenly over the devices",
-        source=f"{_RELEASE}, model_executor/layers/linear.py and fused_moe/config.py",
+        source=f"{RELEASE}, model_executor/layers/linear.py and fused_moe/config.py",
         faults=of_linears(_even_side),
         spares_kept=False,
     ),
     EngineRule(
         wanted="whole groups on every device",
-        source=f"{_RELEASE}, distributed/utils.py, verify_group_size_divides_partition, and"
-        " model_executor/layers/quantization/compressed_tensors/compressed_tensors_moe/"
-        "compressed_tensors_moe_wna16.py",
+        source=f"{RELEASE}, distributed/utils.py, verify_group_size_divides_partition, of floats"
+        " model_executor/parameter.py, RowvLLMParameter, and of experts"
+        f" {COMPRESSED_TENSORS}/compressed_tensors_moe",
         faults=of_linears(_whole_groups, formats=("compressed-tensors",)),
     ),
     EngineRule(
         wanted="whole groups on every device",
-        source=f"{_RELEASE}, model_executor/kernels/linear/mixed_precision/marlin.py, and of experts"
+        source=f"{RELEASE}, model_executor/kernels/linear/mixed_precision/marlin.py, and of experts"
         " model_executor/layers/quantization/moe_wna16.py, which halves groups down to 32",
         faults=of_linears(_whole_gptq_groups, formats=("gptq",)),
     ),
     EngineRule(
         wanted="whole groups on every device, and whole rows only where in features are not split",
-        source=f"{_RELEASE}, model_executor/layers/quantization/auto_awq.py, create_weights, and of experts"
+        source=f"{RELEASE}, model_executor/layers/quantization/auto_awq.py, create_weights, and of experts"
         " model_executor/layers/quantization/moe_wna16.py, which halves groups down to 32",
         faults=of_linears(_whole_awq_groups, formats=("awq",)),
     ),
     EngineRule(
         wanted="whole 32-bit words of packed codes and zero points on every device",
-        source=f"{_RELEASE}, model_executor/parameter.py, _adjust_shard_indexes_for_packing",
+        source=f"{RELEASE}, model_executor/parameter.py, _adjust_shard_indexes_for_packing",
         faults=of_linears(_whole_words, formats=("compressed-tensors", "gptq")),
     ),
     EngineRule(
         wanted="out features in multiples of 8 on every device",
-        source=f"{_RELEASE}, model_executor/layers/quantization/auto_awq.py, create_weights",
+        source=f"{RELEASE}, model_executor/layers/quantization/auto_awq.py, create_weights",
         faults=of_linears(_whole_awq_words, formats=("awq",)),
     ),
 )

@@ -10,7 +10,7 @@ from quantlib.__main__ import main
 from quantlib.errors import RecipeError
 from quantlib.inprocess import quantize
 from quantlib.job.bundle import bundle_of
-from quantlib.job.parallel_splits import IN, OUT
+from quantlib.job.parallel_splits import HEADS, IN, OUT
 from quantlib.job.planner import build_plan
 from quantlib.job.target_check import serving_of
 from tests.support.tiny_jobs import tiny_options, tiny_source
@@ -48,8 +48,8 @@ def test_alike_linears_of_all_blocks_are_one_and_kept_ones_are_named(tmp_path):
     assert (serving.heads, serving.kv_heads) == (4, 2)
     # q has the shape of o but another scheme; k and v, gate and up are alike.
     assert seen(serving) == {
-        ("q_proj", 64, 64, None): 3,
-        ("k_proj", 32, 64, None): 6,
+        ("q_proj", 64, 64, HEADS): 3,
+        ("k_proj", 32, 64, HEADS): 6,
         ("o_proj", 64, 64, IN): 3,
         ("gate_proj", 96, 64, OUT): 6,
         ("down_proj", 64, 96, IN): 2,

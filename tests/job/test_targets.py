@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 
 from quantlib.errors import RecipeError
 from quantlib.job.parallel_splits import IN, OUT
-from quantlib.job.serving import ServedLinear, Serving
+from quantlib.job.serving import Serving
 from quantlib.job.targets import TARGETS, default_format, refuse_unserved
-from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW, scheme_from_name
+from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW
 from quantlib.simulation.config_shapes import shipped_config
+from tests.support.servings import llama, refusal, served
 
 SMOLLM2 = {
     "model_type": "llama",
@@ -20,41 +21,6 @@ SMOLLM2 = {
     "num_attention_heads": 9,
     "num_key_value_heads": 3,
 }
-
-
-def served(name, rows, columns, split=None, *, scheme="W4A16", group_size=128, count=1, is_expert=False):
-    return ServedLinear(
-        name=name,
-        count=count,
-        rows=rows,
-        columns=columns,
-        scheme=scheme_from_name(scheme, group_size),
-        is_expert=is_expert,
-        split=split,
-    )
-
-
-def llama(config, group_size, devices, *, scheme="W4A16", layout="compressed-tensors"):
-    """A model of ``config.json``'s sizes as an engine sees it, written down from what these sizes mean."""
-    hidden, inner = config["hidden_size"], config["intermediate_size"]
-    heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
-    keys = hidden // heads * kv_heads
-    shapes = [
-        ("q_proj", hidden, hidden, None),
-        ("k_proj", keys, hidden, None),
-        ("v_proj", keys, hidden, None),
-        ("o_proj", hidden, hidden, IN),
-        ("gate_proj", inner, hidden, OUT),
-        ("up_proj", inner, hidden, OUT),
-        ("down_proj", hidden, inner, IN),
-    ]
-    return Serving(
-        linears=tuple(served(*shape, scheme=scheme, group_size=group_size) for shape in shapes),
-        format=layout,
-        tensor_parallel=devices,
-        heads=heads,
-        kv_heads=kv_heads,
-    )
 
 
 def deepseek(group_size, devices):
@@ -79,12 +45,6 @@ def deepseek(group_size, devices):
         *(served(*shape, group_size=group_size, count=58 * 256, is_expert=True) for shape in routed),
     )
     return Serving(linears=linears, format="compressed-tensors", tensor_parallel=devices, heads=heads)
-
-
-def refusal(target, serving):
-    with pytest.raises(RecipeError) as raised:
-        refuse_unserved(target, serving)
-    return raised.value
 
 
 @pytest.mark.parametrize(
@@ -145,7 +105,7 @@ def test_vllm_and_smollm2(group_size, devices, said):
         (64, 32, None),  # 2048 / 32 = 64, 18432 / 32 = 576 = 9 * 64
         # 18432 / 32 = 576 is no multiple of 128, nor is 2048 / 32 = 64, of 58 x 256 experts.
         (128, 32, r"18432 in features .* 576 each, in groups of 128 \(down_proj and 14848 more\)"),
-        (WHOLE_ROW, 1, "routed experts with groups, not one scale a row"),
+        (WHOLE_ROW, 1, "routed experts of integers with groups, not one scale a row"),
     ],
 )
 def test_vllm_and_deepseek_v3(group_size, devices, said):
@@ -293,10 +253,11 @@ def test_what_vllm_takes_divides_as_every_rule_says(
     ("target", "layout", "scheme", "found"),
     [
         ("transformers", "awq", "W4A16", "awq"),
+        ("transformers", "gguf", "W4A16", "gguf"),
         ("bitsandbytes", "awq", "W4A16", "awq"),
         *(
             (target, "compressed-tensors", scheme, found)
-            for target in TARGETS
+            for target in ("bitsandbytes", "llama.cpp")
             for scheme, found in (
                 ("FP8A16", "8 bits, floats e4m3, one scale a row"),
                 ("MXFP8", "8 bits, floats e4m3, groups of 32 with powers of two, inputs rounded"),
@@ -307,15 +268,13 @@ def test_what_vllm_takes_divides_as_every_rule_says(
 def test_output_whose_rules_are_not_known_is_refused_and_not_waved_through(target, layout, scheme, found):
     linear = served("mlp.up_proj", 512, 256, scheme=scheme, group_size=None)
     said = refusal(target, Serving(linears=(linear,), format=layout, tensor_parallel=1))
-    known = {
-        "bitsandbytes": ("bitsandbytes", "NF4 and NF4_DQ and FP4 and FP4_DQ"),
-        "vllm": ("compressed-tensors and gptq and awq", "W8A8 and FP8_DYNAMIC"),
+    files, schemes = {
+        "bitsandbytes": ("bitsandbytes", ", and of NF4, NF4_DQ, FP4, FP4_DQ"),
+        "transformers": ("compressed-tensors and gptq and bitsandbytes", ", and of FP8A16, FP8A16_TENSOR"),
         "llama.cpp": ("gguf", ""),
-    }
-    files, schemes = known.get(target, ("compressed-tensors and gptq", "W8A8 and FP8_DYNAMIC"))
-    others = f", and of {schemes}" if schemes else ""
-    known = f"is known of integers by group or row in {files} files{others}; found {found}"
-    assert known in said.message
+    }[target]
+    assert f"is known of integers in {files} files{schemes}" in said.message
+    assert f"; found {found}" in said.message
 
 
 @pytest.mark.parametrize("scheme", ["W8A8", "FP8_DYNAMIC"])
@@ -329,11 +288,12 @@ def test_whole_rows_whose_inputs_are_rounded_are_taken_by_those_who_round_them(s
     refuse_unserved("transformers", Serving(linears=(down,), format="compressed-tensors", tensor_parallel=1))
     both = Serving(linears=(down, expert), format="compressed-tensors", tensor_parallel=1)
     message = refusal("transformers", both).message
-    assert "as far as is known here; found 8 bits" in message and "(experts.0.down_proj)" in message
-    # Groups of its own are none that could be chosen; another scheme would do.
-    ways = message.splitlines()[-1].removeprefix("What would do instead: ").split("; or ")
-    assert ways == ["scheme W4A16 with group_size -1", "scheme W8A16 with group_size -1", ways[-1]]
-    assert ways[-1] == "a rule that keeps these linears as they are"
+    assert "inputs stay as they are; found 8 bits" in message and "(experts.0.down_proj)" in message
+    # Experts are unpacked as the first linear is: W8A8 has no scheme beside it that is packed so.
+    keeping = "a rule that keeps these linears as they are"
+    ways = {"W8A8": [], "FP8_DYNAMIC": ["scheme FP8A16", "scheme FP8A16_TENSOR", keeping]}[scheme]
+    said = f"What would do instead: {'; or '.join(ways)}" if ways else "Nothing that can be set here would do"
+    assert message.splitlines()[-1] == said
 
 
 @pytest.mark.parametrize(
@@ -371,7 +331,7 @@ def test_vllm_and_awq_files(linear, devices, said):
     [
         (17, "gguf", "it takes at most 16 devices; found tensor_parallel 17"),
         (17, "gguf", "What would do instead: tensor_parallel 16"),
-        (1, "gptq", "is known of integers by group or row in gguf files; found gptq"),
+        (1, "gptq", "is known of integers in gguf files; found gptq"),
     ],
 )
 def test_llama_cpp_takes_so_many_devices_and_its_own_files(devices, layout, said):
