@@ -39,7 +39,8 @@ from quantlib.memory_watch import (
     watch_memory,
 )
 from quantlib.model.late_weights import LateWeight, stored_weight
-from quantlib.model.skeleton import OuterModel, Skeleton, load_skeleton
+from quantlib.model.skeleton import Skeleton, load_skeleton
+from quantlib.rounded_ends import Ends, live_ends
 from quantlib.schemes import ActivationScheme
 from quantlib.solver_settings import FROM_EXTREMES
 from quantlib.stage_clock import StageClock
@@ -78,7 +79,7 @@ class BlockRunner:
         self._clock = StageClock()
         self._prepared: list[planner.Prepared] | None = None
         self._modules: dict[str, tuple[int, nn.Module]] = {}
-        self._outer: OuterModel | None = None
+        self._heads: Ends | None = None
         watch_memory()
 
     def prepare(self, requests: Sequence[JobOptions], threads: int) -> dict[str, Any]:
@@ -157,7 +158,7 @@ class BlockRunner:
         for output in bundle.outputs:
             record_device_kind(open_store(output.work, engine), output, kind)
         self._sums.open(self._device)
-        self._modules, self._outer = {}, None
+        self._modules, self._heads = {}, None
 
     def abort_uploads(self) -> int:
         """See `WorkerOutput.abort_uploads`."""
@@ -195,8 +196,7 @@ class BlockRunner:
     def embed(self, parts: Sequence[Tensors], keys: Sequence[str]) -> None:
         """Have some more cells: their token ids as inputs of block 0."""
         with self._computing("embed"):
-            outer = self._skeleton.build_outer(_merged(parts), dtype=self._dtype, device=self._device)
-            self._cells.embed(outer, keys)
+            self._cells.embed(*self._ends(_merged(parts), self._dtype), keys)
 
     def keep_cells(self, keys: Sequence[str]) -> None:
         """Have no other cells than these any more."""
@@ -271,7 +271,7 @@ class BlockRunner:
         with self._computing("load"):
             self._modules.clear()
             # fp32: the losses of two close models are compared, and bf16 logits carry a noise of 2^-9.
-            self._outer = self._skeleton.build_outer(_merged(parts), dtype=torch.float32, device=self._device)
+            self._heads = self._ends(_merged(parts), torch.float32)
 
     def observe(
         self,
@@ -443,11 +443,13 @@ class BlockRunner:
     def score(self, _block: int, key: str, _needed: Sequence[Any]) -> list[dict[str, float]]:
         """Losses of the original stream of an evaluation cell and of every output's."""
         with self._working("head"):
-            assert self._outer is not None
+            assert self._heads is not None
+            outer, rounded = self._heads
             cell, scores = self._cells[key], []
-            for output in range(len(self._outputs)):
-                hidden = [stream.hidden_BTD for stream in cell.streams(output)]
-                scores.append(score_streams(self._outer, cell.ids_BT, *hidden))
+            for number, output in enumerate(self._outputs):
+                original_BTD, quantized_BTD = (stream.hidden_BTD for stream in cell.streams(number))
+                head = rounded if output.plan.rounded else None
+                scores.append(score_streams(outer, cell.ids_BT, original_BTD, quantized_BTD, head))
             return scores
 
     def convert_unit(self, unit_name: str) -> None:
@@ -532,6 +534,11 @@ class BlockRunner:
         parts = [linear.weight for linear in self._plan.blocks[block].linears]
         names = [part.tensor for part in parts if part.view is None and part.tensor in tensors]
         return {name: stored_weight(tensors[name]) for name in names}
+
+    def _ends(self, tensors: Tensors, dtype: torch.dtype) -> Ends:
+        # Outputs that round an end have the same levels of it.
+        rounded = next((output.plan.rounded for output in self._outputs if output.plan.rounded), ())
+        return live_ends(self._skeleton, rounded, tensors, dtype=dtype, device=self._device)
 
     def _built(
         self,

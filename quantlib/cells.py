@@ -4,7 +4,7 @@ B sequences, T positions, D hidden. A cell has a fixed shape whatever the number
 for it is the same wherever it is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,18 +74,24 @@ class Cell:
     quantized: tuple[Stream, ...] = ()
     reference: Stream | None = None
 
-    def start(self, hidden_BTD: torch.Tensor, *, num_quantized: int, has_reference: bool = False) -> None:
+    def start(
+        self,
+        main_BTD: torch.Tensor,
+        *,
+        quantized: Sequence[torch.Tensor] = (),
+        reference_BTD: torch.Tensor | None = None,
+    ) -> None:
         """Stand before block 0.
 
         Args:
-            hidden_BTD: Its input.
-            num_quantized: How many quantized streams run beside the main one.
-            has_reference: Whether a second, original stream does.
+            main_BTD: Its input.
+            quantized: The same of the quantized streams that run beside the main one.
+            reference_BTD: That of a second, original stream.
         """
         self.clear()
-        self.main = Stream(hidden_BTD, self.shelf)
-        self.quantized = tuple(Stream(hidden_BTD, self.shelf) for _ in range(num_quantized))
-        self.reference = Stream(hidden_BTD, self.shelf) if has_reference else None
+        self.main = Stream(main_BTD, self.shelf)
+        self.quantized = tuple(Stream(hidden_BTD, self.shelf) for hidden_BTD in quantized)
+        self.reference = None if reference_BTD is None else Stream(reference_BTD, self.shelf)
 
     def clear(self) -> None:
         """Have no streams any more."""

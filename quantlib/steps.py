@@ -303,11 +303,22 @@ def _row_sums(original_N: torch.Tensor, quantized_N: torch.Tensor) -> torch.Tens
 
 
 def score_streams(
-    outer: OuterModel, ids_BT: torch.Tensor, original_BTD: torch.Tensor, quantized_BTD: torch.Tensor | None
+    outer: OuterModel,
+    ids_BT: torch.Tensor,
+    original_BTD: torch.Tensor,
+    quantized_BTD: torch.Tensor | None,
+    quantized_outer: OuterModel | None = None,
 ) -> dict[str, float]:
     """Next-token loss of one or two streams inside each row, and their divergence.
 
     Rows whose original stream holds a NaN or an infinity are left out and counted.
+
+    Args:
+        outer: The model around its blocks.
+        ids_BT: Token ids of the rows.
+        original_BTD: After the last block.
+        quantized_BTD: The second stream.
+        quantized_outer: What stands around its blocks, where that is not the original model.
 
     Returns:
         ``tokens``, ``sequences``, ``excluded_sequences``, ``nll_original`` and, with a second stream,
@@ -327,7 +338,8 @@ def score_streams(
         while start < positions:
             # What is left in equal parts: a small rest would be a slow product.
             stop = start + math.ceil((positions - start) / math.ceil((positions - start) / width))
-            logits_STV = outer.logits(torch.stack([stream[row, start:stop] for stream in streams]))
+            hidden_STD = torch.stack([stream[row, start:stop] for stream in streams])
+            logits_STV = _logits(outer, quantized_outer, hidden_STD)
             width = max(1, LOGITS_BYTES // (4 * len(streams) * logits_STV.shape[-1]))
             target_T = ids_BT[row, start + 1 : stop + 1].long().to(logits_STV.device)
             parts.append(_score_(logits_STV, target_T))
@@ -340,6 +352,12 @@ def score_streams(
     }
     sums = torch.stack(parts).sum(dim=0).tolist() if parts else [0.0, 0.0, 0.0]
     return counts | dict(zip(("nll_original", "nll_quantized", "kl_divergence"), sums, strict=True))
+
+
+def _logits(outer: OuterModel, quantized_outer: OuterModel | None, hidden_STD: torch.Tensor) -> torch.Tensor:
+    if quantized_outer is None:
+        return outer.logits(hidden_STD)
+    return torch.cat([outer.logits(hidden_STD[:1]), quantized_outer.logits(hidden_STD[1:])])
 
 
 def _score_(logits_STV: torch.Tensor, target_T: torch.Tensor) -> torch.Tensor:

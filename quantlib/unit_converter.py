@@ -23,6 +23,7 @@ from quantlib.errors import PackingError
 from quantlib.group_solver import GroupSolver
 from quantlib.job.expert_groups import GroupTokens
 from quantlib.job.plan import BlockPlan, UnitPlan
+from quantlib.rounded_ends import rounded_blocks
 from quantlib.stage_clock import StageClock
 from quantlib.steps import split_biases
 from quantlib.storage import Store
@@ -40,7 +41,8 @@ class UnitPart:
 
     Attributes:
         sources: Names of its source tensors.
-        groups: Numbers of the input groups whose weights they are; none where they are copied or biases.
+        groups: Numbers of the input groups whose weights they are; none of biases and what is copied or
+            rounded outside the blocks.
     """
 
     sources: tuple[str, ...]
@@ -56,7 +58,7 @@ def parts_of(unit: UnitPlan, block: BlockPlan | None, num_bytes: Callable[[str],
     """
     parts: list[UnitPart] = []
     waiting: list[str] = []
-    for name in sorted(unit.copied):
+    for name in sorted(unit.sources):
         waiting.append(name)
         if sum(map(num_bytes, waiting)) >= _COPIED_BYTES:
             parts.append(UnitPart(sources=tuple(waiting)))
@@ -130,7 +132,7 @@ class UnitConverter:
                 for part, tensors in parts:
                     if receipt.done():
                         break  # it failed
-                    rows |= self._make(part, block, tensors, made)
+                    rows |= self._make(part, unit, block, tensors, made)
                     del tensors  # else it stays while the next is waited for
         except BaseException as failed:
             error = failed
@@ -166,6 +168,7 @@ class UnitConverter:
     def _make(
         self,
         part: UnitPart,
+        unit: UnitPlan,
         block: BlockPlan | None,
         tensors: Mapping[str, torch.Tensor],
         made: dict[str, Future[torch.Tensor]],
@@ -178,7 +181,8 @@ class UnitConverter:
                 packed, rows[group] = self._solver.solve(block, group, tensors, ([], [], []), _NO_TOKENS)
             _hand_over(packed, made)
         if not part.groups:
-            _hand_over({**tensors, **split_biases(block, tensors)}, made)
+            others = split_biases(block, tensors) | rounded_blocks(unit.rounded, tensors)
+            _hand_over({**tensors, **others}, made)
         return rows
 
     def _write(self, unit: UnitPlan, uri: str, made: dict[str, Future[torch.Tensor]]) -> ShardReceipt:

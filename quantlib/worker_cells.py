@@ -32,6 +32,7 @@ class WorkerCells:
     def __init__(self, bundle: Bundle, store: Store, device: torch.device, shelf: Shelf) -> None:
         self._plan, self._store, self._device, self._shelf = bundle.shared, store, device, shelf
         plan, self._identities = bundle.shared, [output.identity() for output in bundle.outputs]
+        self._round_ends = [bool(output.rounded) for output in bundle.outputs]
         digests = {CALIBRATION: plan.calibration_digest, EVALUATION: plan.evaluation_digest}
         self._all = {
             cell_key(corpus, cell.number): cell
@@ -44,15 +45,26 @@ class WorkerCells:
     def __getitem__(self, key: str) -> Cell:
         return self._mine[key]
 
-    def embed(self, outer: OuterModel, keys: Sequence[str]) -> None:
-        """Have some more cells: their token ids as inputs of block 0."""
+    def embed(self, outer: OuterModel, rounded: OuterModel | None, keys: Sequence[str]) -> None:
+        """Have some more cells: their token ids as inputs of block 0.
+
+        Args:
+            outer: The original model around its blocks.
+            rounded: The same with the levels of outputs that round their embedding; None where none does.
+        """
         for key in keys:
             cell = self._all[key]
             hidden_BTD = self._inputs.embed(outer, cell.ids_BT)
-            is_evaluation = corpus_of(key) == EVALUATION
-            has_reference = self._plan.options["correct_targets"] and not is_evaluation
-            num_quantized = len(self._identities) if is_evaluation else 0
-            cell.start(hidden_BTD, num_quantized=num_quantized, has_reference=has_reference)
+            levels_BTD = hidden_BTD if rounded is None else self._inputs.embed(rounded, cell.ids_BT)
+            quantized = [levels_BTD if rounds else hidden_BTD for rounds in self._round_ends]
+            if corpus_of(key) == EVALUATION:
+                cell.start(hidden_BTD, quantized=quantized)
+            elif self._plan.options["propagation"] == "quantized":
+                # Its streams are those of the first output, and outputs of other levels are made apart.
+                has_reference = self._plan.options["correct_targets"]
+                cell.start(quantized[0], reference_BTD=hidden_BTD if has_reference else None)
+            else:
+                cell.start(hidden_BTD)
             self._mine[key] = cell
         # Any cell may come here later, and with it only its streams.
         for cell in self._all.values():
@@ -75,7 +87,12 @@ class WorkerCells:
         cell = self._all[key]
         main_BTD, _ = streams["main"]
         num_quantized = sum(name.startswith(quantized_name(0)) for name in streams)
-        cell.start(main_BTD, num_quantized=num_quantized, has_reference="reference" in streams)
+        has_reference = "reference" in streams
+        cell.start(
+            main_BTD,
+            quantized=[main_BTD] * num_quantized,
+            reference_BTD=main_BTD if has_reference else None,
+        )
         for name, stream in cell.named_streams:
             hidden_BTD, position = streams[name]
             # What was given may be mapped from memory that others read too.

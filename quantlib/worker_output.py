@@ -20,6 +20,7 @@ from quantlib.model.late_weights import LateWeight
 from quantlib.packing import FORMATS
 from quantlib.packing.outlier_columns import all_packed_names
 from quantlib.packing.repacking import repacked
+from quantlib.rounded_ends import rounded_blocks
 from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
 from quantlib.steps import corrected_biases, dequantized_weights, late_levels, split_biases
@@ -147,7 +148,7 @@ class WorkerOutput:
         """
         unit = self._units[unit_name]
         block = None if unit.block is None else self.plan.blocks[unit.block]
-        given = {**tensors, **split_biases(block, tensors)}
+        given = {**tensors, **split_biases(block, tensors), **rounded_blocks(unit.rounded, tensors)}
         promised = {spec.name for spec in unit.tensors}
         made = {name: tensor for name, tensor in given.items() if name in promised}
         receipt = write_shard(self._output_store, self._uri(unit), unit.tensors, made, self._forms.of(unit))

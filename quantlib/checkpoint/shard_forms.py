@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from quantlib.calibration.corpus import load_tokenizer
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.writer import SAFETENSORS, ShardForm
-from quantlib.job.plan import Plan, UnitPlan, schemes_of
+from quantlib.job.plan import Plan, UnitPlan
 from quantlib.packing import FORMATS, gguf_format
 from quantlib.storage import Store
 
@@ -50,10 +50,9 @@ class ShardForms:
         # The gguf package and the readers of transformers take a while to import.
         from quantlib.checkpoint.gguf_files.output import GgufOutput
 
-        schemes = schemes_of(self._plan.blocks)
         return GgufOutput(
             self._checkpoint.config,
             self._plan.units,
-            FORMATS[gguf_format.NAME].quantization_config(schemes),
+            FORMATS[gguf_format.NAME].quantization_config(self._plan.schemes),
             partial(load_tokenizer, self._store, self._checkpoint),
         )

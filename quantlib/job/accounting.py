@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.errors import UnsupportedModelError
 from quantlib.job.accounts import COPIED, CORRECTED, DROPPED, QUANTIZED, Account, summed_up
-from quantlib.job.plan import BlockPlan, UnitPlan
+from quantlib.job.plan import BlockPlan, RoundedMatrix, UnitPlan
 from quantlib.model.skeleton import Skeleton
 
 _OF_BLOCK = "norm, router or other small part of a block"
@@ -37,13 +37,16 @@ def account(
     Raises:
         UnsupportedModelError: A tensor would be lost, or written twice.
     """
+    rounded = [matrix for unit in units for matrix in unit.rounded]
     states = [
         *_changed(skeleton, blocks),
+        *((matrix.weight.name, QUANTIZED) for matrix in rounded),
         *((name, COPIED) for unit in units for name in unit.copied),
         *((name, DROPPED) for name in dropped),
     ]
     _refuse_lost(checkpoint.tensors, [name for name, _ in states])
     reasons = {**_reasons_of_copies(skeleton, blocks), **_reasons_of_changes(skeleton, blocks), **dropped}
+    reasons |= _reasons_of_rounding(rounded)
     # What is dropped may be stored beside the tensors that are meant.
     entries = {**checkpoint.stored, **checkpoint.tensors}
     return summed_up((name, state, reasons[name], entries[name].size_bytes) for name, state in states)
@@ -72,6 +75,10 @@ def _reasons_of_changes(skeleton: Skeleton, blocks: Sequence[BlockPlan]) -> dict
             if linear.split_bias is not None:
                 reasons[linear.split_bias.tensor] = _SPLIT_BIAS
     return reasons
+
+
+def _reasons_of_rounding(rounded: Sequence[RoundedMatrix]) -> dict[str, str]:
+    return {matrix.weight.name: f"embedding or head, to {matrix.scheme}" for matrix in rounded}
 
 
 def _reasons_of_copies(skeleton: Skeleton, blocks: Sequence[BlockPlan]) -> dict[str, str]:

@@ -25,6 +25,7 @@ OWN_OPTIONS = (
     "group_size",
     "method",
     "format",
+    "embeddings",
     "portable_scales",
     "target",
     "tensor_parallel",

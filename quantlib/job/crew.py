@@ -234,7 +234,7 @@ class Crew:
             units: Of every output.
         """
         job = self._opened
-        names = {n for mine in units for u in mine for n in u.copied}
+        names = {n for mine in units for u in mine for n in u.sources}
         names |= set(job.plan.prelude_tensors) if job.cells.missing else set()
         parts = job.parts.read(names) if names else []
         if job.cells.missing:
@@ -477,7 +477,7 @@ class Crew:
             Of every output ``figures``, or None for all without evaluation; ``records`` of its units.
         """
         job, plan = self._opened, self._opened.plan
-        names = {n for mine in units for u in mine for n in u.copied}
+        names = {n for mine in units for u in mine for n in u.sources}
         if plan.evaluation_digest is not None:
             names |= set(plan.tail_tensors)
         parts = job.parts.read(names) if names else []

@@ -238,7 +238,10 @@ class _Needs:
         )
         self.most_frugal = _Way(is_late=self.late_helps, has_batches=False)
         self._has_streams = bundle.has_streams
-        self._prelude, self._head = prelude_needs(plan), head_needs(plan)
+        # Some outputs may round these and others not.
+        self._prelude, self._head = (
+            max(map(needs, bundle.outputs), key=lambda end: end.live) for needs in (prelude_needs, head_needs)
+        )
         self._units = [] if bundle.has_streams else unit_needs(plan)
         self._writing = max(writing_needs(output) for output in bundle.outputs)
         self.records = len(bundle.outputs) * records_needs(plan)

@@ -255,7 +255,7 @@ def prelude_needs(plan: Plan) -> EndNeeds:
     return EndNeeds(
         source=_source_bytes(plan, "prelude", plan.prelude_tensors),
         decoding=_decoding_ends(plan),
-        live=_num_values(plan, plan.prelude_tensors) * _WIDE_BYTES[plan.compute_dtype],
+        live=_num_live(plan, plan.prelude_tensors) * _WIDE_BYTES[plan.compute_dtype],
         working=2 * _cell_bytes(plan),
     )
 
@@ -270,7 +270,7 @@ def head_needs(plan: Plan) -> EndNeeds:
     return EndNeeds(
         source=_source_bytes(plan, "tail", plan.tail_tensors),
         decoding=decoding,
-        live=4 * _num_values(plan, plan.tail_tensors),
+        live=4 * _num_live(plan, plan.tail_tensors),
         working=2 * _cell_bytes(plan)
         + min(LOGITS_BYTES, 2 * 4 * vocabulary * plan.options["sequence_length"]),
     )
@@ -285,7 +285,8 @@ def unit_needs(plan: Plan) -> list[UnitNeeds]:
         decoding = _PARTS_READ * plan.decoding_bytes.get(unit.name, 0)
         if unit.block is None:
             # What is copied is written from where it was read to.
-            found.append(UnitNeeds(source=0, decoding=decoding, made=made, solve=0))
+            source = sum(spec_bytes(matrix.weight) for matrix in unit.rounded)
+            found.append(UnitNeeds(source=source, decoding=decoding, made=made, solve=0))
             continue
         block = blocks[unit.block]
         largest = sorted((group.source for group in block.groups), reverse=True)[:_PARTS_AT_A_TIME]
@@ -312,12 +313,15 @@ def _cell_bytes(plan: Plan) -> int:
 
 
 def _specs(plan: Plan) -> dict[str, TensorSpec]:
-    return {spec.name: spec for unit in plan.units for spec in unit.tensors}
+    """Of what is written, and of the source tensors of what is rounded outside the blocks."""
+    written = {spec.name: spec for unit in plan.units for spec in unit.tensors}
+    return written | {matrix.weight.name: matrix.weight for matrix in plan.rounded}
 
 
-def _num_values(plan: Plan, names: Sequence[str]) -> int:
-    specs = _specs(plan)
-    return sum(math.prod(specs[name].shape) for name in names)
+def _num_live(plan: Plan, names: Sequence[str]) -> int:
+    """Values of some tensors; of those that are rounded with the levels that run beside them."""
+    specs, rounded = _specs(plan), {matrix.weight.name for matrix in plan.rounded}
+    return sum(math.prod(specs[name].shape) * (1 + (name in rounded)) for name in names)
 
 
 def _decoding_ends(plan: Plan) -> int:
@@ -328,8 +332,10 @@ def _decoding_ends(plan: Plan) -> int:
 
 def _source_bytes(plan: Plan, stage: str, used: Sequence[str]) -> int:
     specs = _specs(plan)
-    copied = {name for unit in plan.units if unit.stage == stage for name in unit.copied}
-    return sum(spec_bytes(specs[name]) for name in copied.union(used))
+    units = [unit for unit in plan.units if unit.stage == stage]
+    read = {name for unit in units for name in unit.sources}
+    made = sum(spec_bytes(spec) for unit in units for spec in unit.tensors if spec.name not in unit.copied)
+    return sum(spec_bytes(specs[name]) for name in read.union(used)) + made
 
 
 def _late_bytes(linear: LinearPlan, wide: int) -> int:

@@ -29,6 +29,7 @@ from quantlib.solver_settings import COLUMN_ORDERS, FROM_EXTREMES, SCALE_SEARCHE
 from quantlib.units import parse_bytes
 
 ROUTED, ALL_EXPERTS = "routed", "all-experts"
+KEPT_EMBEDDINGS, ROUNDED_EMBEDDINGS = "keep", "q8_0"
 PLACEMENTS = ("pack", "spread", "strict-pack", "strict-spread")
 
 _WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evaluation", "Execution"
@@ -80,6 +81,13 @@ class JobOptions:
         choices=("compressed-tensors", "gptq", "awq", "bitsandbytes", "gguf"),
         several=True,
         in_identity=True,
+    )
+    embeddings: str = declare(
+        KEPT_EMBEDDINGS,
+        _HOW,
+        "What embedding and head are stored as: as in the source, or rounded to nearest in Q8_0, blocks of 32"
+        " columns that gguf alone has.",
+        choices=(KEPT_EMBEDDINGS, ROUNDED_EMBEDDINGS),
     )
     portable_scales: bool = declare(
         False,
@@ -316,6 +324,7 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
             f" target is named; name one of {', '.join(TARGETS)}, or leave it out",
             option="tensor_parallel",
         )
+    _refuse_rounded_embeddings(options)
     if options.outlier_columns:
         _refuse_unused_outliers(options, rules)
     if options.correct_targets and options.propagation != "quantized":
@@ -377,6 +386,16 @@ def _refuse_missing_calibration(options: JobOptions, rules: Sequence[Rule]) -> N
             "method gptq needs calibration text and none was given; name it with calibration,"
             " or use method rtn",
             option="calibration",
+        )
+
+
+def _refuse_rounded_embeddings(options: JobOptions) -> None:
+    others = [name for name in names_in(options.format or "") if name != "gguf"]
+    if options.embeddings != KEPT_EMBEDDINGS and others:
+        raise RecipeError(
+            f"embeddings {options.embeddings} is a kind of block that gguf has, and format names {others[0]};"
+            f" use --format gguf by itself, or leave it out",
+            option="embeddings",
         )
 
 

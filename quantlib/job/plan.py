@@ -111,6 +111,21 @@ class BlockPlan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RoundedMatrix:
+    """A matrix outside the blocks, embedding or head, that is rounded to nearest.
+
+    Attributes:
+        name: Full module name.
+        weight: Its source tensor.
+        scheme: How it is stored.
+    """
+
+    name: str
+    weight: TensorSpec
+    scheme: WeightScheme
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UnitPlan:
     """What one output shard holds; the smallest resumable piece of work.
 
@@ -121,6 +136,7 @@ class UnitPlan:
         shard: Final file name.
         tensors: Everything in the shard, in file order.
         copied: Names among them that are copied from the source byte for byte.
+        rounded: What others of them are made from, outside the blocks.
     """
 
     name: str
@@ -129,6 +145,12 @@ class UnitPlan:
     shard: str
     tensors: tuple[TensorSpec, ...]
     copied: tuple[str, ...]
+    rounded: tuple[RoundedMatrix, ...] = ()
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Source tensors that are copied or rounded; those of a block's linears are not among them."""
+        return (*self.copied, *(matrix.weight.name for matrix in self.rounded))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -205,6 +227,16 @@ class Plan:
     def has_streams(self) -> bool:
         """Whether activations flow at all: for calibration, for evaluation or for both."""
         return self.calibration_digest is not None or self.evaluation_digest is not None
+
+    @property
+    def rounded(self) -> tuple[RoundedMatrix, ...]:
+        """Matrices outside the blocks that are rounded to nearest."""
+        return tuple(matrix for unit in self.units for matrix in unit.rounded)
+
+    @property
+    def schemes(self) -> dict[str, WeightScheme | None]:
+        """Every linear of the blocks and its scheme, None if it is kept, and what is rounded outside them."""
+        return schemes_of(self.blocks) | {matrix.name: matrix.scheme for matrix in self.rounded}
 
     @property
     def block_units(self) -> dict[int, UnitPlan]:
@@ -301,7 +333,17 @@ def _part_from_json(values: Mapping[str, Any]) -> StoredPart:
 
 
 def _unit_from_json(values: Mapping[str, Any]) -> UnitPlan:
-    tensors = tuple(
-        TensorSpec(name=t["name"], dtype=t["dtype"], shape=tuple(t["shape"])) for t in values["tensors"]
+    tensors = tuple(map(_spec_from_json, values["tensors"]))
+    rounded = tuple(
+        RoundedMatrix(
+            name=matrix["name"],
+            weight=_spec_from_json(matrix["weight"]),
+            scheme=_scheme_from_json(matrix["scheme"]),
+        )
+        for matrix in values.get("rounded", ())
     )
-    return UnitPlan(**{**values, "tensors": tensors, "copied": tuple(values["copied"])})
+    return UnitPlan(**{**values, "tensors": tensors, "copied": tuple(values["copied"]), "rounded": rounded})
+
+
+def _spec_from_json(values: Mapping[str, Any]) -> TensorSpec:
+    return TensorSpec(name=values["name"], dtype=values["dtype"], shape=tuple(values["shape"]))

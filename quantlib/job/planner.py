@@ -37,7 +37,16 @@ from quantlib.job.expert_groups import merged_groups
 from quantlib.job.fused_sets import refuse_split_sets
 from quantlib.job.manifest import device_kinds, read_plan, read_records, store_plan, tokens_uri
 from quantlib.job.options import ALL_EXPERTS, JobOptions
-from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec, UnitPlan, schemes_of
+from quantlib.job.plan import (
+    BlockPlan,
+    LinearPlan,
+    Plan,
+    RoundedMatrix,
+    TensorSpec,
+    UnitPlan,
+    schemes_of,
+)
+from quantlib.job.planned_ends import blocks_spec, kept_heads, rounded_ends
 from quantlib.job.provenance import MACHINE_SETTINGS, check_replay, read_provenance, recorded_settings
 from quantlib.job.report import REPORT_NAME
 from quantlib.job.several_formats import only_format
@@ -214,8 +223,9 @@ def build_plan(
     _refuse_other_layouts(blocks, checkpoint)
     _check_rules(options, skeleton, blocks, checkpoint)
     # A layout may be unable to say what was asked for, such as a mix of schemes: better known now.
+    rounded = rounded_ends(options, skeleton, checkpoint)
     kept_linears = (
-        *skeleton.outside_linears,
+        *kept_heads(skeleton, checkpoint, rounded),
         *skeleton.kept_linears,
         *_other_matrices(skeleton, checkpoint),
     )
@@ -227,7 +237,7 @@ def build_plan(
     first = stored.device_kind if stored else replayed["machine"]["device_kind"] if replayed else None
     kind = _planned_kind(options, first)
     machine = _machine_settings(options, threads, checkpoint, kind, fixed)
-    units = _plan_units(skeleton, checkpoint, blocks, packer)
+    units = _plan_units(skeleton, checkpoint, blocks, packer, rounded)
     dropped = dict(checkpoint.dropped)
     plan = Plan(
         source=source,
@@ -397,7 +407,11 @@ def _refuse_other_layouts(blocks: Sequence[BlockPlan], checkpoint: Checkpoint) -
 
 
 def _plan_units(
-    skeleton: Skeleton, checkpoint: Checkpoint, blocks: tuple[BlockPlan, ...], packer: PackingFormat
+    skeleton: Skeleton,
+    checkpoint: Checkpoint,
+    blocks: tuple[BlockPlan, ...],
+    packer: PackingFormat,
+    ends: Mapping[str, RoundedMatrix],
 ) -> tuple[UnitPlan, ...]:
     in_blocks = {name for block in blocks for name in block.tensors}
     prelude = set(skeleton.prelude_tensors)
@@ -420,7 +434,10 @@ def _plan_units(
     units = []
     shards = shard_names(len(drafts), GGUF_ENDING if packer.NAME == gguf_format.NAME else ".safetensors")
     for shard, (name, stage, index, packed, copied) in zip(shards, drafts, strict=True):
+        rounded = tuple(ends[name] for name in copied if name in ends)
+        copied = [name for name in copied if name not in ends]
         specs = packed + [_source_spec(checkpoint, n) for n in copied]
+        specs += map(blocks_spec, rounded)
         units.append(
             UnitPlan(
                 name=name,
@@ -429,6 +446,7 @@ def _plan_units(
                 shard=shard,
                 tensors=tuple(sorted(specs, key=lambda spec: spec.name)),
                 copied=tuple(copied),
+                rounded=rounded,
             )
         )
     return tuple(units)
@@ -439,7 +457,7 @@ def _decoding_bytes(
 ) -> dict[str, int]:
     found = {}
     for unit in units:
-        names = unit.copied if unit.block is None else blocks[unit.block].tensors
+        names = unit.sources if unit.block is None else blocks[unit.block].tensors
         made = [checkpoint.decoded[name] for name in names if name in checkpoint.decoded]
         found[unit.name] = decoding_bytes(made)
     return {name: size for name, size in found.items() if size}

@@ -9,7 +9,7 @@ from typing import Any
 
 from quantlib.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
 from quantlib.checkpoint.layout import index_bytes
-from quantlib.job.plan import Plan, schemes_of
+from quantlib.job.plan import Plan
 from quantlib.job.provenance import PROVENANCE_NAME, build_provenance
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_html import render_html
@@ -62,7 +62,7 @@ def _index(plan: Plan) -> dict[str, bytes]:
 
 def _quantization(plan: Plan) -> dict[str, Any]:
     packer = FORMATS[plan.options["format"]]
-    quantization = packer.quantization_config(schemes_of(plan.blocks), plan.kept_linears)
+    quantization = packer.quantization_config(plan.schemes, plan.kept_linears)
     quantized = [x for block in plan.blocks for x in block.linears if x.scheme is not None]
     without = [linear.name for linear in quantized if not linear.num_outliers]
     return config_with_outliers(quantization, plan.options["outlier_columns"], without)

@@ -41,7 +41,7 @@ def gather_hessians(
     cells = cut_into_cells(rows_BT, max(1, _CELL_TOKENS // rows_BT.shape[1]), Shelf())
     inputs = BatchInputs(max(1, _BATCH_TOKENS // rows_BT.shape[1]))
     for cell in cells:
-        cell.start(inputs.embed(outer, cell.ids_BT), num_quantized=0)
+        cell.start(inputs.embed(outer, cell.ids_BT))
     for index in range(skeleton.num_blocks):
         spec = skeleton.block_spec(index)
         tensors = read_tensors(store, checkpoint, spec.tensors)

@@ -22,6 +22,7 @@ def test_options_from_minimal_request_takes_every_default():
         "group_size": 128,
         "method": "rtn",
         "format": "compressed-tensors",
+        "embeddings": "keep",
         "portable_scales": False,
         "target": None,
         "tensor_parallel": 1,

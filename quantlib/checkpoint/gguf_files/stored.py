@@ -24,6 +24,8 @@ from quantlib.storage import ObjectInfo, Store
 
 _DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 _WIDENED = ("BF16", "F16")
+# Embedding and head, which may be in blocks that are rounded as llama.cpp does.
+_ENDS = ("token_embd.weight", "output.weight")
 # Read at a time to look at scales.
 _PIECE_BYTES = 128 << 20
 
@@ -126,8 +128,10 @@ def _unusable_scales(store: Store, info: ObjectInfo, tensor: GgufTensor) -> int:
         (view,) = store.read_ranges(info, [(start, end)])
         block_BS = torch.frombuffer(bytearray(view), dtype=torch.uint8).view(-1, size)
         # The blocks that are written begin with their scale.
-        scale_B = block_BS[:, :2].contiguous().view(torch.float16)
-        wrong += int((~torch.isfinite(scale_B) | (scale_B == 0)).sum())
+        scale_B = block_BS[:, :2].contiguous().view(torch.float16)[:, 0]
+        # Rows of an embedding that were never learnt are zeros, or as good as.
+        is_zero_B = (scale_B == 0) & (tensor.name not in _ENDS)
+        wrong += int((~torch.isfinite(scale_B) | is_zero_B).sum())
     return wrong
 
 
