@@ -13,8 +13,8 @@ from quantlib.errors import LeaseError, ObjectNotFoundError, PlanMismatchError, 
 from quantlib.job.lease import LEASE_NAME, Lease, read_lease
 from quantlib.job.manifest import read_plan
 from quantlib.job.plan import Plan
-from quantlib.job.publish import published_names
 from quantlib.job.report import REPORT_NAME
+from quantlib.job.staging import names_beside_shards
 from quantlib.storage import ObjectInfo, Store, join_uri, normalize_uri, open_store
 
 PLAN_NAME = "plan.json"
@@ -203,7 +203,7 @@ def _sorted_out(
     condemned: list[tuple[Store, ObjectInfo]] = []
     strange: list[ObjectInfo] = []
     if with_output:
-        shards = {unit.shard for unit in plan.units}.union(published_names(plan))
+        shards = {unit.shard for unit in plan.units}.union(names_beside_shards(plan))
         for info in places.output_store.list(places.output):
             if info.uri.removeprefix(f"{places.output}/") in shards:
                 condemned.append((places.output_store, info))
