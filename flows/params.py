@@ -18,6 +18,7 @@ from quantlib.job.comparison_request import (
     ComparisonRequest,
     comparison_request,
 )
+from quantlib.job.hook import NAME_PATTERN, is_name
 from quantlib.job.option_table import REQUIRED, Option, fields_of, is_optional, kind_of
 from quantlib.job.options import JobOptions, default_of, options_from
 from quantlib.job.provenance import with_replayed_values
@@ -52,6 +53,8 @@ def _field(found: dataclasses.Field[Any], option: Option, position: int) -> tupl
         schema["examples"] = list(option.choices)
     elif option.choices is not None:
         kind = _LITERAL[option.choices]
+    elif kind is float:
+        kind = Annotated[float, Field(ge=option.minimum, le=option.maximum)]
     elif option.minimum is not None:
         below = sorted(option.also_allowed) or [option.minimum]
         lowest, highest = below[0], below[-1]
@@ -90,6 +93,9 @@ def _job_fields() -> dict[str, Any]:
     found, option = fields_of(JobOptions)["runner"]
     position = list(fields).index("runner")
     fields["runner"] = _field(found, dataclasses.replace(option, choices=_FLOW_RUNNERS), position)
+    # Whoever fills in a form may choose among the operator's hooks, and not run commands of their own.
+    name: Any = Annotated[str, Field(pattern=NAME_PATTERN)]
+    fields["hook"] = (name | None, fields["hook"][1])
     return fields
 
 
@@ -173,6 +179,9 @@ def params_from(options: JobOptions) -> QuantizeParams:
         for name in fields_of(JobOptions)
         if getattr(options, name) != default_of(options, name)
     }
+    if not is_name(values.get("hook", "@")):
+        # Given on a command line; a form has no place for it.
+        del values["hook"]
     if "rules" in values:
         values["rules"] = list(values["rules"])
     params = QuantizeParams.model_validate(values)

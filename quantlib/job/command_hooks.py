@@ -46,11 +46,9 @@ class CommandHooks:
         command = command_of(hook, self._named)
         self._idle.clear()
         try:
-            has_model = MODEL in command
+            laid_out = {"has_model": MODEL in command, "refuse_if_stopped": self._refuse_if_stopped}
             with (
-                local_places(
-                    staged, has_model=has_model, refuse_if_stopped=self._refuse_if_stopped
-                ) as places,
+                local_places(staged, **laid_out) as places,
                 tempfile.TemporaryFile() as written,
             ):
                 started = time.monotonic()
@@ -107,9 +105,8 @@ class CommandHooks:
 
     def _refuse_if_stopped(self) -> None:
         if self._is_stopped:
-            raise HookError(
-                "the hook was stopped with its run; the output stays staged", reason="it was stopped"
-            )
+            reason = "its hook was stopped with the run"
+            raise HookError(f"{reason}; the output stays staged", reason=reason)
 
 
 def _filled(command: str, places: LocalPlaces, output: str) -> list[str]:

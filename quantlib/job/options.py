@@ -207,7 +207,7 @@ class JobOptions:
     max_perplexity_ratio: float | None = declare(
         None,
         _PUBLICATION,
-        "Publish only if the perplexity on the held-out text is at most so many times the original's, as 1.1.",
+        "Publish only if perplexity on the held-out text is at most so many times the original's, as 1.1.",
         minimum=0,
     )
     max_kl: float | None = declare(

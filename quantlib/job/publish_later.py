@@ -65,9 +65,11 @@ def publish_later(
             _check_shards(staged, store, plan, on_progress)
             is_begun = True
 
+            num_units = float(len(plan.units))
+
             def call(name: str, function: Callable[..., Any], *arguments: Any) -> Any:
                 lease.check()
-                on_progress(Progress(done=0.0, total=1.0, label=name))
+                on_progress(Progress(done=num_units, total=num_units + 1.0, label=name))
                 return retrying(time.sleep, function, *arguments)
 
             (report,) = publish_all([staged], hooks, call, lease.run_id)
