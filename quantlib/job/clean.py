@@ -16,7 +16,7 @@ from quantlib.job.plan import Plan
 from quantlib.job.report import REPORT_NAME
 from quantlib.job.staged_output import read_staged_report
 from quantlib.job.staging import names_beside_shards
-from quantlib.storage import ObjectInfo, Store, join_uri, normalize_uri, open_store
+from quantlib.storage import ObjectInfo, Store, join_uri, normalize_uri, open_store, uri_name
 
 PLAN_NAME = "plan.json"
 # Token rows of another evaluation text, and checkpoints, have names that the stored plan does not list.
@@ -179,7 +179,10 @@ def _state_of(places: _Places, plan: Plan, discard: bool) -> str:
         return "finished"
     if discard:
         return "discarded"
-    return "unfinished" if read_staged_report(places.work_store, places.work) is None else "staged"
+    recorded = {uri_name(info.uri) for info in places.work_store.list(join_uri(places.work, "done"))}
+    is_whole = recorded.issuperset(f"{unit.name}.json" for unit in plan.units)
+    is_staged = is_whole and read_staged_report(places.work_store, places.work) is not None
+    return "staged" if is_staged else "unfinished"
 
 
 def _is_finished(places: _Places, plan: Plan) -> bool:

@@ -155,7 +155,7 @@ COMMANDS: dict[str, Command] = {
                 "--discard",
                 {
                     "action": "store_true",
-                    "help": "Remove the shards and records of an unfinished or staged job too; it starts over.",
+                    "help": "Remove the shards and records of an unfinished or staged job too.",
                 },
             ),
             _JSON,
