@@ -15,7 +15,7 @@ from quantlib.job.gates import check_gates, limits_of, refuse_broken
 from quantlib.job.lease import refuse_taken_over
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.report_html import render_html
-from quantlib.job.staged_output import PUBLICATION_OPTIONS, STAGED_ONLY, StagedOutput, store_staged_report
+from quantlib.job.staged_output import STAGED_ONLY, StagedOutput, store_staged_report
 from quantlib.storage import join_uri, uri_name
 
 # Calls a function as a stage of the run, by a name for people.
@@ -83,31 +83,33 @@ def publish_all(
 def _settled(staged: StagedOutput, hooks: Hooks, call: Call, run_id: str) -> dict[str, Any]:
     """Publish an output, or leave it as it is where nothing more is wanted."""
     gates = check_gates(staged.report, limits_of(staged.options))
-    staged = _decided(staged, "staged", gates)
+    staged = _decided(staged, gates)
     call("keep the report", store_staged_report, staged.work_store, staged.work, staged.report)
     refuse_broken(staged.output, gates)
     if staged.options["publish"] == STAGED_ONLY:
         return dict(staged.report)
     outcome = None if staged.options["hook"] is None else _carried_out(staged, hooks, call)
     if outcome is not None and outcome["exit_code"] != 0:
-        failed = _decided(staged, "staged", gates, outcome)
+        failed = _decided(staged, gates, outcome)
         call("keep the report", store_staged_report, staged.work_store, staged.work, failed.report)
         _refuse_failed(staged, outcome)
-    published = _decided(staged, "published", gates, outcome)
-    call("publish", publish, published, run_id)
-    return dict(published.report)
+    passed = _passed(_decided(staged, gates, outcome))
+    call("publish", publish, passed, run_id)
+    return dict(passed.report)
 
 
 def _decided(
-    staged: StagedOutput,
-    state: str,
-    gates: Sequence[Mapping[str, Any]],
-    hook: Mapping[str, Any] | None = None,
+    staged: StagedOutput, gates: Sequence[Mapping[str, Any]], hook: Mapping[str, Any] | None = None
 ) -> StagedOutput:
     """With a report that tells what it was held to, and what came of it."""
-    wishes = {name: staged.options[name] for name in PUBLICATION_OPTIONS}
-    options = {**staged.report["options"], **wishes}
-    publication = {"state": state, "gates": list(gates), "hook": hook}
+    publication = {"state": "staged", "gates": list(gates), "hook": hook}
+    return replace(staged, report={**staged.report, "publication": publication})
+
+
+def _passed(staged: StagedOutput) -> StagedOutput:
+    """With the report that is published, which names the options that held in the end."""
+    options = {**staged.report["options"], **staged.options}
+    publication = {**staged.report["publication"], "state": "published"}
     return replace(staged, report={**staged.report, "options": options, "publication": publication})
 
 

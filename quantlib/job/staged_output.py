@@ -41,10 +41,11 @@ class StagedOutput:
 
     @classmethod
     def of(cls, plan: Plan, report: Mapping[str, Any]) -> "StagedOutput":
-        """That of a plan."""
+        """That of a plan, whose wishes hold from now on, whatever an earlier start wanted."""
         names = (*PUBLICATION_OPTIONS, "storage_engine")
         options = {name: plan.options[name] for name in names}
-        return cls(output=plan.output, work=plan.work, options=options, report=report)
+        wished = {**report, "options": {**report["options"], **options}}
+        return cls(output=plan.output, work=plan.work, options=options, report=wished)
 
     @property
     def output_store(self) -> Store:
