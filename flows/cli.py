@@ -23,6 +23,7 @@ from quantlib.job.command_line import (
     after_interrupt,
     build_parser,
     comparison_values,
+    publication_wishes,
     requests_of,
     values_of,
 )
@@ -70,7 +71,8 @@ def _dispatch(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         is_here = comparison_request(values).options.runner == "inprocess"
         return run_quantlib(argv) if is_here else _compare(values, arguments)
     if arguments.command not in ("plan", "quantize"):
-        values_of(arguments)  # refused here, before a process that loads torch is started
+        # Refused here, before a process that loads torch is started.
+        publication_wishes(arguments) if arguments.command == "publish" else values_of(arguments)
         return run_quantlib(argv)
     requests = requests_of(arguments)
     if arguments.command == "plan" or any(options.runner == "inprocess" for options in requests):
@@ -134,6 +136,7 @@ def hear_interrupts() -> None:
 
 def _print_reports(reports: Sequence[dict[str, Any]], *, is_json: bool) -> None:
     from flows.summary import report_uri
+    from quantlib.job.report_publication import is_staged
     from quantlib.job.report_text import format_summary
 
     if is_json:
@@ -141,7 +144,8 @@ def _print_reports(reports: Sequence[dict[str, Any]], *, is_json: bool) -> None:
         return
     for report in reports:
         print(format_summary(report))
-        print(f"report: {report_uri(report)}")
+        if not is_staged(report):
+            print(f"report: {report_uri(report)}")
 
 
 def _serve(arguments: argparse.Namespace) -> int:

@@ -13,8 +13,8 @@ from typing import Any
 from quantlib.errors import RecipeError
 
 BLOCK_TYPE = "aws-credentials"
-NAME_PATTERN = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
-NAME_HELP = (
+BLOCK_NAME = re.compile(r"[a-z0-9]([a-z0-9-]*[a-z0-9])?")
+BLOCK_HELP = (
     "Name of the Prefect block (AWS Credentials) with which object storage is reached; by default the"
     " environment of whoever executes the run."
 )

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
 
-from flows.credentials import NAME_HELP, NAME_PATTERN
+from flows.credentials import BLOCK_HELP, BLOCK_NAME
 from quantlib.errors import RecipeError
 from quantlib.job.comparison_request import (
     NOT_COMPARED,
@@ -21,6 +21,7 @@ from quantlib.job.comparison_request import (
     ComparisonRequest,
     comparison_request,
 )
+from quantlib.job.hook import NAME_PATTERN, is_name
 from quantlib.job.option_table import REQUIRED, Option, fields_of, is_optional, kind_of
 from quantlib.job.options import JobOptions, default_of, options_from
 from quantlib.job.provenance import with_replayed_values
@@ -53,8 +54,8 @@ class Form(BaseModel):
 class StoredForm(Form):
     """What is read from and written to object storage, with credentials that a block holds."""
 
-    credentials: Annotated[str, Field(pattern=f"^{NAME_PATTERN.pattern}$")] | None = Field(
-        None, title="Credentials", description=NAME_HELP, json_schema_extra={"position": LAST}
+    credentials: Annotated[str, Field(pattern=f"^{BLOCK_NAME.pattern}$")] | None = Field(
+        None, title="Credentials", description=BLOCK_HELP, json_schema_extra={"position": LAST}
     )
 
 
@@ -68,6 +69,8 @@ def form_field(found: dataclasses.Field[Any], option: Option, position: int) -> 
         schema["examples"] = list(option.choices)
     elif option.choices is not None:
         kind = _LITERAL[option.choices]
+    elif kind is float:
+        kind = Annotated[float, Field(ge=option.minimum, le=option.maximum)]
     elif option.minimum is not None:
         below = sorted(option.also_allowed) or [option.minimum]
         lowest, highest = below[0], below[-1]
@@ -106,6 +109,9 @@ def _job_fields() -> dict[str, Any]:
     found, option = fields_of(JobOptions)["runner"]
     position = list(fields).index("runner")
     fields["runner"] = form_field(found, dataclasses.replace(option, choices=_FLOW_RUNNERS), position)
+    # Whoever fills in a form may choose among the operator's hooks, and not run commands of their own.
+    name: Any = Annotated[str, Field(pattern=NAME_PATTERN)]
+    fields["hook"] = (name | None, fields["hook"][1])
     return fields
 
 
@@ -189,6 +195,9 @@ def params_from(options: JobOptions) -> QuantizeParams:
         for name in fields_of(JobOptions)
         if getattr(options, name) != default_of(options, name)
     }
+    if not is_name(values.get("hook", "@")):
+        # Given on a command line; a form has no place for it.
+        del values["hook"]
     if "rules" in values:
         values["rules"] = list(values["rules"])
     params = QuantizeParams.model_validate(values)

@@ -4,6 +4,7 @@ The flow's process is the Ray driver: Prefect tasks wait for Ray workers and get
 done in which order is `quantlib.job.conversion`'s; here are only the Prefect run around it and what it shows.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -17,8 +18,10 @@ from flows.credentials import storage_credentials
 from flows.params import CompareParams, QuantizeParams, common_credentials, validated
 from flows.progress import tell_listener
 from flows.stages import PrefectStages
+from quantlib.job.command_hooks import CommandHooks
 from quantlib.job.comparison_run import compare
 from quantlib.job.conversion import convert
+from quantlib.job.hook import HOOKS_VARIABLE, configured_hooks
 from quantlib.job.options import JobOptions
 from quantlib.job.several_formats import requests_of_formats
 from quantlib.job.stages import Progress
@@ -107,14 +110,14 @@ def _convert(requests: Sequence[JobOptions], environment: Mapping[str, str]) -> 
     # Ray loads with the first run, not when a deployment is registered or a form is drawn.
     from workers.api import open_crew
 
-    bar = ProgressArtifact()
+    bar, hooks = ProgressArtifact(), CommandHooks(configured_hooks(os.environ.get(HOOKS_VARIABLE)))
 
     def on_progress(progress: Progress) -> None:
         tell_listener(progress)
         bar.show(progress)
 
     with open_crew(requests[0], environment) as crew:
-        reports = convert(requests, crew, PrefectStages(), on_progress)
+        reports = convert(requests, crew, PrefectStages(), on_progress, hooks)
     for report in reports:
         publish_report(report)
     return reports

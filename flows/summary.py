@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from quantlib.job import report_figures as figures
+from quantlib.job import report_publication
 from quantlib.job.report import HTML_NAME
 
 
@@ -50,6 +51,11 @@ def summary_markdown(report: Mapping[str, Any]) -> str:
 def _summary_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for headline in figures.headlines(report):
         yield headline.name, f"**{headline.value}**", headline.note
+    for gate, limit, figure, passed in report_publication.gate_rows(report):
+        yield f"Gate {gate}", f"**{passed}**", f"{figure} of at most {limit}"
+    for sentence in report_publication.sentences(report):
+        what, _, detail = sentence.partition(":")
+        yield "Publication", what, detail.strip()
     yield "Fallbacks", *_fallback_words(report["fallbacks"])
     yield "Source", f"`{report['source']}`", report["model_type"]
     yield "Output", f"`{report['output']}`", f"{len(report['shards'])} shards"

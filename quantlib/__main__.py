@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -29,11 +29,13 @@ from quantlib.errors import (
 from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize_all
 from quantlib.job.clean import clean_work, format_cleaned
+from quantlib.job.command_hooks import CommandHooks
 from quantlib.job.command_line import (
     COMMANDS,
     after_interrupt,
     build_parser,
     comparison_values,
+    publication_wishes,
     requests_of,
     values_of,
 )
@@ -42,12 +44,16 @@ from quantlib.job.comparison_run import compare
 from quantlib.job.comparison_text import format_comparison
 from quantlib.job.estimate import describe_plan, format_plan
 from quantlib.job.evaluation_text import format_evaluation
+from quantlib.job.hook import HOOKS_VARIABLE, configured_hooks
 from quantlib.job.memory import Room, Surroundings, budgets_from, heap_bytes, plan_memory
 from quantlib.job.options import JobOptions
 from quantlib.job.planner import build_plan, open_planned_source, plan_all
 from quantlib.job.progress_bar import progress_bar
+from quantlib.job.publish_later import publish_later
 from quantlib.job.report import HTML_NAME, REPORT_NAME
+from quantlib.job.report_publication import is_staged
 from quantlib.job.report_text import format_report, format_summary
+from quantlib.job.staged_output import read_staged_report
 from quantlib.job.targets import DEFAULT_FORMAT
 from quantlib.job.verification_text import all_findings, format_verification
 from quantlib.machine import default_threads, measured_flops_per_second
@@ -69,7 +75,7 @@ from quantlib.units import parse_bytes
 from quantlib.verification import verify_output
 
 _INTERRUPTED = 130
-_WRITING = ("quantize", "compare")
+_WRITING = ("quantize", "compare", "publish")
 # What a command other than these raises when it was asked for something that cannot be.
 _REQUEST_ERRORS = (
     CheckpointError,
@@ -186,15 +192,43 @@ def _shape_of_source(options: JobOptions) -> ModelShape:
 
 
 def _quantize(parsed: argparse.Namespace) -> int:
-    with progress_bar() as on_progress:
-        reports = quantize_all(requests_of(parsed), on_progress)
-    if parsed.json:
+    requests = requests_of(parsed)
+    with progress_bar() as on_progress, _interrupted_by_termination():
+        _print_reports(quantize_all(requests, on_progress, _hooks()), is_json=parsed.json)
+    return 0
+
+
+def _publish(parsed: argparse.Namespace) -> int:
+    values, wishes = values_of(parsed), publication_wishes(parsed)
+    with progress_bar() as on_progress, _interrupted_by_termination():
+        report = publish_later(
+            parsed.output,
+            work=values["work"],
+            storage_engine=values["storage_engine"],
+            wishes=wishes,
+            hooks=_hooks(),
+            on_progress=on_progress,
+        )
+    _print_reports([report], is_json=parsed.json)
+    return 0
+
+
+def _hooks() -> CommandHooks:
+    try:
+        return CommandHooks(configured_hooks(os.environ.get(HOOKS_VARIABLE)))
+    except RecipeError as error:
+        error.before_work = True
+        raise
+
+
+def _print_reports(reports: Sequence[dict[str, Any]], *, is_json: bool) -> None:
+    if is_json:
         print(json.dumps(reports[0] if len(reports) == 1 else reports))
-        return 0
+        return
     for report in reports:
         print(format_summary(report))
-        print(f"Report: {join_uri(report['output'], HTML_NAME)}")
-    return 0
+        if not is_staged(report):
+            print(f"Report: {join_uri(report['output'], HTML_NAME)}")
 
 
 def _compare(parsed: argparse.Namespace) -> int:
@@ -270,12 +304,16 @@ def _inspect(parsed: argparse.Namespace) -> int:
 
 
 def _report(parsed: argparse.Namespace) -> int:
-    uri = join_uri(normalize_uri(parsed.output), REPORT_NAME)
+    output, values = normalize_uri(parsed.output), values_of(parsed)
+    uri, work = join_uri(output, REPORT_NAME), normalize_uri(values["work"] or f"{output}.quantmill")
+    engine = values["storage_engine"]
     try:
-        text = open_store(uri, values_of(parsed)["storage_engine"]).read(uri)
+        report = json.loads(open_store(uri, engine).read(uri))
     except ObjectNotFoundError as error:
-        raise PlanMismatchError(f"there is no {uri}: no run has finished there", uri=uri) from error
-    print(text.decode() if parsed.json else format_report(json.loads(text)))
+        report = read_staged_report(open_store(work, engine), work)
+        if report is None:
+            raise PlanMismatchError(f"there is no {uri}: no run has finished there", uri=uri) from error
+    print(json.dumps(report, indent=1) if parsed.json else format_report(report))
     return 0
 
 
@@ -288,6 +326,7 @@ _RUN: dict[str, Callable[[Any], int]] = {
     "inspect": _inspect,
     "clean": _clean,
     "report": _report,
+    "publish": _publish,
 }
 
 if __name__ == "__main__":

@@ -462,11 +462,11 @@ class BlockRunner:
         (output,) = self._outputs
         return output.finish_unit(unit_name)
 
-    def publish(self, reports: Sequence[Mapping[str, Any]]) -> None:
-        """Finish the outputs; then no checkpoint is needed any more."""
-        with self._clock.computing("publish"):
+    def stage(self, reports: Sequence[Mapping[str, Any]]) -> None:
+        """Make what is published with the shards; then no checkpoint is needed any more."""
+        with self._clock.computing("stage"):
             for output, report in zip(self._outputs, reports, strict=True):
-                output.publish(report)
+                output.stage(report)
             activations.remove_checkpoints(self._work_store, self._plan.work)
 
     def stop(self) -> None:

@@ -78,6 +78,14 @@ class PlanMismatchError(QuantError):
     """The output or work prefix belongs to another plan."""
 
 
+class GateError(QuantError):
+    """A converted model breaks a limit that it must keep to be published; it is staged."""
+
+
+class HookError(QuantError):
+    """The command that has to agree before a model is published failed, or took too long; it is staged."""
+
+
 class LeaseError(QuantError):
     """Another run holds the output, or has taken it over."""
 

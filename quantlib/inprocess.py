@@ -8,11 +8,13 @@ from typing import Any, TypeVar
 
 from quantlib.block_runner import BlockRunner
 from quantlib.errors import WorkerError
+from quantlib.job.command_hooks import CommandHooks
 from quantlib.job.conversion import convert
 from quantlib.job.crew import Crew
 from quantlib.job.failures import retrying
 from quantlib.job.memory import Room
 from quantlib.job.options import JobOptions
+from quantlib.job.publishing import Hooks
 from quantlib.job.stages import Progress
 from quantlib.job.transport import STORAGE_METHODS
 from quantlib.machine import default_threads
@@ -135,9 +137,14 @@ def quantize(options: JobOptions, on_progress: Callable[[Progress], None] = lamb
 
 
 def quantize_all(
-    requests: Sequence[JobOptions], on_progress: Callable[[Progress], None] = lambda _: None
+    requests: Sequence[JobOptions],
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    hooks: Hooks | None = None,
 ) -> list[dict[str, Any]]:
     """Make several outputs of one checkpoint here and now, from one reading; gives the report of each.
+
+    Args:
+        hooks: Carries out hooks; by default commands, and none by a name.
 
     Raises:
         QuantError: With ``before_work`` set when a request was refused before anything was written.
@@ -145,7 +152,8 @@ def quantize_all(
     here = [dataclasses.replace(options, runner="inprocess") for options in requests]
     transport, stages, waits = LocalTransport(), DirectStages(), True
     try:
-        return convert(here, Crew(transport, default_threads(1)), stages, on_progress)
+        crew = Crew(transport, default_threads(1))
+        return convert(here, crew, stages, on_progress, hooks or CommandHooks())
     except BaseException as error:
         transport.stop()
         # Whoever interrupts does not wait: what is stored can be resumed as it is.

@@ -15,7 +15,7 @@ from quantlib.job.finished import check_unit, read_unit
 from quantlib.job.lease import refuse_taken_over
 from quantlib.job.manifest import DoneRecord, remove_record, store_record
 from quantlib.job.plan import Plan, UnitPlan
-from quantlib.job.publish import publish
+from quantlib.job.staging import stage
 from quantlib.model.late_weights import LateWeight
 from quantlib.packing import FORMATS
 from quantlib.packing.outlier_columns import all_packed_names
@@ -167,10 +167,10 @@ class WorkerOutput:
         with self._clock.storage("write"):
             return self._record(self._units[unit_name], receipt, begun.rows)
 
-    def publish(self, report: Mapping[str, Any]) -> None:
-        """Finish the output; see `quantlib.job.publish.publish`."""
+    def stage(self, report: Mapping[str, Any]) -> None:
+        """Make all that is published with the shards; see `quantlib.job.staging.stage`."""
         self.refuse_taken_over()
-        publish(self._source_store, self._output_store, self.plan, self._checkpoint, report)
+        stage(self._source_store, *self.stores, self.plan, self._checkpoint, report)
 
     def refuse_taken_over(self) -> None:
         """Make sure that the run still holds the lease.

@@ -15,7 +15,7 @@ import numpy as np
 
 from quantlib.checkpoint.findings import limited
 from quantlib.checkpoint.header import TensorEntry
-from quantlib.checkpoint.index import Checkpoint, list_folder, open_checkpoint
+from quantlib.checkpoint.index import Checkpoint, list_folder, open_checkpoint, refuse_staged
 from quantlib.checkpoint.source import holds_gguf
 from quantlib.errors import CheckpointError
 from quantlib.storage import Store
@@ -103,6 +103,7 @@ def compare_checkpoints(store: Store, uri: str, other_store: Store, other_uri: s
 def _opened(store: Store, uri: str, findings: list[str]) -> Checkpoint | None:
     try:
         listing = list_folder(store, uri)
+        refuse_staged(uri, listing)
         if not holds_gguf(listing):
             return open_checkpoint(store, uri)
         # The gguf package and the readers of transformers take a while to import.

@@ -6,7 +6,7 @@ safetensors is read here: unpickling a checkpoint runs code of its author.
 
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,8 @@ from quantlib.storage import ObjectInfo, Store, uri_name
 CONFIG_NAME = "config.json"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# Lies beside shards that are not published yet.
+STAGED_NAME = "quantmill_staged.json"
 # Ends of the names of files that weights are read from.
 WEIGHT_FILES = (".safetensors", ".gguf")
 MAX_JSON_BYTES = 256 << 20
@@ -134,12 +136,27 @@ def list_folder(store: Store, uri: str) -> dict[str, ObjectInfo]:
     return listing
 
 
+def refuse_staged(uri: str, names: Container[str]) -> None:
+    """Make sure that a folder is not that of an output whose publication is still to be decided.
+
+    Raises:
+        CheckpointError: It is.
+    """
+    if STAGED_NAME in names and CONFIG_NAME not in names:
+        raise CheckpointError(
+            f"{uri} is staged, not published: its shards are there, and it is no checkpoint until"
+            f" quantmill publish {uri}, or the command that made it, has published it",
+            uri=uri,
+        )
+
+
 def read_config(store: Store, uri: str, listing: Mapping[str, ObjectInfo]) -> dict[str, Any]:
     """The checkpoint's ``config.json``.
 
     Raises:
-        CheckpointError: It is missing, or is no JSON object.
+        CheckpointError: It is missing, or is no JSON object; or the folder is that of a staged output.
     """
+    refuse_staged(uri, listing)
     if CONFIG_NAME not in listing:
         raise CheckpointError(
             f"{uri} holds no {CONFIG_NAME}, found {_some(listing)};"

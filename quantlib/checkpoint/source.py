@@ -13,7 +13,7 @@ from typing import Any
 from quantlib.checkpoint.decoders import DECODERS, Found
 from quantlib.checkpoint.decoders.outlier_columns import with_outliers
 from quantlib.checkpoint.header import DTYPE_BYTES, TensorEntry
-from quantlib.checkpoint.index import Checkpoint, list_folder, open_checkpoint
+from quantlib.checkpoint.index import Checkpoint, list_folder, open_checkpoint, refuse_staged
 from quantlib.checkpoint.reader import fetch
 from quantlib.errors import CheckpointError
 from quantlib.storage import Store
@@ -81,7 +81,9 @@ def open_stored(store: Store, uri: str, *, levels_dtype: str | None = None) -> C
     try:
         return open_checkpoint(store, uri)
     except CheckpointError:
-        if not holds_gguf(list_folder(store, uri)):
+        listing = list_folder(store, uri)
+        refuse_staged(uri, listing)
+        if not holds_gguf(listing):
             raise
         return _open_gguf(store, uri, levels_dtype)
 

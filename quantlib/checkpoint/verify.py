@@ -22,6 +22,7 @@ from quantlib.checkpoint.index import (
     read_config,
     read_json,
     read_weight_map,
+    refuse_staged,
 )
 from quantlib.checkpoint.reader import tensor_of
 from quantlib.checkpoint.source import GGUF_ENDING, holds_gguf, open_source
@@ -83,12 +84,14 @@ def verify_checkpoint(
 
     Raises:
         ObjectNotFoundError: There is nothing at ``uri``.
-        CheckpointError: The source cannot be opened, or an object was replaced meanwhile.
+        CheckpointError: The output is staged, the source cannot be opened, or an object was replaced
+            meanwhile.
 
     Cost: reads every byte of the shards, and the scales twice; about 256 MiB of memory. With a source what
         was copied is read once more on both sides, with 320 MiB.
     """
     listing = list_folder(store, uri)
+    refuse_staged(uri, listing)
     findings: list[str] = []
     report = report if report is not None else _stored_report(store, listing, findings)
     config = _config(store, uri, listing, findings)

@@ -15,9 +15,11 @@ from quantlib.errors import PlanMismatchError, QuantError, RecipeError
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan
 from quantlib.job.provenance import MACHINE_SETTINGS
 from quantlib.job.several_formats import solvers_of
+from quantlib.job.staged_output import PUBLICATION_OPTIONS
 from quantlib.storage import uri_name
 
-# Options in which outputs of one reading may differ: where they go, and how their codes are found.
+# Options in which outputs of one reading may differ: where they go, how their codes are found, and what they
+# are held to.
 OWN_OPTIONS = (
     "output",
     "work",
@@ -35,6 +37,7 @@ OWN_OPTIONS = (
     "refit_scales",
     "outlier_columns",
     "rules",
+    *PUBLICATION_OPTIONS,
 )
 
 

@@ -15,14 +15,16 @@ from quantlib.errors import LeaseError, ObjectNotFoundError, PlanMismatchError, 
 from quantlib.job.lease import LEASE_NAME, Lease, read_lease
 from quantlib.job.manifest import read_plan
 from quantlib.job.plan import Plan
-from quantlib.job.publish import published_names
 from quantlib.job.report import REPORT_NAME
-from quantlib.storage import ObjectInfo, Store, join_uri, normalize_uri, open_store
+from quantlib.job.staged_output import read_staged_report
+from quantlib.job.staging import names_beside_shards
+from quantlib.storage import ObjectInfo, Store, join_uri, normalize_uri, open_store, uri_name
 
 PLAN_NAME = "plan.json"
 # Token rows of another evaluation text, and checkpoints, have names that the stored plan does not list.
 _WORK_NAMES = re.compile(
     r"tokens/[0-9a-f]{64}\.npy"
+    r"|staged/[^/]+"
     r"|devices/[a-z0-9-]+\.json"
     r"|activations/block-\d{5}(\.json|/(calibration|evaluation)-\d{5}\.safetensors)"
 )
@@ -30,6 +32,7 @@ _STATES = {
     "finished": "the output is finished and stays as it is",
     "discarded": "the job is gone, quantize starts it over",
     "unfinished": "the job stays as it is: quantize continues it, --discard removes it",
+    "staged": "the output stays staged: publish or quantize publishes it, --discard removes it",
     "none": "there is no job",
 }
 
@@ -41,7 +44,7 @@ class Cleaned:
     Attributes:
         output: URI of the output.
         state: ``finished`` (only the work prefix is gone), ``discarded`` (shards and records too),
-            ``unfinished`` (only uploads were aborted) or ``none`` (there was no job).
+            ``unfinished`` and ``staged`` (only uploads were aborted) or ``none`` (there was no job).
         uploads: Unfinished uploads that were aborted.
         objects: Objects that were removed.
         size_bytes: Bytes of these objects.
@@ -74,13 +77,14 @@ def clean_work(
 ) -> Cleaned:
     """Abort unfinished uploads, and remove the work prefix of an output that is finished.
 
-    An unfinished job keeps everything else, so that it can go on. A finished output itself is never touched.
+    An unfinished job keeps everything else, so that it can go on, and a staged output all that its
+    publication takes. A finished output itself is never touched.
 
     Args:
         output: Address of the output.
         work: Address of its work prefix, where it was named.
         storage_engine: Client library for S3.
-        discard: Remove the shards and records of an unfinished job too.
+        discard: Remove the shards and records of an unfinished job too, or of one that is staged.
 
     Raises:
         LeaseError: A run holds the work prefix (with ``before_work`` set), or took it over meanwhile.
@@ -156,7 +160,7 @@ def _clean_held(places: _Places, lease: Lease, discard: bool) -> Cleaned:
     # All is looked at before the first change.
     condemned: list[tuple[Store, ObjectInfo]] = []
     strange: list[ObjectInfo] = []
-    if plan is not None and state != "unfinished":
+    if plan is not None and state in ("finished", "discarded"):
         condemned, strange = _sorted_out(places, plan, with_output=state == "discarded")
     lease.check()
     uploads = places.abort_uploads()
@@ -181,7 +185,12 @@ def _state_of(places: _Places, plan: Plan, discard: bool) -> str:
         )
     if _is_finished(places, plan):
         return "finished"
-    return "discarded" if discard else "unfinished"
+    if discard:
+        return "discarded"
+    recorded = {uri_name(info.uri) for info in places.work_store.list(join_uri(places.work, "done"))}
+    is_whole = recorded.issuperset(f"{unit.name}.json" for unit in plan.units)
+    is_staged = is_whole and read_staged_report(places.work_store, places.work) is not None
+    return "staged" if is_staged else "unfinished"
 
 
 def _is_finished(places: _Places, plan: Plan) -> bool:
@@ -211,7 +220,7 @@ def _sorted_out(
     condemned: list[tuple[Store, ObjectInfo]] = []
     strange: list[ObjectInfo] = []
     if with_output:
-        shards = {unit.shard for unit in plan.units}.union(published_names(plan))
+        shards = {unit.shard for unit in plan.units}.union(names_beside_shards(plan))
         for info in places.output_store.list(places.output):
             if info.uri.removeprefix(f"{places.output}/") in shards:
                 condemned.append((places.output_store, info))

@@ -1,7 +1,7 @@
 """The command line, made from the table of job options; `quantmill` and ``python -m quantlib`` share it.
 
 Commands are data: which addresses they take, which options of the table, and what else. Values are not
-checked by argparse beyond whole numbers; `options_from` checks them, as it does those of a recipe file and of
+checked by argparse beyond numbers; `options_from` checks them, as it does those of a recipe file and of
 the Prefect form, so that every front end says the same.
 """
 
@@ -14,10 +14,13 @@ from typing import Any, NoReturn
 
 from quantlib.errors import RecipeError
 from quantlib.job.comparison_request import NOT_COMPARED, OUTPUT_HELP, SCHEMES_HELP, comparison_request
+from quantlib.job.gates import GATE_OPTIONS
+from quantlib.job.hook import check_hook
 from quantlib.job.option_table import check_value, kind_of
 from quantlib.job.options import JobOptions, option_fields, options_from
 from quantlib.job.provenance import with_replayed_values
 from quantlib.job.several_formats import only_format, requests_of_formats
+from quantlib.job.staged_output import PUBLICATION_OPTIONS
 from quantlib.job.text_sources import JOIN, is_mix
 from quantlib.recipe import NOT_IN_RECIPES, read_recipe
 from quantlib.simulation.hardware import DEFAULT_NETWORK, DEFAULT_STORAGE
@@ -27,7 +30,7 @@ _JOB_OPTIONS = tuple(
     name for name in option_fields() if name not in NOT_IN_RECIPES and name != "rules"
 )  # rules are tables: a recipe file has room for them, a command line has not
 # Text that names no object; shown by the last word of the option's name.
-_NO_ADDRESSES = ("text_column", "ray_address", "gpu_model", "worker_resources", "worker_labels")
+_NO_ADDRESSES = ("text_column", "ray_address", "gpu_model", "worker_resources", "worker_labels", "hook")
 # Each time with a weight.
 _SEVERAL = ("calibration",)
 _RECIPE = (
@@ -152,11 +155,17 @@ COMMANDS: dict[str, Command] = {
                 "--discard",
                 {
                     "action": "store_true",
-                    "help": "Remove the shards and records of an unfinished job too; it then starts over.",
+                    "help": "Remove the shards and records of an unfinished or staged job too.",
                 },
             ),
             _JSON,
         ),
+    ),
+    "publish": Command(
+        help="Publish an output that is staged, if it keeps its gates and its hook agrees; converts nothing.",
+        addresses={"output": "The output of a job: s3://, file:// or a path."},
+        options=("work", "storage_engine", *GATE_OPTIONS, "hook", "hook_timeout"),
+        others=(_JSON,),
     ),
     "evaluate": Command(
         help="Perplexity of an original or quantized checkpoint, block by block.",
@@ -188,7 +197,10 @@ COMMANDS: dict[str, Command] = {
         others=(_JSON,),
     ),
     "report": Command(
-        help="Show the report of a run.", addresses=_OUTPUT, options=("storage_engine",), others=(_JSON,)
+        help="Show the report of a run, published or staged.",
+        addresses=_OUTPUT,
+        options=("work", "storage_engine"),
+        others=(_JSON,),
     ),
 }
 
@@ -275,7 +287,7 @@ def _settings(name: str) -> dict[str, Any]:
         return {"action": yes_or_no, "default": argparse.SUPPRESS, "help": help_text}
     metavar = "{" + ",".join(option.choices) + "}" if option.choices else "URI"
     metavar += "[,...]" * option.several
-    if kind_of(found) is int:
+    if kind_of(found) in (int, float):
         metavar = "N"
     elif name in _NO_ADDRESSES:
         metavar = name.rpartition("_")[2].upper()
@@ -390,6 +402,24 @@ def values_of(arguments: argparse.Namespace) -> dict[str, Any]:
             error.before_work = True
             raise
     return values
+
+
+def publication_wishes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """What ``publish`` is asked for in place of what the run was, checked.
+
+    Raises:
+        RecipeError: With ``before_work`` set, when a value is out of its range, or a hook is none.
+    """
+    checked = values_of(arguments)
+    wanted = (name for name in PUBLICATION_OPTIONS if name in checked)
+    given = {name: checked[name] for name in wanted if hasattr(arguments, name)}
+    try:
+        if "hook" in given:
+            check_hook(given["hook"])
+    except RecipeError as error:
+        error.before_work = True
+        raise
+    return given
 
 
 def after_interrupt(arguments: argparse.Namespace) -> str:

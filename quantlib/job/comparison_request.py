@@ -10,6 +10,7 @@ from quantlib.job.option_table import check_value
 from quantlib.job.options import JobOptions, default_of, option_fields, options_from, refuse_unknown
 from quantlib.job.scheme_entries import FORM, SchemeEntry, entry_from
 from quantlib.job.several_formats import only_format
+from quantlib.job.staged_output import PUBLICATION_OPTIONS
 from quantlib.storage.uris import join_uri
 
 SCHEMES_HELP = (
@@ -22,7 +23,11 @@ OUTPUT_HELP = (
     " else in the folder for temporary files, and take as much room there as if they were kept."
 )
 # Options of a job that a comparison has not -> why.
-NOT_COMPARED = {"scheme": "its schemes say it", "replay": "that repeats one run"}
+NOT_COMPARED = {
+    "scheme": "its schemes say it",
+    "replay": "that repeats one run",
+    **dict.fromkeys(PUBLICATION_OPTIONS, "it shows what entries cost, and holds them to nothing"),
+}
 _OWN = ("schemes", "output")
 
 

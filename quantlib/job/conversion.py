@@ -8,7 +8,6 @@ stage is `quantlib.job.crew`, what happens on a worker `quantlib.block_runner`.
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import partial
 from itertools import zip_longest
@@ -28,11 +27,11 @@ from quantlib.job.expert_groups import TokenCounts
 from quantlib.job.failures import delay_s, policy_for
 from quantlib.job.history import History
 from quantlib.job.lease import LeaseRecord, Leases, new_record
-from quantlib.job.manifest import DoneRecord
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, Groups, Plan
-from quantlib.job.report import build_report
+from quantlib.job.publishing import Hooks, publish_all
 from quantlib.job.run import STAGE_WEIGHTS, Begun, OutputState, Run, counting
+from quantlib.job.staged_output import StagedOutput
 from quantlib.job.stages import Progress, StageRunner
 from quantlib.storage import open_store
 
@@ -47,18 +46,23 @@ def convert(
     crew: Crew,
     stages: StageRunner,
     on_progress: Callable[[Progress], None],
+    hooks: Hooks,
 ) -> list[dict[str, Any]]:
-    """Make outputs of one source, or finish them; gives the report of each.
+    """Make outputs of one source, or finish them, and publish those that pass; gives the report of each.
 
     The source is read once and runs once for all of them; their options may differ in `OWN_OPTIONS` of
     `quantlib.job.bundle`.
 
     Raises:
-        QuantError: With ``before_work`` set when a request was refused before anything was written.
+        QuantError: With ``before_work`` set when a request was refused before anything was written. See also
+            `quantlib.job.publishing.publish_all`.
     """
     history = History()
     on_progress(Progress(done=0.0, total=1.0, label="plan"))
     with _before_work(QuantError):
+        for options in requests:
+            if options.hook is not None:
+                hooks.refuse_unknown(options.hook)
         prepared = stages.submit("plan", counting(history, "plan", crew.prepare), requests).result()
     reports, bundle = prepared["reports"], prepared["bundle"]
     if bundle is None:
@@ -79,10 +83,10 @@ def convert(
         # What an earlier start left is another job's: this one has not begun.
         with _before_work(PlanMismatchError):
             began = run.submit("begin", crew.begin).result()
-        made = None if any(began["reports"]) else iter(_carry_out(run, began))
+        made = None if any(began["reports"]) else iter(_carry_out(run, began, hooks))
     if made is None:
         # Another run finished some of them since they were planned.
-        return convert(requests, crew, stages, on_progress)
+        return convert(requests, crew, stages, on_progress, hooks)
     return [next(made) if report is None else report for report in reports]
 
 
@@ -102,14 +106,14 @@ def _finished_before(
     return reports
 
 
-def _carry_out(run: Run, began: dict[str, Any]) -> list[dict[str, Any]]:
+def _carry_out(run: Run, began: dict[str, Any], hooks: Hooks) -> list[dict[str, Any]]:
     """Everything that is done while the leases are held; gives the reports."""
     started, clock = datetime.now(UTC), time.monotonic()
     run.history.aborted_uploads = began["aborted_uploads"]
     run.checkpoint = began["checkpoint"]
     try:
-        records = [list(found.values()) for found in began["records"]]
-        reports = _with_renewals(run, partial(_attempt, run, records, started, clock))
+        staged = _with_renewals(run, partial(_attempt, run, began, started, clock))
+        reports = publish_all(staged, hooks, run.call, run.lease.run_id)
     except QuantError:
         run.settle()
         raise
@@ -120,53 +124,32 @@ def _carry_out(run: Run, began: dict[str, Any]) -> list[dict[str, Any]]:
     return reports
 
 
-def _attempt(
-    run: Run, records: Sequence[Sequence[DoneRecord]], started: datetime, clock: float
-) -> list[dict[str, Any]]:
-    """From finished units to published outputs; what an earlier attempt came to is not done again."""
+def _attempt(run: Run, began: dict[str, Any], started: datetime, clock: float) -> list[StagedOutput]:
+    """From finished units to staged outputs; what an earlier attempt came to is not done again."""
     if not run.is_taken_up:
-        _take_up(run, records)
+        _take_up(run, began)
         run.is_taken_up = True
-    if not run.is_converted:
+    if not run.is_converted and not run.is_staged:
         if run.bundle.has_streams:
             _with_streams(run)
         else:
             _without_streams(run)
         run.is_converted = True
-    run.history.moved_cells = run.crew.moved_cells
-    run.history.exchanges = run.crew.exchanges
-    run.history.exchange_fallbacks = run.crew.exchange_fallbacks
-    telemetry, seconds = run.crew.telemetry(), time.monotonic() - clock
-    reports = [
-        build_report(
-            plan=output.plan,
-            memory=asdict(run.memory),
-            records=output.records,
-            history=asdict(output.history_of(run.history)),
-            figures=output.figures,
-            block_errors=output.errors,
-            block_seconds=run.seconds,
-            excluded_rows=sorted(output.excluded_rows().union(run.excluded_rows)),
-            telemetry=telemetry,
-            number=number,
-            made_with=[other.plan.output for other in run.outputs if other is not output],
-            packed_with=[plan.output for plan in run.bundle.packed_with(number)],
-            started=started,
-            seconds=seconds,
-        )
-        for number, output in enumerate(run.outputs)
-    ]
-    run.call("publish", run.crew.publish, reports)
-    return reports
+    if not run.is_staged:
+        reports = run.reports(started, time.monotonic() - clock)
+        run.call("stage", run.crew.stage, reports)
+        run.staged = reports
+    return [StagedOutput.of(o.plan, report) for o, report in zip(run.outputs, run.staged, strict=True)]
 
 
-def _take_up(run: Run, records: Sequence[Sequence[DoneRecord]]) -> None:
+def _take_up(run: Run, began: dict[str, Any]) -> None:
     """Check what an earlier start finished; what does not stand is done again."""
-    for number, (output, found) in enumerate(zip(run.outputs, records, strict=True)):
+    for number, (output, found) in enumerate(zip(run.outputs, began["records"], strict=True)):
         if found:
-            check = (run.crew.check_finished, number, found)
+            check = (run.crew.check_finished, number, list(found.values()))
             output.records, output.redone = run.call("check finished units", *check)
             output.reused = sorted(output.records)
+    run.take_staged(began["staged"])
 
 
 def _with_renewals(run: Run, work: Callable[[], T]) -> T:

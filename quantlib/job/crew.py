@@ -508,9 +508,9 @@ class Crew:
         self._opened.run([Piece(id=PieceId(number, "unit", 0), rank=number)], begin, heard)
         return self._transport.result(writing[0])
 
-    def publish(self, reports: Sequence[dict[str, Any]]) -> None:
-        """Of every output side files and report, then the index, then config.json."""
-        self._one("publish", reports)
+    def stage(self, reports: Sequence[dict[str, Any]]) -> None:
+        """Of every output what will lie beside the shards, and the report; see `quantlib.job.staging`."""
+        self._one("stage", reports)
 
     def telemetry(self) -> list[dict[str, Any]]:
         """Seconds, traffic and peak memory of every worker."""

@@ -5,6 +5,7 @@ these. Front ends read help, kind, default and constraints from here and have no
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import NoneType, UnionType
@@ -14,7 +15,13 @@ from quantlib.errors import RecipeError
 
 REQUIRED = dataclasses.MISSING
 
-_KIND_WORDS = {str: "text", int: "a whole number", bool: "true or false", tuple: "a list of tables"}
+_KIND_WORDS = {
+    str: "text",
+    int: "a whole number",
+    float: "a finite number",
+    bool: "true or false",
+    tuple: "a list of tables",
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +34,7 @@ class Option:
         choices: The allowed values, where they can be listed.
         several: Whether a value may be several of the choices, with commas between them.
         minimum: Smallest allowed number.
+        maximum: Largest allowed number.
         also_allowed: Values below the range with meanings of their own (explained in ``help``).
         in_identity: True when the value itself is part of a plan's identity. Addresses, texts and the
             machine are so only by what the plan makes of them (etags, digests, threads, kind of device).
@@ -36,7 +44,8 @@ class Option:
     section: str
     choices: tuple[str, ...] | None = None
     several: bool = False
-    minimum: int | None = None
+    minimum: float | None = None
+    maximum: float | None = None
     also_allowed: tuple[int, ...] = ()
     in_identity: bool = False
 
@@ -48,7 +57,8 @@ def declare(
     *,
     choices: tuple[str, ...] | None = None,
     several: bool = False,
-    minimum: int | None = None,
+    minimum: float | None = None,
+    maximum: float | None = None,
     also_allowed: tuple[int, ...] = (),
     in_identity: bool = False,
 ) -> Any:
@@ -59,6 +69,7 @@ def declare(
         choices=choices,
         several=several,
         minimum=minimum,
+        maximum=maximum,
         also_allowed=also_allowed,
         in_identity=in_identity,
     )
@@ -71,7 +82,7 @@ def fields_of(table: type) -> dict[str, tuple[dataclasses.Field[Any], Option]]:
 
 
 def kind_of(found: dataclasses.Field[Any]) -> type:
-    """The type of a value that is given: ``str``, ``int``, ``bool`` or ``tuple`` (a list of tables)."""
+    """The type of a value that is given: ``str``, ``int``, ``float``, ``bool`` or ``tuple`` (tables)."""
     members = get_args(found.type) if isinstance(found.type, UnionType) else (found.type,)
     kind: Any = next(member for member in members if member is not NoneType)
     return get_origin(kind) or kind
@@ -99,8 +110,8 @@ def check_value(name: str, value: Any, found: dataclasses.Field[Any]) -> None:
         raise RecipeError(f"{name} must not be empty; give a value or leave it out", option=name)
     if option.choices is not None:
         _check_choices(name, value, option.choices, several=option.several)
-    if option.minimum is not None and isinstance(value, int):
-        _check_range(name, value, option.minimum, option.also_allowed)
+    if isinstance(value, int | float):
+        _check_range(name, value, option)
 
 
 def names_in(value: str) -> list[str]:
@@ -121,14 +132,19 @@ def _check_choices(name: str, value: Any, choices: tuple[str, ...], *, several: 
         raise RecipeError(f"{name} names one of its values twice, found {value!r}", option=name)
 
 
-def _check_range(name: str, value: int, minimum: int, also_allowed: tuple[int, ...]) -> None:
-    if value < minimum and value not in also_allowed:
-        extra = "".join(f" or {allowed}" for allowed in also_allowed)
-        raise RecipeError(f"{name} must be at least {minimum}{extra}, found {value!r}", option=name)
+def _check_range(name: str, value: float, option: Option) -> None:
+    if option.minimum is not None and value < option.minimum and value not in option.also_allowed:
+        extra = "".join(f" or {allowed}" for allowed in option.also_allowed)
+        raise RecipeError(f"{name} must be at least {option.minimum}{extra}, found {value!r}", option=name)
+    if option.maximum is not None and value > option.maximum:
+        raise RecipeError(f"{name} must be at most {option.maximum}, found {value!r}", option=name)
 
 
 def _is_of_kind(value: Any, kind: type) -> bool:
     if kind is tuple:
         return isinstance(value, list | tuple) and all(isinstance(item, Mapping) for item in value)
+    if kind is float and isinstance(value, int | float):
+        # TOML and JSON write a whole number without a point. Neither NaN nor infinity is in any range.
+        return not isinstance(value, bool) and math.isfinite(value)
     # bool is a subclass of int: `sequences = true` must not count as 1.
     return isinstance(value, kind) and isinstance(value, bool) == (kind is bool)

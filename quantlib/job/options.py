@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from quantlib.errors import RecipeError
+from quantlib.job.gates import refuse_unmeasured
+from quantlib.job.hook import check_hook
 from quantlib.job.node_terms import labels_from, resources_from
 from quantlib.job.option_table import REQUIRED, Option, check_value, declare, fields_of, names_in
 from quantlib.job.rules import Rule, rule_values, rules_from
@@ -32,7 +34,8 @@ ROUTED, ALL_EXPERTS = "routed", "all-experts"
 KEPT_EMBEDDINGS, ROUNDED_EMBEDDINGS = "keep", "q8_0"
 PLACEMENTS = ("pack", "spread", "strict-pack", "strict-spread")
 
-_WHAT, _HOW, _DATA, _RUN = "Checkpoint", "Quantization", "Calibration and evaluation", "Execution"
+_WHAT, _HOW, _DATA = "Checkpoint", "Quantization", "Calibration and evaluation"
+_PUBLICATION, _RUN = "Publication", "Execution"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +212,46 @@ class JobOptions:
         "0 takes the calibration documents as they come; another number shuffles them.",
         minimum=0,
     )
+    max_perplexity_ratio: float | None = declare(
+        None,
+        _PUBLICATION,
+        "Publish only if perplexity on the held-out text is at most so many times the original's, as 1.1.",
+        minimum=0,
+    )
+    max_kl: float | None = declare(
+        None,
+        _PUBLICATION,
+        "Publish only if the KL divergence on the held-out text is at most this, in nats a token.",
+        minimum=0,
+    )
+    max_fallback_share: float | None = declare(
+        None,
+        _PUBLICATION,
+        "Publish only if at most this share of the quantized linears needed a fallback, as 0.01.",
+        minimum=0,
+        maximum=1,
+    )
+    max_block_error: float | None = declare(
+        None,
+        _PUBLICATION,
+        "Publish only if no block's output on the held-out text has a larger relative error than this.",
+        minimum=0,
+    )
+    publish: str = declare(
+        "when-passed",
+        _PUBLICATION,
+        "when-passed publishes an output that keeps its gates and whose hook agrees; staged leaves it where"
+        " no reader takes it for a checkpoint, for quantmill publish.",
+        choices=("when-passed", "staged"),
+    )
+    hook: str | None = declare(
+        None,
+        _PUBLICATION,
+        "Command that must end with 0 before an output is published, or @NAME of one that the operator wrote"
+        " down; {model}, {output} and {report} in it stand for a local folder that loads as a checkpoint, the"
+        " address, and the report as a local file.",
+    )
+    hook_timeout: int = declare(3600, _PUBLICATION, "Seconds that the hook may take.", minimum=1)
     runner: str = declare(
         "ray",
         _RUN,
@@ -288,8 +331,9 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
 
     Raises:
         RecipeError: An unknown key, a missing one, a value out of its range, a wrong rule, gptq without
-            calibration text, a mix without weights, devices without a target, or nodes that cannot be; names
-            the option, the value and what is allowed.
+            calibration text, a mix without weights, devices without a target, a gate on what is not
+            measured, a hook that is none, or nodes that cannot be; names the option, the value and what is
+            allowed.
 
     >>> options_from({"source": "m", "output": "q", "method": "rtn", "group_size": 64}).group_size
     64
@@ -311,6 +355,9 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
         **_following(options, {name: getattr(options, name) for name in FOLLOWING}),
     )
     _refuse_missing_calibration(options, rules)
+    refuse_unmeasured(dataclasses.asdict(options))
+    if options.hook is not None:
+        check_hook(options.hook)
     _refuse_idle_searches(options)
     if options.calibration is not None:
         text_sources(options.calibration)

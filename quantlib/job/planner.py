@@ -50,6 +50,7 @@ from quantlib.job.planned_ends import blocks_spec, kept_heads, rounded_ends
 from quantlib.job.provenance import MACHINE_SETTINGS, check_replay, read_provenance, recorded_settings
 from quantlib.job.report import REPORT_NAME
 from quantlib.job.several_formats import only_format
+from quantlib.job.staged_output import measured_report
 from quantlib.job.target_check import check_target
 from quantlib.job.texts import planned_rows
 from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_kind, may_share
@@ -169,9 +170,10 @@ def begin(prepared: Sequence[Prepared]) -> dict[str, Any]:
     """Make the work prefixes of outputs ready for a run that holds their leases.
 
     Returns:
-        Of every output ``reports``, of one that another run finished meanwhile, or None, and ``records`` of
-        finished units, not yet checked; ``checkpoint`` of the activations, or None; ``aborted_uploads``, how
-        many uploads of runs that died were given up.
+        Of every output ``reports``, of one that another run finished meanwhile, or None, ``staged``, the
+        report of one that only waits to be published, or None, and ``records`` of finished units, not yet
+        checked; ``checkpoint`` of the activations, or None; ``aborted_uploads``, how many uploads of runs
+        that died were given up.
 
     Raises:
         PlanMismatchError: What is stored belongs to another job.
@@ -179,7 +181,7 @@ def begin(prepared: Sequence[Prepared]) -> dict[str, Any]:
     plans = [found.plan for found in prepared]
     # Cells are cut from the rows in the first work prefix, whichever output wants them.
     every = {digest: rows_BT for found in prepared for digest, rows_BT in found.rows.items()}
-    reports, records, aborted = [], [], 0
+    reports, staged, records, aborted = [], [], [], 0
     for number, found in enumerate(prepared):
         plan, engine = found.plan, found.options.storage_engine
         work_store, output_store = open_store(plan.work, engine), open_store(plan.output, engine)
@@ -189,9 +191,11 @@ def begin(prepared: Sequence[Prepared]) -> dict[str, Any]:
         for digest, rows_BT in (found.rows if number else every).items():
             store_rows(work_store, tokens_uri(plan.work, digest), rows_BT)
         records.append(read_records(work_store, plan))
+        staged.append(measured_report(work_store, plan))
     home = open_store(plans[0].work, prepared[0].options.storage_engine)
     return {
         "reports": reports,
+        "staged": staged,
         "records": records,
         "checkpoint": newest_checkpoint(home, plans),
         "aborted_uploads": aborted,

@@ -24,6 +24,7 @@ from quantlib.errors import (
 from quantlib.job.option_table import check_value
 from quantlib.job.options import option_fields
 from quantlib.job.plan import Plan
+from quantlib.job.staged_output import PUBLICATION_OPTIONS
 from quantlib.job.text_sources import TextRecord, with_addresses
 from quantlib.storage import normalize_uri, open_store
 
@@ -32,7 +33,7 @@ PROVENANCE_NAME = "quantmill_provenance.json"
 # What the machine decides at the first start, and what is then kept.
 MACHINE_SETTINGS = ("threads", "sequences_per_cell", "sequences_per_batch", "compute_dtype")
 
-# Where and by how many a job is run is for whoever repeats it to say.
+# Where and by how many a job is run, and what its output is held to, is for whoever repeats it to say.
 _NOT_REPEATED = (
     "runner",
     "workers",
@@ -45,7 +46,10 @@ _NOT_REPEATED = (
     "storage_engine",
     "checkpoint_every",
     "replay",
+    *PUBLICATION_OPTIONS,
 )
+# A command may hold what is nobody else's business.
+_NOT_RECORDED = ("hook",)
 _ADDRESSES = ("source", "output")
 _EVALUATION = ("evaluation", "evaluation_sequences", "sequence_length", "text_column")
 _OR_NONE = type(None)
@@ -131,7 +135,8 @@ def _opened(plan: Plan) -> Checkpoint:
 
 
 def _options_given(plan: Plan) -> dict[str, Any]:
-    return {name: plan.options[name] for name in option_fields() if name in plan.options}
+    names = (name for name in option_fields() if name not in _NOT_RECORDED)
+    return {name: plan.options[name] for name in names if name in plan.options}
 
 
 def _options_effective(plan: Plan) -> dict[str, Any]:

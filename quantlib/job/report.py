@@ -48,7 +48,8 @@ def build_report(
     ``own_stages`` are those of the output with this ``number`` among them. ``quantized`` has the ``weights``
     of quantized linears and ``size_bytes`` of the tensors that stand for them: codes, scales and whatever
     else the format wants, without biases. ``packed_with`` are those among ``made_with`` that have the same
-    codes: they were solved once, which is in the ``own_stages`` of one of them.
+    codes: they were solved once, which is in the ``own_stages`` of one of them. ``publication`` is for
+    `quantlib.job.publishing` to fill in: what the output was held to, and what came of it.
 
     ``timeline.workers`` holds for every worker the second it ``began`` and for each of its lanes the
     [stage, start, end] of what it did, to the millisecond and in seconds from ``started``: planning comes
@@ -111,6 +112,7 @@ def build_report(
         "tensors": [dataclasses.asdict(account) for account in plan.accounts],
         "dropped": dict(plan.dropped),
         "versions": dict(plan.versions),
+        "publication": {"state": "staged", "gates": [], "hook": None},
     }
 
 

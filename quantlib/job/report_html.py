@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from quantlib.job import report_experts, report_timeline
+from quantlib.job import report_experts, report_publication, report_timeline
 from quantlib.job import report_figures as figures
 from quantlib.job import report_svg as svg
 from quantlib.job.report_figures import is_number, number
@@ -83,6 +83,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         (
             _head(report),
             _warnings(report),
+            _publication(report),
             f'<div class="pair">{_block_error(report)}{_kinds(report)}{_damping(report)}{_experts(report)}',
             f"{_stages(report)}{_memory(report)}{_fallbacks(report)}</div>",
             _timeline(report),
@@ -128,6 +129,14 @@ def _warnings(report: Mapping[str, Any]) -> str:
     found += figures.history_sentences(report)
     sentences = "<br>".join(escape(sentence) for sentence in found)
     return f'<section class="warn">{sentences}</section>' if found else ""
+
+
+def _publication(report: Mapping[str, Any]) -> str:
+    """What the output was held to; nothing where it was held to nothing."""
+    rows = report_publication.gate_rows(report)
+    table = _table(("gate", "#at most", "#found", "verdict"), rows) if rows else ""
+    words = "".join(f"<p>{escape(sentence)}</p>" for sentence in report_publication.sentences(report))
+    return _section("Publication", table + words) if table or words else ""
 
 
 def _block_error(report: Mapping[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from quantlib.job import report_experts
+from quantlib.job import report_experts, report_publication
 from quantlib.job import report_figures as figures
 from quantlib.job.accounts import account_lines
 from quantlib.job.report_figures import is_number, number
@@ -37,6 +37,9 @@ def format_summary(report: Mapping[str, Any]) -> str:
     for headline in headlines:
         note = f"   {headline.note}" if headline.note else ""
         lines.append(f"  {headline.name:<{width}}  {headline.value}{note}")
+    for gate, limit, figure, passed in report_publication.gate_rows(report):
+        lines.append(f"  Gate {gate} {passed}: {figure} of at most {limit}")
+    lines += [f"  {sentence}" for sentence in report_publication.sentences(report)]
     return "\n".join(lines)
 
 

@@ -22,7 +22,7 @@ _COLORS = {
     "head": ("#8f5d32", "#c99a6b"),
     "checkpoint": ("#6b7280", "#98a2b0"),
     "plan": ("#a9b4c2", "#667182"),
-    "publish": ("#3c4653", "#d3d9e0"),
+    "stage": ("#3c4653", "#d3d9e0"),
     "read": ("#29a7d8", "#56c8f2"),
     "write": ("#c4402f", "#f0806f"),
     "check": ("#a89a17", "#d8ca4a"),

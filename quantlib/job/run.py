@@ -2,9 +2,10 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import datetime
 from typing import Any, Generic, TypeVar
 
 from quantlib.errors import QuantError
@@ -16,6 +17,8 @@ from quantlib.job.lease import Leases
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.memory import MemoryPlan
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
+from quantlib.job.report import build_report
+from quantlib.job.staged_output import has_these_shards
 from quantlib.job.stages import Progress, StageFuture, StageRunner
 
 T = TypeVar("T")
@@ -94,6 +97,7 @@ class Run:
     units: list[StageFuture[DoneRecord]] = field(default_factory=list)
     is_taken_up: bool = False
     is_converted: bool = False
+    staged: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def plan(self) -> Plan:
@@ -113,6 +117,20 @@ class Run:
     def num_finished(self) -> int:
         """Units that are finished."""
         return sum(len(output.records) for output in self.outputs)
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether only the publication is left to do; ``staged`` are the reports then."""
+        return bool(self.staged)
+
+    def take_staged(self, reports: Sequence[Mapping[str, Any] | None]) -> None:
+        """Take reports of an earlier start, if all outputs have one that is about all their shards."""
+        found = [
+            dict(report)
+            for output, report in zip(self.outputs, reports, strict=True)
+            if report is not None and has_these_shards(report, output.plan, output.records)
+        ]
+        self.staged = found if len(found) == len(self.outputs) else []
 
     def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> StageFuture[T]:
         """Start a stage, as long as this run holds the lease."""
@@ -144,6 +162,36 @@ class Run:
     def stage(self, block: int, kind: str, function: Callable[..., T], *arguments: Any) -> T:
         """`start` and `end`."""
         return self.end(self.start(block, kind, function, *arguments))
+
+    def reports(self, started: datetime, seconds: float) -> list[dict[str, Any]]:
+        """The report of every output, once all units are finished.
+
+        Args:
+            seconds: Since ``started``.
+        """
+        self.history.moved_cells = self.crew.moved_cells
+        self.history.exchanges = self.crew.exchanges
+        self.history.exchange_fallbacks = self.crew.exchange_fallbacks
+        telemetry = self.crew.telemetry()
+        return [
+            build_report(
+                plan=output.plan,
+                memory=dataclasses.asdict(self.memory),
+                records=output.records,
+                history=dataclasses.asdict(output.history_of(self.history)),
+                figures=output.figures,
+                block_errors=output.errors,
+                block_seconds=self.seconds,
+                excluded_rows=sorted(output.excluded_rows().union(self.excluded_rows)),
+                telemetry=telemetry,
+                number=number,
+                made_with=[other.plan.output for other in self.outputs if other is not output],
+                packed_with=[plan.output for plan in self.bundle.packed_with(number)],
+                started=started,
+                seconds=seconds,
+            )
+            for number, output in enumerate(self.outputs)
+        ]
 
     def name_of(self, block: int, kind: str) -> str:
         """What people read of a stage of a block."""

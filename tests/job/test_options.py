@@ -44,6 +44,13 @@ def test_options_from_minimal_request_takes_every_default():
         "sequence_length": 2048,
         "evaluation_sequences": 32,
         "seed": 0,
+        "max_perplexity_ratio": None,
+        "max_kl": None,
+        "max_fallback_share": None,
+        "max_block_error": None,
+        "publish": "when-passed",
+        "hook": None,
+        "hook_timeout": 3600,
         "runner": "ray",
         "workers": None,
         "threads_per_worker": None,
@@ -81,6 +88,19 @@ def test_options_from_minimal_request_takes_every_default():
         ({"format": "ggml"}, "gguf, or several with commas between them, found 'ggml'"),
         ({"format": "gptq,"}, "or several with commas between them, found 'gptq,'"),
         ({"format": "gptq, awq,gptq"}, "format names one of its values twice"),
+        ({"max_fallback_share": 1.5}, "max_fallback_share must be at most 1, found 1.5"),
+        ({"max_fallback_share": -0.1}, "max_fallback_share must be at least 0, found -0.1"),
+        ({"max_fallback_share": float("nan")}, "max_fallback_share must be a finite number, found nan"),
+        ({"max_fallback_share": float("inf")}, "max_fallback_share must be a finite number, found inf"),
+        ({"max_fallback_share": True}, "max_fallback_share must be a finite number, found True"),
+        ({"max_fallback_share": "0.1"}, "max_fallback_share must be a finite number, found '0.1'"),
+        ({"max_kl": 0.1}, "max_kl 0.1 is a limit on what held-out text measures, and none was given"),
+        ({"max_block_error": 1, "evaluation": None}, "max_block_error 1 is a limit"),
+        ({"max_perplexity_ratio": 1.1}, "max_perplexity_ratio 1.1 is a limit"),
+        ({"hook": "echo 'a"}, "is no command: No closing quotation"),
+        ({"hook": "@no name"}, "hook '@no name' is no name"),
+        ({"hook_timeout": 0}, "hook_timeout must be at least 1, found 0"),
+        ({"publish": "later"}, "publish must be one of when-passed, staged, found 'later'"),
         ({"device": "tpu"}, "device must be one of cpu, cuda, found 'tpu'"),
         ({"evaluation": " "}, "evaluation must not be empty"),
         (
@@ -173,7 +193,7 @@ def test_every_option_is_described_and_has_a_known_kind():
     for name, (found, option) in option_fields().items():
         assert option.help.endswith((".", "text")), name
         assert option.section, name
-        assert kind_of(found) in (str, int, bool, tuple), name
+        assert kind_of(found) in (str, int, float, bool, tuple), name
         assert (found.default is None) == is_optional(found), name
 
 

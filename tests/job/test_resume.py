@@ -326,7 +326,7 @@ def test_resume_damaged_cell_is_told_by_its_digest(tmp_path):
 
 def test_resume_without_anything_left_to_run_still_reports_the_rows_left_out(tmp_path):
     options = tiny_options(tmp_path, evaluation=None)
-    _interrupt(options, "publish")
+    _interrupt(options, "stage")
     for path in (tmp_path / "output.quantmill" / "done").glob("block-*.json"):
         path.write_text(json.dumps({**json.loads(path.read_text()), "excluded_rows": [3, 7]}))
     report = quantize(options)

@@ -1,57 +1,58 @@
-"""The last writes of a job: side files, report, provenance, the index, and config.json as the very last.
+"""What will lie beside the shards of an output: side files, provenance, index and config.json.
 
-Whoever finds a config.json finds a whole model.
+It is all made when the shards are done, and waits in the work prefix until the output is published.
 """
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
-from quantlib.checkpoint.index import CONFIG_NAME, INDEX_NAME, Checkpoint
+from quantlib.checkpoint.index import CONFIG_NAME, INDEX_NAME, STAGED_NAME, Checkpoint
 from quantlib.checkpoint.layout import index_bytes
 from quantlib.job.plan import Plan
 from quantlib.job.provenance import PROVENANCE_NAME, build_provenance
 from quantlib.job.report import HTML_NAME, REPORT_NAME
-from quantlib.job.report_html import render_html
+from quantlib.job.staged_output import store_staged
 from quantlib.packing import FORMATS, gguf_format
 from quantlib.packing.outlier_columns import config_with_outliers
-from quantlib.storage import Store, join_uri
+from quantlib.storage import Store
 
 
-def publish(
+def stage(
     source_store: Store,
     output_store: Store,
+    work_store: Store,
     plan: Plan,
     checkpoint: Checkpoint,
     report: Mapping[str, Any],
 ) -> None:
-    """Make the output a checkpoint that readers recognise."""
+    """Have everything wait that makes the output a checkpoint that readers recognise.
+
+    Args:
+        source_store: Where the source lies, whose side files are copied.
+        output_store: Where the shards are.
+        work_store: Where the rest waits.
+        checkpoint: The source.
+        report: Of the run; ``shards`` are those that are there.
+    """
+    files: dict[str, bytes] = {}
     quantization = _quantization(plan)
     config = {**checkpoint.config, "quantization_config": quantization}
     for name, info in checkpoint.side_files.items():
         # As a range, which is pinned to the object that was planned.
-        content = source_store.read_ranges(info, [(0, info.size_bytes)])[0]
-        output_store.write(join_uri(plan.output, name), bytes(content))
-    for name, content in checkpoint.made_files.items():
-        output_store.write(join_uri(plan.output, name), content)
-    for name, content in _format_files(plan).items():
-        output_store.write(join_uri(plan.output, name), content)
+        files[name] = bytes(source_store.read_ranges(info, [(0, info.size_bytes)])[0])
+    files |= {**checkpoint.made_files, **_format_files(plan)}
     provenance = build_provenance(
         plan, checkpoint, shards=report["shards"], device_kinds=report["device_kinds"]
     )
-    for name, content in (
-        (REPORT_NAME, json.dumps(report, indent=1, allow_nan=False).encode()),
-        (HTML_NAME, render_html(dict(report)).encode()),
-        (PROVENANCE_NAME, json.dumps(provenance, indent=1, allow_nan=False).encode()),
-        *_index(plan).items(),
-        (CONFIG_NAME, json.dumps(config, indent=2).encode()),
-    ):
-        output_store.write(join_uri(plan.output, name), content)
+    files[PROVENANCE_NAME] = json.dumps(provenance, indent=1, allow_nan=False).encode()
+    files |= {**_index(plan), CONFIG_NAME: json.dumps(config, indent=2).encode()}
+    store_staged(output_store, work_store, plan, files, report)
 
 
-def published_names(plan: Plan) -> tuple[str, ...]:
-    """Every file name that `publish` writes for a plan, in order; shards are not among them."""
-    names = (REPORT_NAME, HTML_NAME, PROVENANCE_NAME, *_index(plan), CONFIG_NAME)
+def names_beside_shards(plan: Plan) -> tuple[str, ...]:
+    """Every file name that may lie beside the shards of a plan, staged or published."""
+    names = (STAGED_NAME, REPORT_NAME, HTML_NAME, PROVENANCE_NAME, *_index(plan), CONFIG_NAME)
     return (*plan.side_files, *_format_files(plan), *names)
 
 
