@@ -11,9 +11,11 @@ from prefect import flow
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.artifacts import ProgressArtifact, publish_comparison, publish_report
+from flows.artifacts import publish_comparison, publish_report
 from flows.params import CompareParams, QuantizeParams
 from flows.progress import tell_listener
+from flows.run_log import logs_in_run
+from flows.run_view import RunView
 from flows.stages import PrefectStages
 from quantlib.errors import RecipeError
 from quantlib.job.comparison_run import compare
@@ -105,14 +107,15 @@ def _convert(requests: Sequence[JobOptions]) -> list[dict[str, Any]]:
     # Ray loads with the first run, not when a deployment is registered or a form is drawn.
     from workers.api import open_crew
 
-    bar = ProgressArtifact()
+    with logs_in_run(), RunView() as view:
 
-    def on_progress(progress: Progress) -> None:
-        tell_listener(progress)
-        bar.show(progress)
+        def on_progress(progress: Progress) -> None:
+            tell_listener(progress)
+            view.show(progress)
 
-    with open_crew(requests[0]) as crew:
-        reports = convert(requests, crew, PrefectStages(), on_progress)
+        with open_crew(requests[0]) as crew:
+            reports = convert(requests, crew, PrefectStages(), on_progress)
+        view.show_reports(reports)
     for report in reports:
         publish_report(report)
     return reports
