@@ -197,9 +197,9 @@ def gpu_hours(report: Mapping[str, Any]) -> float | None:
     known.
     """
     workers, seconds = part(report.get("timeline"), "workers"), report.get("seconds")
-    if not str(report.get("device_kind", "")).startswith("cuda") or not workers or not is_number(seconds):
+    if seconds is None or not workers or not str(report.get("device_kind", "")).startswith("cuda"):
         return None
-    return _seconds_there(workers, seconds or 0.0) / 3600
+    return _seconds_there(workers, seconds) / 3600
 
 
 def machine_hours(report: Mapping[str, Any]) -> str | None:
@@ -207,7 +207,7 @@ def machine_hours(report: Mapping[str, Any]) -> str | None:
     hours, cpu_seconds = gpu_hours(report), report.get("cpu_seconds")
     if hours is not None:
         return f"{number(hours, 3)} GPU-hours"
-    return f"{number(cpu_seconds / 3600, 3)} CPU-hours" if is_number(cpu_seconds) else None
+    return None if cpu_seconds is None else f"{number(cpu_seconds / 3600, 3)} CPU-hours"
 
 
 def _seconds_there(workers: Sequence[Mapping[str, Any]], seconds: float) -> float:

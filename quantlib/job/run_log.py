@@ -22,13 +22,12 @@ def log_block(finished: FinishedBlock, num_blocks: int, num_outputs: int) -> Non
 
 def log_plan(num_blocks: int, num_outputs: int, num_workers: int, memory: MemoryPlan) -> None:
     """What is about to be done, and how memory is cut."""
-    _LOG.info("%d blocks, %d outputs, %d workers", num_blocks, num_outputs, num_workers)
+    _LOG.info("blocks: %d, outputs: %d, workers: %d", num_blocks, num_outputs, num_workers)
     slices = max((len(passes) for passes in memory.slices), default=1)
-    _LOG.info(
-        "a block is summed and solved in up to %d slices; the next block is %s",
-        slices,
-        "prepared beside it" if memory.pipelines else "not prepared before it is written",
-    )
+    if slices > 1:
+        _LOG.info("to fit in memory, a block is summed and solved in up to %d slices", slices)
+    if not memory.pipelines:
+        _LOG.info("to fit in memory, a block is written before the next one is begun")
 
 
 def log_found(reused: Sequence[str], redone: dict[str, str]) -> None:
