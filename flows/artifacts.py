@@ -1,74 +1,48 @@
-"""What a run shows in the Prefect UI: progress, a table of blocks, and a summary.
+"""What a finished run leaves in the Prefect UI: a summary with its verdict, and a picture of its errors.
 
 Artifacts are a view. A Prefect server that cannot be reached costs the view and not the conversion: such a
 failure is logged and the run goes on.
 """
 
-import time
+import base64
 from collections.abc import Coroutine, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect.artifacts import (
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
-from flows.summary import block_rows, summary_markdown
+from flows.summary import summary_markdown
 from quantlib.job.comparison_text import comparison_markdown
-from quantlib.job.stages import Progress
+from quantlib.job.report_picture import error_picture
 
 PROGRESS_KEY, BLOCKS_KEY, SUMMARY_KEY = "quantize-progress", "quantize-blocks", "quantize-summary"
-COMPARISON_KEY = "compare-schemes"
-_MIN_INTERVAL_S = 3.0
+ERRORS_KEY, COMPARISON_KEY = "quantize-errors", "compare-schemes"
 
-
-class ProgressArtifact:
-    """A progress bar in the UI, updated at most every few seconds."""
-
-    def __init__(self) -> None:
-        self._artifact: UUID | None = None
-        self._shown_at = float("-inf")
-
-    def show(self, progress: Progress) -> None:
-        """Bring the bar up to date, unless that was done a moment ago; the end is always shown."""
-        is_done = progress.done >= progress.total
-        if not is_done and time.monotonic() - self._shown_at < _MIN_INTERVAL_S:
-            return
-        self._shown_at = time.monotonic()
-        percent = 100.0 * min(1.0, progress.done / progress.total)
-        with _view_only():
-            if self._artifact is None:
-                self._artifact = _outside_event_loop(
-                    create_progress_artifact(percent, key=PROGRESS_KEY, description=progress.label)
-                )
-            else:
-                update_progress_artifact(self._artifact, percent, description=progress.label)
+# What Prefect's client raises of a server that does not answer, or has forgotten the run.
+OUTAGES = (httpx.HTTPError, PrefectException)
 
 
 def publish_report(report: Mapping[str, Any]) -> None:
-    """Leave the table of blocks and the summary of a finished run with it."""
-    with _view_only():
-        create_table_artifact(
-            block_rows(report), key=BLOCKS_KEY, description="Every block: error, time, damping, fallbacks"
-        )
+    """Leave the summary of a finished run with it, and the picture of its errors where they were measured."""
     with _view_only():
         create_markdown_artifact(
-            summary_markdown(report), key=SUMMARY_KEY, description="What the conversion did"
+            summary_markdown(report), SUMMARY_KEY, "The verdict, what it rests on, and where the output is"
         )
+    picture = error_picture(report)
+    if picture is not None:
+        url = f"data:image/svg+xml;base64,{base64.b64encode(picture.encode()).decode()}"
+        with _view_only():
+            create_image_artifact(url, ERRORS_KEY, "Relative error of the quantized stream behind each block")
 
 
 def publish_comparison(comparison: Mapping[str, Any]) -> None:
     """Leave the table of a comparison with its run."""
     with _view_only():
-        create_markdown_artifact(
-            comparison_markdown(comparison), key=COMPARISON_KEY, description="Schemes side by side"
-        )
+        create_markdown_artifact(comparison_markdown(comparison), COMPARISON_KEY, "Schemes side by side")
 
 
 def publish_lines(key: str, title: str, lines: str) -> None:
@@ -77,15 +51,20 @@ def publish_lines(key: str, title: str, lines: str) -> None:
         create_markdown_artifact(f"```\n{lines}\n```\n", key=key, description=title)
 
 
-def _outside_event_loop(created: UUID | Coroutine[Any, Any, UUID]) -> UUID:
-    # Prefect's functions give a coroutine when they are called inside an event loop; a flow's body is not.
+def made(created: UUID | Coroutine[Any, Any, UUID]) -> UUID:
+    """What Prefect made; it gives a coroutine inside an event loop, which no flow here is."""
     assert isinstance(created, UUID)
     return created
+
+
+def warn_of_outage(error: BaseException) -> None:
+    """Say that the view stands still."""
+    get_run_logger().warning("an artifact could not be shown, the conversion goes on: %r", error)
 
 
 @contextmanager
 def _view_only() -> Iterator[None]:
     try:
         yield
-    except httpx.HTTPError as error:
-        get_run_logger().warning("an artifact could not be shown, the conversion goes on: %r", error)
+    except OUTAGES as error:
+        warn_of_outage(error)

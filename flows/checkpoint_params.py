@@ -45,7 +45,7 @@ def _title(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-class _OnWorker(StoredForm):
+class OneWorkerParams(StoredForm):
     """What one worker of the cluster does with a checkpoint."""
 
     @property
@@ -67,20 +67,20 @@ class _OnWorker(StoredForm):
 
 
 class EvaluateParams(
-    create_model("_EvaluateFields", __base__=_OnWorker, **_fields("evaluate", (*_COMPUTING, *_NODE)))
+    create_model("_EvaluateFields", __base__=OneWorkerParams, **_fields("evaluate", (*_COMPUTING, *_NODE)))
 ):
     """The evaluation of one checkpoint, original or quantized."""
 
     model_config = ConfigDict(title="Evaluation")
 
 
-class VerifyParams(create_model("_VerifyFields", __base__=_OnWorker, **_fields("verify", _NODE))):
+class VerifyParams(create_model("_VerifyFields", __base__=OneWorkerParams, **_fields("verify", _NODE))):
     """The verification of one output."""
 
     model_config = ConfigDict(title="Verification")
 
 
-class CleanParams(create_model("_CleanFields", __base__=_OnWorker, **_fields("clean", _NODE))):
+class CleanParams(create_model("_CleanFields", __base__=OneWorkerParams, **_fields("clean", _NODE))):
     """What is to be cleaned of one job."""
 
     model_config = ConfigDict(title="Cleaning")

@@ -6,8 +6,7 @@ from prefect import flow
 
 from flows.artifacts import publish_lines
 from flows.checkpoint_params import CleanParams
-from flows.credentials import storage_credentials
-from flows.params import validated
+from flows.one_worker import done_by_one_worker
 
 RESULT_KEY = "clean-work"
 _FUNCTION = "quantlib.job.clean.clean_said"
@@ -26,13 +25,8 @@ def clean_work(params: CleanParams) -> dict[str, Any]:
     Raises:
         QuantError: A run is at work there, there is nothing to clean, or it belongs to another job.
     """
-    # Ray loads with the first run, not when a deployment is registered or a form is drawn.
-    from workers.api import run_errand
-
     values = params.model_dump()
     arguments = {name: values[name] for name in ("output", "work", "storage_engine", "discard")}
-    options = validated(params.worker_options)
-    with storage_credentials(params.credentials) as environment:
-        result = run_errand(options, _FUNCTION, arguments, environment)
+    result = done_by_one_worker(params, _FUNCTION, arguments, tells_progress=False)
     publish_lines(RESULT_KEY, "What was removed", result["said"])
     return result

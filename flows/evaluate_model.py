@@ -4,10 +4,9 @@ from typing import Any
 
 from prefect import flow
 
-from flows.artifacts import ProgressArtifact, publish_lines
+from flows.artifacts import publish_lines
 from flows.checkpoint_params import EvaluateParams
-from flows.credentials import storage_credentials
-from flows.params import validated
+from flows.one_worker import done_by_one_worker
 from quantlib.job.evaluation_text import format_evaluation
 
 _FUNCTION = "quantlib.evaluation.evaluate_checkpoint"
@@ -27,9 +26,6 @@ def evaluate_model(params: EvaluateParams) -> dict[str, Any]:
     Raises:
         QuantError: The checkpoint or the text cannot be used.
     """
-    # Ray loads with the first run, not when a deployment is registered or a form is drawn.
-    from workers.api import run_errand
-
     values = params.model_dump()
     arguments = {
         "uri": values["model"],
@@ -41,8 +37,6 @@ def evaluate_model(params: EvaluateParams) -> dict[str, Any]:
         "device": values["device"],
         "storage_engine": values["storage_engine"],
     }
-    options = validated(params.worker_options)
-    with storage_credentials(values["credentials"]) as environment:
-        result = run_errand(options, _FUNCTION, arguments, environment, ProgressArtifact().show)
+    result = done_by_one_worker(params, _FUNCTION, arguments)
     publish_lines(RESULT_KEY, "Perplexity of the checkpoint", format_evaluation(result))
     return result

@@ -13,10 +13,12 @@ from prefect import flow
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.artifacts import ProgressArtifact, publish_comparison, publish_report
+from flows.artifacts import publish_comparison, publish_report
 from flows.credentials import storage_credentials
 from flows.params import CompareParams, QuantizeParams, common_credentials, validated
 from flows.progress import tell_listener
+from flows.run_log import logs_in_run
+from flows.run_view import RunView
 from flows.stages import PrefectStages
 from quantlib.job.command_hooks import CommandHooks
 from quantlib.job.comparison_run import compare
@@ -110,14 +112,16 @@ def _convert(requests: Sequence[JobOptions], environment: Mapping[str, str]) -> 
     # Ray loads with the first run, not when a deployment is registered or a form is drawn.
     from workers.api import open_crew
 
-    bar, hooks = ProgressArtifact(), CommandHooks(configured_hooks(os.environ.get(HOOKS_VARIABLE)))
+    hooks = CommandHooks(configured_hooks(os.environ.get(HOOKS_VARIABLE)))
+    with logs_in_run(), RunView() as view:
 
-    def on_progress(progress: Progress) -> None:
-        tell_listener(progress)
-        bar.show(progress)
+        def on_progress(progress: Progress) -> None:
+            tell_listener(progress)
+            view.show(progress)
 
-    with open_crew(requests[0], environment) as crew:
-        reports = convert(requests, crew, PrefectStages(), on_progress, hooks)
+        with open_crew(requests[0], environment) as crew:
+            reports = convert(requests, crew, PrefectStages(), on_progress, hooks)
+        view.show_reports(reports)
     for report in reports:
         publish_report(report)
     return reports

@@ -9,43 +9,53 @@ from typing import Any
 
 from quantlib.job import report_figures as figures
 from quantlib.job import report_publication
+from quantlib.job.block_figures import BlockFigures, block_figures, fallback_words
 from quantlib.job.report import HTML_NAME
+from quantlib.job.report_verdict import concerns, verdict
 
 
-def block_rows(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row a block for a table: linear error and damping are the largest among its linears."""
-    return [_block_row(block) for block in report["blocks"]]
+def block_table(blocks: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+    """One row a block for a table, in the order of the blocks; of several outputs that of each.
+
+    Args:
+        blocks: Address of an output -> entries of ``blocks`` of its report, in any order.
+    """
+    several = len(blocks) > 1
+    rows = [(block_figures(row), output) for output, entries in blocks.items() for row in entries]
+    rows.sort(key=lambda row: row[0].index)
+    return [_block_row(found, output_name(output) if several else None) for found, output in rows]
 
 
-def _block_row(block: Mapping[str, Any]) -> dict[str, Any]:
-    linears: Sequence[Mapping[str, Any]] = block["linears"]
+def _block_row(found: BlockFigures, output: str | None) -> dict[str, Any]:
     return {
-        "block": block["index"],
-        "relative error": _rounded(block["relative_error"]),
-        "cosine": _rounded(block["cosine"]),
-        "worst linear error": _rounded(_largest(linears, "relative_error")),
-        "damping": _rounded(_largest(linears, "damping_fraction")),
-        "fallbacks": sum(1 for linear in linears if linear.get("fallback")),
-        "seconds": round(figures.block_seconds(block), 1),
+        "block": found.index + 1,
+        **({} if output is None else {"output": output}),
+        "relative error": _rounded(found.relative_error),
+        "cosine": _rounded(found.cosine, 6),
+        "worst linear": found.worst_linear,
+        "its error": _rounded(found.worst_error),
+        "damping": _rounded(found.damping),
+        "fallbacks": fallback_words(found.fallbacks) or "none",
+        "seconds": round(found.seconds, 1),
     }
 
 
-def _largest(linears: Sequence[Mapping[str, Any]], name: str) -> float | None:
-    return figures.largest([linear.get(name) for linear in linears])
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.4g}")
+def _rounded(value: float | None, digits: int = 4) -> float | None:
+    return None if value is None else float(f"{value:.{digits}g}")
 
 
 def summary_markdown(report: Mapping[str, Any]) -> str:
-    """The whole run on one page, the verdict first."""
-    rows = "\n".join(f"| {name} | {value} | {note} |" for name, value, note in _summary_rows(report))
-    return (
-        f"## {figures.model_name(report)}: {figures.request(report)}\n\n| | | |\n|---|---|---|\n{rows}\n\n"
-        f"The full report is `{report_uri(report)}`; `quantmill report {report['output']}` shows it in a"
-        " terminal.\n"
+    """The whole run on one page: the verdict, what speaks against it or happened on the way, the figures."""
+    warnings = [*concerns(report), *figures.history_sentences(report)]
+    rows = (f"| {name} | {value} | {note} |" for name, value, note in _summary_rows(report))
+    parts = (
+        f"**{verdict(report)}**",
+        "\n".join(f"- {warning}" for warning in warnings),
+        f"{figures.model_name(report)}: {figures.request(report)}",
+        "\n".join(("| | | |", "|---|---|---|", *rows)),
+        f"`quantmill report {report['output']}` shows the report in a terminal.",
     )
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def _summary_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
@@ -56,18 +66,14 @@ def _summary_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for sentence in report_publication.sentences(report):
         what, _, detail = sentence.partition(":")
         yield "Publication", what, detail.strip()
-    yield "Fallbacks", *_fallback_words(report["fallbacks"])
     yield "Source", f"`{report['source']}`", report["model_type"]
     yield "Output", f"`{report['output']}`", f"{len(report['shards'])} shards"
-    for sentence in figures.history_sentences(report):
-        what, _, detail = sentence.partition(":")
-        yield what, detail.strip(), ""
+    yield "Report", f"`{report_uri(report)}`", ""
 
 
-def _fallback_words(fallbacks: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    kinds = sorted({str(fallback["kind"]) for fallback in fallbacks})
-    counts = (f"{sum(1 for f in fallbacks if f['kind'] == kind)} x {kind}" for kind in kinds)
-    return str(len(fallbacks)) if fallbacks else "none", ", ".join(counts)
+def output_name(uri: str) -> str:
+    """The last part of an output's address."""
+    return uri.rstrip("/").rpartition("/")[2]
 
 
 def report_uri(report: Mapping[str, Any]) -> str:

@@ -4,10 +4,9 @@ from typing import Any
 
 from prefect import flow
 
-from flows.artifacts import ProgressArtifact, publish_lines
+from flows.artifacts import publish_lines
 from flows.checkpoint_params import VerifyParams
-from flows.credentials import storage_credentials
-from flows.params import validated
+from flows.one_worker import done_by_one_worker
 from quantlib.errors import CheckpointError
 from quantlib.job.verification_text import all_findings, format_verification
 
@@ -29,14 +28,9 @@ def verify_output(params: VerifyParams) -> dict[str, Any]:
         CheckpointError: Something is wrong with the output; all of it is in the run's artifact.
         QuantError: Something at one of the addresses cannot be read at all.
     """
-    # Ray loads with the first run, not when a deployment is registered or a form is drawn.
-    from workers.api import run_errand
-
     values = params.model_dump()
     arguments = {name: values[name] for name in ("output", "source", "against", "storage_engine")}
-    options = validated(params.worker_options)
-    with storage_credentials(params.credentials) as environment:
-        result = run_errand(options, _FUNCTION, arguments, environment, ProgressArtifact().show)
+    result = done_by_one_worker(params, _FUNCTION, arguments)
     publish_lines(RESULT_KEY, "What was found", format_verification(result))
     if findings := all_findings(result):
         raise CheckpointError(

@@ -6,6 +6,7 @@ Exit codes: 0 done, 2 the request is wrong (nothing was written), 1 failed.
 import argparse
 import dataclasses
 import json
+import logging
 import os
 import signal
 import sys
@@ -91,6 +92,7 @@ _REQUEST_ERRORS = (
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; gives its exit code."""
     parsed = build_parser("quantmill", COMMANDS).parse_args(arguments)
+    _show_logs(is_verbose=parsed.verbose)
     try:
         return _RUN[parsed.command](parsed)
     except QuantError as error:
@@ -105,6 +107,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"quantmill: interrupted; {after_interrupt(parsed)}", file=sys.stderr)
         return _INTERRUPTED
+
+
+def _show_logs(*, is_verbose: bool) -> None:
+    # Where nobody hears a logger, Python writes its warnings to stderr, across the progress bar.
+    handler = logging.StreamHandler() if is_verbose else logging.NullHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger("quantlib")
+    logger.addHandler(handler)
+    if is_verbose:
+        logger.setLevel(logging.INFO)
 
 
 def _plan(parsed: argparse.Namespace) -> int:

@@ -5,6 +5,7 @@ block being worked on; everything else comes in as arguments and goes out as sma
 ``share``, as tensors other workers may ask for.
 """
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -51,6 +52,7 @@ from quantlib.sum_exchange import SumExchange
 from quantlib.worker_cells import WorkerCells, following_stream
 from quantlib.worker_output import WorkerOutput
 
+_LOG = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
 
 _ORIGINAL, _QUANTIZED = "original", "quantized"
@@ -159,6 +161,7 @@ class BlockRunner:
             record_device_kind(open_store(output.work, engine), output, kind)
         self._sums.open(self._device)
         self._modules, self._heads = {}, None
+        _LOG.info("takes part with %s, %d threads", kind, torch.get_num_threads())
 
     def abort_uploads(self) -> int:
         """See `WorkerOutput.abort_uploads`."""
@@ -359,6 +362,7 @@ class BlockRunner:
             mine, totals = self._outputs[output], [_totals(sums) for sums in statistics]
             planned = mine.plan.blocks[block]
             made = mine.solver.solve_batch(planned, groups, _merged(parts), totals, tokens)
+            _log_fallbacks(block, [row for _, rows in made for row in rows])
             found = [
                 self._offered(block, output, group, others, packed, rows)
                 for group, (packed, rows) in zip(groups, made, strict=True)
@@ -408,6 +412,7 @@ class BlockRunner:
         with self._working("solve", output):
             mine = self._outputs[output]
             packed, rows = mine.solver.pack(mine.plan.blocks[block], group, tiles, tokens)
+            _log_fallbacks(block, rows)
             return self._offered(block, output, group, others, packed, rows)
 
     def write(
@@ -554,6 +559,15 @@ class BlockRunner:
         loaded, module = self._modules[kind]
         assert loaded == block, f"block {loaded} is loaded, not {block}"
         return module
+
+
+def _log_fallbacks(block: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a call, however many linears were solved in it."""
+    fallen = [row for row in rows if row["fallback"]]
+    if fallen:
+        first, more = fallen[0], f", and {len(fallen) - 1} linears more" if len(fallen) > 1 else ""
+        words = "block %d, %s: fallback %s with %d tokens%s"
+        _LOG.info(words, block + 1, first["name"], first["fallback"], first["tokens"], more)
 
 
 def _merged(parts: Sequence[Tensors]) -> dict[str, torch.Tensor]:

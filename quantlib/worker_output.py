@@ -1,5 +1,6 @@
 """What one worker does for one output: solve its linears, make its blocks live, write its units."""
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -15,6 +16,7 @@ from quantlib.job.finished import check_unit, read_unit
 from quantlib.job.lease import refuse_taken_over
 from quantlib.job.manifest import DoneRecord, remove_record, store_record
 from quantlib.job.plan import Plan, UnitPlan
+from quantlib.job.report_figures import size
 from quantlib.job.staging import stage
 from quantlib.model.late_weights import LateWeight
 from quantlib.packing import FORMATS
@@ -27,6 +29,7 @@ from quantlib.steps import corrected_biases, dequantized_weights, late_levels, s
 from quantlib.storage import Store, join_uri, open_store
 from quantlib.unit_converter import BegunShard, UnitConverter
 
+_LOG = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -203,4 +206,7 @@ class WorkerOutput:
             seconds=dict(seconds or {}),
         )
         self.refuse_taken_over()
-        return store_record(self._work_store, self.plan.work, record)
+        stored = store_record(self._work_store, self.plan.work, record)
+        place = unit.name if unit.block is None else f"block {unit.block + 1}"
+        _LOG.info("%s: written, %s of %s", place, size(receipt.size_bytes), self._uri(unit))
+        return stored

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from quantlib.job.crew import Crew
 from quantlib.job.options import JobOptions
 from workers.errands import run_errand
+from workers.log_lines import actors_logged
 from workers.pool import WorkerPool
 from workers.resources import cluster
 from workers.transport import RayTransport
@@ -17,6 +18,8 @@ __all__ = ["open_crew", "run_errand"]
 def open_crew(options: JobOptions, environment: Mapping[str, str] | None = None) -> Iterator[Crew]:
     """Join or start Ray, place the workers, and free everything at the end, whatever happened.
 
+    What the workers log appears in this process's log.
+
     Args:
         options: The request.
         environment: Variables that workers set before they begin.
@@ -25,5 +28,9 @@ def open_crew(options: JobOptions, environment: Mapping[str, str] | None = None)
         RecipeError: More workers than the machine can hold.
         WorkerError: No cluster, or workers that could not be placed.
     """
-    with cluster(options.ray_address, options.object_store_memory), WorkerPool(options, environment) as pool:
+    with (
+        cluster(options.ray_address, options.object_store_memory),
+        WorkerPool(options, environment) as pool,
+        actors_logged(lambda: pool.actors),
+    ):
         yield Crew(RayTransport(pool), pool.threads)

@@ -10,6 +10,7 @@ from typing import Any
 
 import ray
 
+from workers.log_lines import LogBuffer, LogLine
 from workers.placement import Need
 
 _STORAGE_LANE, _EXCHANGE_LANE, _PULSE_LANE = "storage", "exchange", "pulse"
@@ -20,6 +21,8 @@ class BlockWorker:
 
     def __init__(self) -> None:
         self._runner: Any = None
+        self._log = LogBuffer()
+        self._log.listen()
 
     def ready(self) -> dict[str, Any]:
         """Answers once the actor has its place; tells its process id and its node's id."""
@@ -41,6 +44,11 @@ class BlockWorker:
     @ray.method(concurrency_group=_PULSE_LANE)
     def pulse(self) -> None:
         """Answers at once, whatever the other lanes do, as long as the process is well."""
+
+    @ray.method(concurrency_group=_PULSE_LANE)
+    def log_lines(self) -> list[LogLine]:
+        """What was logged since the last call."""
+        return self._log.drain()
 
     def compute(self, method: str, arguments: tuple[Any, ...]) -> Any:
         """Call a method of the runner; object references among the arguments become values."""

@@ -1,6 +1,7 @@
 """The workers of one job: how many, with what, placed on the cluster, and begun anew when one is lost."""
 
 import itertools
+import logging
 import time
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from workers.block_worker import start_worker
 from workers.demand import demand, offered
 from workers.gang import Gang
 from workers.placement import Need, Node, capacity, hosts, the_one_gpu_model, without_other_models
+
+_LOG = logging.getLogger(__name__)
 
 # After this long a worker that could not be placed is given up; an autoscaler may need minutes for a node.
 PLACEMENT_TIMEOUT_S = 900.0
@@ -76,6 +79,7 @@ class WorkerPool:
         except BaseException:
             self._close()
             raise
+        _LOG.info("%d workers are placed, each with %s", len(self.actors), self._need)
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -108,6 +112,7 @@ class WorkerPool:
         answered, _ = ray.wait(list(answers), num_returns=len(answers), timeout=_ANSWER_TIMEOUT_S)
         gone = [answers[reference] for reference in answered if not _is_well(reference)]
         for number in gone:
+            _LOG.warning("worker %d on node %s is gone; another is asked for", number, self._nodes[number])
             ray.kill(self.actors.pop(number))
         self._is_renewed = True
         self._ask_for_missing()

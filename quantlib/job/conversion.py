@@ -31,6 +31,7 @@ from quantlib.job.options import JobOptions
 from quantlib.job.plan import BlockPlan, Groups, Plan
 from quantlib.job.publishing import Hooks, publish_all
 from quantlib.job.run import STAGE_WEIGHTS, Begun, OutputState, Run, counting
+from quantlib.job.run_log import log_excluded, log_found, log_loss, log_newcomers, log_plan
 from quantlib.job.staged_output import StagedOutput
 from quantlib.job.stages import Progress, StageRunner
 from quantlib.storage import open_store
@@ -83,6 +84,7 @@ def convert(
         # What an earlier start left is another job's: this one has not begun.
         with _before_work(PlanMismatchError):
             began = run.submit("begin", crew.begin).result()
+        log_plan(len(bundle.shared.blocks), len(outputs), crew.num_workers, run.memory)
         made = None if any(began["reports"]) else iter(_carry_out(run, began, hooks))
     if made is None:
         # Another run finished some of them since they were planned.
@@ -149,6 +151,7 @@ def _take_up(run: Run, began: dict[str, Any]) -> None:
             check = (run.crew.check_finished, number, list(found.values()))
             output.records, output.redone = run.call("check finished units", *check)
             output.reused = sorted(output.records)
+            log_found(output.reused, output.redone)
     run.take_staged(began["staged"])
 
 
@@ -180,6 +183,7 @@ def _go_on_after(run: Run, lost: WorkerLostError) -> None:
     if not keeps:
         run.call("start workers anew", run.crew.renew)
     run.history.aborted_uploads += run.call("give up unfinished uploads", run.crew.abort_uploads)
+    log_loss(lost.message, run.crew.num_workers, keeps_others=keeps)
     renewal = {"because": lost.message, "workers": run.crew.num_workers, "keeps_others": keeps}
     run.history.renewals.append(renewal)
 
@@ -255,6 +259,7 @@ def _welcome(run: Run) -> None:
     """Let workers that came meanwhile take part."""
     if run.crew.awaits_workers:
         came, problems = run.submit("welcome workers", run.crew.welcome).result()
+        log_newcomers(came, problems)
         run.history.joined_workers += came
         run.history.refused_workers += problems
 
@@ -306,6 +311,7 @@ def _convert_block(run: Run, block: BlockPlan, following: BlockPlan | None) -> N
         errors = run.stage(index, "evaluate", crew.advance, index)
         for output, found in zip(run.outputs, errors, strict=True):
             output.errors[index] = output.errors.get(index, {}) if found is None else found
+    run.tell_finished(index, linears)
     if not run.memory.pipelines:
         run.finish_writing()
         crew.release(index)
@@ -320,6 +326,8 @@ def _end_moving(run: Run, block: BlockPlan, groups: Groups) -> TokenCounts:
         run.crew.release(block.index - 1)
     if captured is None:
         return TokenCounts()
+    if captured["excluded_rows"] != run.excluded_rows:
+        log_excluded(run.name_of(block.index, "capture"), captured["excluded_rows"])
     run.excluded_rows = captured["excluded_rows"]
     return captured["tokens"]
 
@@ -389,17 +397,19 @@ def _without_streams(run: Run) -> None:
         _welcome(run)
         while len(run.units) >= 2 * run.crew.num_workers:
             _note_unit(run)
-        run.units.append(run.submit(f"unit {unit.name}", run.crew.convert_unit, unit))
+        converting = run.submit(run.name_of_unit(unit), run.crew.convert_unit, unit)
+        run.units.append((unit, converting))
     while run.units:
         _note_unit(run)
 
 
 def _note_unit(run: Run) -> None:
-    record = run.units[0].result()
+    unit, converting = run.units[0]
+    record = converting.result()
     run.units.pop(0)
     run.note(0, record)
     run.done += 1.0
-    run.on_progress(Progress(done=run.done, total=run.total, label=f"unit {record.unit}"))
+    run.tell_converted(unit, record)
 
 
 def _blocks_to_run(run: Run) -> Sequence[BlockPlan]:

@@ -6,6 +6,7 @@ shares what it comes to. Between nodes bands go through torch.distributed, from 
 that fails, through the object store. Sums are exact, so that no way of adding them changes a bit.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from quantlib.errors import WorkerLostError
 from quantlib.job.bands import MAX_DIRECT_BATCHES, Band, rails_of
 from quantlib.job.shares import share_by_cost
 from quantlib.job.transport import Handle, Transport, results
+
+_LOG = logging.getLogger(__name__)
 
 DIRECT, SHARED_MEMORY, OBJECT_STORE = "direct", "shared memory", "object store"
 
@@ -173,6 +176,7 @@ class Reduction:
     def _give_up(self, failure: str) -> None:
         self._is_joined = False
         self.fallbacks.append(failure)
+        _LOG.warning("statistics go from node to node through the object store: %s", failure)
 
     def _all_ended(self, handles: Sequence[Handle]) -> list:
         """All results; a loss is told of when nobody waits for the lost one any more."""

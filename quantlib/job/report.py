@@ -123,16 +123,37 @@ def _blocks(
     seconds: Mapping[int, Mapping[str, float]],
 ) -> list[dict[str, Any]]:
     return [
-        {
-            "index": block.index,
-            "relative_error": errors.get(block.index, {}).get("relative_error"),
-            "cosine": errors.get(block.index, {}).get("cosine"),
-            "linears": [dict(row) for row in records[unit.name].linears],
-            "seconds": {**records[unit.name].seconds, **seconds.get(block.index, {})},
-        }
+        block_row(
+            block.index,
+            records[unit.name].linears,
+            errors.get(block.index, {}),
+            {**records[unit.name].seconds, **seconds.get(block.index, {})},
+        )
         for block in plan.blocks
         for unit in (plan.block_units[block.index],)
     ]
+
+
+def block_row(
+    index: int,
+    linears: Iterable[Mapping[str, Any]],
+    errors: Mapping[str, Any],
+    seconds: Mapping[str, float],
+) -> dict[str, Any]:
+    """What is known of a block: an entry of ``blocks`` of the report.
+
+    Args:
+        linears: Rows of its linears.
+        errors: ``relative_error`` and ``cosine`` of its quantized stream, where they were measured.
+        seconds: Stage -> seconds.
+    """
+    return {
+        "index": index,
+        "relative_error": errors.get("relative_error"),
+        "cosine": errors.get("cosine"),
+        "linears": [dict(row) for row in linears],
+        "seconds": dict(seconds),
+    }
 
 
 def _evaluation(plan: Plan, figures: Sequence[Mapping[str, float]] | None) -> dict[str, Any] | None:

@@ -83,6 +83,9 @@ def _time(report: Mapping[str, Any]) -> Headline:
     cpu_seconds = report.get("cpu_seconds")
     workers = report.get("workers")
     parts = [] if cpu_seconds is None else [f"{number(cpu_seconds)} CPU seconds"]
+    hours = gpu_hours(report)
+    if hours is not None:
+        parts.insert(0, f"{number(hours, 3)} GPU-hours")
     if workers is not None:
         parts.append(f"{workers} worker{'' if workers == 1 else 's'}")
     return Headline(name="Time", value=duration(report.get("seconds")), note=", ".join(parts))
@@ -183,8 +186,32 @@ def busy_share(workers: Sequence[Mapping[str, Any]], seconds: float) -> float | 
         seconds: How long the run took.
     """
     busy = sum(_seconds_of(_busy_spans(worker, "compute", seconds)) for worker in workers)
-    there = sum(max(0.0, seconds - _own_start(worker)) for worker in workers)
+    there = _seconds_there(workers, seconds)
     return busy / there if there > 0 else None
+
+
+def gpu_hours(report: Mapping[str, Any]) -> float | None:
+    """Hours that GPUs were held, busy or not; None where none took part.
+
+    A worker has one GPU, from the run's start or its own to the run's end. Those of lost workers are not
+    known.
+    """
+    workers, seconds = part(report.get("timeline"), "workers"), report.get("seconds")
+    if seconds is None or not workers or not str(report.get("device_kind", "")).startswith("cuda"):
+        return None
+    return _seconds_there(workers, seconds) / 3600
+
+
+def machine_hours(report: Mapping[str, Any]) -> str | None:
+    """What a run cost: GPU-hours where it ran on GPUs, else CPU-hours; None where neither is known."""
+    hours, cpu_seconds = gpu_hours(report), report.get("cpu_seconds")
+    if hours is not None:
+        return f"{number(hours, 3)} GPU-hours"
+    return None if cpu_seconds is None else f"{number(cpu_seconds / 3600, 3)} CPU-hours"
+
+
+def _seconds_there(workers: Sequence[Mapping[str, Any]], seconds: float) -> float:
+    return sum(max(0.0, seconds - _own_start(worker)) for worker in workers)
 
 
 def hidden_storage_share(workers: Sequence[Mapping[str, Any]], seconds: float) -> float | None:

@@ -13,6 +13,7 @@ from quantlib.job import report_experts, report_publication, report_timeline
 from quantlib.job import report_figures as figures
 from quantlib.job import report_svg as svg
 from quantlib.job.report_figures import is_number, number
+from quantlib.job.report_verdict import concerns
 from quantlib.job.text_sources import described
 
 _LISTED = 10
@@ -120,13 +121,7 @@ def _head(report: Mapping[str, Any]) -> str:
 
 def _warnings(report: Mapping[str, Any]) -> str:
     """What a reader must know before trusting the figures above."""
-    found = []
-    if fallbacks := report.get("fallbacks"):
-        found.append(f"Fallbacks: {len(fallbacks)}, listed below")
-    if excluded := figures.part(report.get("calibration"), "excluded_rows"):
-        rows = ", ".join(str(row) for row in excluded)
-        found.append(f"Calibration rows excluded for non-finite activations: {len(excluded)} ({rows})")
-    found += figures.history_sentences(report)
+    found = [*concerns(report), *figures.history_sentences(report)]
     sentences = "<br>".join(escape(sentence) for sentence in found)
     return f'<section class="warn">{sentences}</section>' if found else ""
 

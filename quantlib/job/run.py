@@ -17,9 +17,10 @@ from quantlib.job.lease import Leases
 from quantlib.job.manifest import DoneRecord
 from quantlib.job.memory import MemoryPlan
 from quantlib.job.plan import BlockPlan, Plan, UnitPlan
-from quantlib.job.report import build_report
+from quantlib.job.report import block_row, build_report
+from quantlib.job.run_log import log_block, log_retry
 from quantlib.job.staged_output import has_these_shards
-from quantlib.job.stages import Progress, StageFuture, StageRunner
+from quantlib.job.stages import FinishedBlock, Progress, StageFuture, StageRunner
 
 T = TypeVar("T")
 
@@ -94,7 +95,7 @@ class Run:
     excluded_rows: list[int] = field(default_factory=list)
     seconds: dict[int, dict[str, float]] = field(default_factory=dict)
     ahead: Begun[dict[str, Any] | None] | None = None
-    units: list[StageFuture[DoneRecord]] = field(default_factory=list)
+    units: list[tuple[UnitPlan, StageFuture[DoneRecord]]] = field(default_factory=list)
     is_taken_up: bool = False
     is_converted: bool = False
     staged: list[dict[str, Any]] = field(default_factory=list)
@@ -197,6 +198,40 @@ class Run:
         """What people read of a stage of a block."""
         return f"block {block + 1}/{len(self.plan.blocks)}: {kind}"
 
+    def name_of_unit(self, unit: UnitPlan) -> str:
+        """What people read of a unit that is converted by itself."""
+        if unit.block is not None:
+            return self.name_of(unit.block, "convert")
+        return f"what stands {'before' if unit.stage == 'prelude' else 'behind'} the blocks"
+
+    def tell_finished(self, block: int, linears: Mapping[int, Sequence[Mapping[str, Any]]]) -> None:
+        """Every output has gone through a block; its shard may still be on its way.
+
+        Args:
+            linears: Output -> report rows, of those that quantized it now; the others have a record.
+        """
+        finished = []
+        for number, output in enumerate(self.outputs):
+            unit = output.plan.block_units[block].name
+            rows = linears[number] if number in linears else output.records[unit].linears
+            row = block_row(block, rows, output.errors.get(block, {}), self.seconds.get(block, {}))
+            finished.append(FinishedBlock(output=output.plan.output, row=row))
+        self._tell(self.name_of(block, "finished"), finished)
+
+    def tell_converted(self, unit: UnitPlan, record: DoneRecord) -> None:
+        """The only output, which takes no streams, has a unit more."""
+        (output,) = self.outputs
+        finished = []
+        if unit.block is not None:
+            row = block_row(unit.block, record.linears, {}, record.seconds)
+            finished.append(FinishedBlock(output=output.plan.output, row=row))
+        self._tell(self.name_of_unit(unit), finished)
+
+    def _tell(self, label: str, finished: Sequence[FinishedBlock]) -> None:
+        for block in finished:
+            log_block(block, len(self.plan.blocks), len(self.outputs))
+        self.on_progress(Progress(done=self.done, total=self.total, label=label, finished=tuple(finished)))
+
     def finish_writing(self) -> None:
         """Wait for the shards that are being written."""
         for number, output in enumerate(self.outputs):
@@ -211,7 +246,7 @@ class Run:
     def settle(self, timeout: float | None = None) -> None:
         """Let what was begun come to its end: what was solved is not to be solved again."""
         self.crew.drop_waiting()
-        begun = [(0, future) for future in self.units]
+        begun = [(0, future) for _, future in self.units]
         for number, output in enumerate(self.outputs):
             begun += [] if output.writing is None else [(number, output.writing)]
             output.writing = None
@@ -238,6 +273,7 @@ def counting(history: History, name: str, function: Callable[..., T]) -> Callabl
         calls += 1
         if calls > 1:
             history.retries[name] = history.retries.get(name, 0) + 1
+            log_retry(name)
         return function(*arguments)
 
     return counted

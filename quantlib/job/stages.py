@@ -1,6 +1,6 @@
 """What the loop over blocks is run by, and what it tells: directly, or as tasks of an orchestrator."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -25,9 +25,30 @@ class StageRunner(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FinishedBlock:
+    """A block of an output that was gone through: quantized, and compared where there is evaluation text.
+
+    Attributes:
+        output: Address of the output.
+        row: What is known of the block, as `quantlib.job.report.block_row` puts it.
+    """
+
+    output: str
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """How far a job is: ``done`` of ``total`` blocks' worth of work, and what comes next."""
+    """How far a job is: ``done`` of ``total`` blocks' worth of work, and what comes next.
+
+    Attributes:
+        done: Blocks' worth of work that is done.
+        total: Of all.
+        label: What is being done, for people.
+        finished: The block that was just gone through, of every output.
+    """
 
     done: float
     total: float
     label: str
+    finished: tuple[FinishedBlock, ...] = ()

@@ -6,6 +6,7 @@ success and looks like a lost race.
 """
 
 import hashlib
+import logging
 import random
 import re
 import time
@@ -16,6 +17,7 @@ from quantlib.errors import ChecksumError, ObjectNotFoundError, TransientStorage
 from quantlib.storage import s3_settings
 from quantlib.storage.contracts import ObjectInfo
 
+_LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 _MD5 = re.compile(r'^"[0-9a-f]{32}"$')
 
@@ -26,9 +28,10 @@ def repeated(attempt: Callable[[], _T]) -> _T:
     for pause_s in _pauses():
         try:
             return attempt()
-        except (TransientStorageError, ChecksumError):
+        except (TransientStorageError, ChecksumError) as error:
             if time.monotonic() + pause_s > deadline:
                 raise
+            _LOG.warning("tried again in %.1f s: %s", pause_s, error)
         time.sleep(pause_s)
     raise AssertionError("pauses never end")
 

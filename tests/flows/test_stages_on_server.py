@@ -1,9 +1,11 @@
 """Stages as Prefect tasks and the artifacts of a run, on a real server."""
 
+import base64
 import json
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 
@@ -74,19 +76,43 @@ def test_task_runs_bear_the_names_of_the_stages(prefect_server, outcomes):
     assert names() == wanted
 
 
-def test_progress_ends_at_100_and_was_not_shown_at_every_step(prefect_server, outcomes):
+def test_running_flow_shows_percent_what_is_done_time_left_and_the_blocks_so_far(outcomes):
+    shown = outcomes["shown meanwhile"]
+    percent, description = shown["quantize-progress"]
+    assert percent == 50.0
+    assert description.startswith("step 50, about 0 s left")
+    rows = json.loads(shown["quantize-blocks"][0])
+    assert [(row["block"], row["its error"]) for row in rows] == [(1, 0.05)]
+
+
+def test_ended_flow_has_one_bar_at_100_and_one_table_of_all_blocks(prefect_server, outcomes):
     query = {"artifacts": {"key": {"any_": ["quantize-progress"]}}, **OF_THE_PROGRAM}
     (bar,) = read(prefect_server, "/artifacts/filter", query)
-    assert bar["data"] == 100.0
-    assert bar["description"] == "step 100"
+    assert (bar["data"], bar["description"]) == (100.0, "step 100")
+    query = {"artifacts": {"key": {"any_": ["quantize-blocks"]}}, **OF_THE_PROGRAM}
+    (table,) = read(prefect_server, "/artifacts/filter", query)
+    assert [row["block"] for row in json.loads(table["data"])] == [1, 2]
 
 
-def test_report_is_left_as_table_and_summary(prefect_server, outcomes):
-    query = {"artifacts": {"key": {"any_": ["quantize-blocks", "quantize-summary"]}}, **OF_THE_PROGRAM}
+def test_report_is_left_as_summary_and_picture(prefect_server, outcomes):
+    query = {"artifacts": {"key": {"any_": ["quantize-errors", "quantize-summary"]}}, **OF_THE_PROGRAM}
     found = {
         artifact["key"]: artifact["data"] for artifact in read(prefect_server, "/artifacts/filter", query)
     }
-    rows = json.loads(found["quantize-blocks"])
-    assert [row["block"] for row in rows] == [0, 1]
-    assert rows[0]["worst linear error"] == 0.05
-    assert "quantmill_report.html" in found["quantize-summary"]
+    assert found["quantize-summary"].startswith("**Look at it")
+    kind, _, picture = found["quantize-errors"].partition(",")
+    assert kind == "data:image/svg+xml;base64"
+    assert ElementTree.fromstring(base64.b64decode(picture)).tag.endswith("svg")
+
+
+def test_log_of_the_run_holds_what_threads_logged_while_it_was_open(prefect_server, outcomes):
+    (run,) = read(prefect_server, "/flow_runs/filter", OF_THE_PROGRAM)
+    query = {"logs": {"flow_run_id": {"any_": [run["id"]]}}}
+
+    def ours() -> list[tuple[str, str]]:
+        names = ("quantlib", "workers", "other")
+        found = read(prefect_server, "/logs/filter", query)
+        return [(log["name"], log["message"]) for log in found if log["name"].startswith(names)]
+
+    wait_until(ours, 60, "the arrival of the log")
+    assert ours() == [("quantlib.job", "block 17/80: from a thread")]
