@@ -1,6 +1,7 @@
 """`infra/prefect/prefect.yaml`: what it deploys to a work pool, and that a worker executes it."""
 
 import importlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -152,3 +153,21 @@ def test_worker_of_a_process_pool_executes_a_conversion(deployed, tmp_path):
         stop(worker)
     assert state()["type"] == "COMPLETED", (tmp_path / "worker.log").read_text()[-3000:]
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_kubernetes_pool_refuses_a_run_without_an_image(prefect_server):
+    template = json.loads((FILE.parent / "kubernetes-pool.json").read_text())
+    name = "kubernetes-of-the-test"
+    with prefect_server.client() as client:
+        pool = {"name": name, "type": "kubernetes", "base_job_template": template}
+        client.post("/work_pools/", json=pool).raise_for_status()
+        flow = client.post("/flows/", json={"name": name}).json()
+        made = {"name": name, "flow_id": flow["id"], "work_pool_name": name, "entrypoint": "a.b"}
+        path = f"/deployments/{client.post('/deployments/', json=made).json()['id']}/create_flow_run"
+        refused = client.post(path, json={"job_variables": {}})
+        accepted = client.post(path, json={"job_variables": {"image": "registry.example/quantmill:1"}})
+        client.delete(f"/flows/{flow['id']}").raise_for_status()
+        client.delete(f"/work_pools/{name}").raise_for_status()
+    assert (refused.status_code, accepted.status_code) == (422, 201)
+    assert "'image' is a required property" in refused.json()["detail"]
