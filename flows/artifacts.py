@@ -19,8 +19,10 @@ from prefect.artifacts import (
 )
 from prefect.logging import get_run_logger
 
+from flows.pace import Pace
 from flows.summary import block_rows, summary_markdown
 from quantlib.job.comparison_text import comparison_markdown
+from quantlib.job.report_figures import duration
 from quantlib.job.stages import Progress
 
 PROGRESS_KEY, BLOCKS_KEY, SUMMARY_KEY = "quantize-progress", "quantize-blocks", "quantize-summary"
@@ -29,26 +31,30 @@ _MIN_INTERVAL_S = 3.0
 
 
 class ProgressArtifact:
-    """A progress bar in the UI, updated at most every few seconds."""
+    """A progress bar in the UI, with the time left, updated at most every few seconds."""
 
     def __init__(self) -> None:
         self._artifact: UUID | None = None
         self._shown_at = float("-inf")
+        self._pace = Pace()
 
     def show(self, progress: Progress) -> None:
         """Bring the bar up to date, unless that was done a moment ago; the end is always shown."""
         is_done = progress.done >= progress.total
-        if not is_done and time.monotonic() - self._shown_at < _MIN_INTERVAL_S:
+        now = time.monotonic()
+        left = self._pace.left_s(progress, now)
+        if not is_done and now - self._shown_at < _MIN_INTERVAL_S:
             return
-        self._shown_at = time.monotonic()
+        self._shown_at = now
+        text = progress.label if left is None else f"{progress.label}, about {duration(left)} left"
         percent = 100.0 * min(1.0, progress.done / progress.total)
         with _view_only():
             if self._artifact is None:
                 self._artifact = _outside_event_loop(
-                    create_progress_artifact(percent, key=PROGRESS_KEY, description=progress.label)
+                    create_progress_artifact(percent, key=PROGRESS_KEY, description=text)
                 )
             else:
-                update_progress_artifact(self._artifact, percent, description=progress.label)
+                update_progress_artifact(self._artifact, percent, description=text)
 
 
 def publish_report(report: Mapping[str, Any]) -> None:
