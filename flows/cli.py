@@ -1,8 +1,9 @@
 """The `quantmill` command.
 
 ``quantize`` and ``compare`` call their flow in this process: against the configured Prefect server, or a
-temporary one. ``serve`` registers deployments and executes their runs. Everything else is ``python -m
-quantlib`` in a child process. Exit codes: 0 done, 2 the request is wrong (nothing was written), 1 failed.
+temporary one. ``serve`` registers deployments and executes their runs, ``status`` lists runs. Everything
+else is ``python -m quantlib`` in a child process. Exit codes: 0 done, 2 the request is wrong (nothing was
+written), 1 failed.
 """
 
 import argparse
@@ -38,6 +39,14 @@ _SERVE = Command(
         ("--limit", {"type": int, "default": 1, "metavar": "N", "help": "Runs at a time. (default: 1)"}),
     ),
 )
+_STATUS = Command(
+    help="Conversions that the configured Prefect server knows: state, progress, time left, reason.",
+    addresses={},
+    others=(
+        ("--limit", {"type": int, "default": 10, "metavar": "N", "help": "The newest N. (default: 10)"}),
+        ("--json", {"action": "store_true", "help": "Print JSON instead of text."}),
+    ),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    arguments = build_parser(_PROGRAM, {**COMMANDS, "serve": _SERVE}).parse_args(argv)
+    arguments = build_parser(_PROGRAM, {**COMMANDS, "serve": _SERVE, "status": _STATUS}).parse_args(argv)
     try:
         return _dispatch(arguments, argv)
     except QuantError as error:
@@ -66,6 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _dispatch(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
     if arguments.command == "serve":
         return _serve(arguments)
+    if arguments.command == "status":
+        return _status(arguments)
     if arguments.command == "compare":
         values = comparison_values(arguments)
         is_here = comparison_request(values).options.runner == "inprocess"
@@ -149,12 +160,26 @@ def _print_reports(reports: Sequence[dict[str, Any]], *, is_json: bool) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    if arguments.limit < 1:
-        error = RecipeError(f"limit must be at least 1, found {arguments.limit}", option="limit")
-        error.before_work = True
-        raise error
+    _refuse_limit_below_one(arguments.limit)
     refuse_unreachable_server()
     from flows.deployments import serve_deployments
 
     serve_deployments(arguments.limit)
     return 0
+
+
+def _status(arguments: argparse.Namespace) -> int:
+    _refuse_limit_below_one(arguments.limit)
+    refuse_unreachable_server()
+    from flows.status import MOST_RUNS, format_conversions, read_conversions
+
+    rows = read_conversions(min(arguments.limit, MOST_RUNS))
+    print(json.dumps(rows, indent=1) if arguments.json else format_conversions(rows))
+    return 0
+
+
+def _refuse_limit_below_one(limit: int) -> None:
+    if limit < 1:
+        error = RecipeError(f"limit must be at least 1, found {limit}", option="limit")
+        error.before_work = True
+        raise error

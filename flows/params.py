@@ -7,6 +7,7 @@ text) is found by `options_from` when the run starts.
 """
 
 import dataclasses
+import os
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -45,10 +46,17 @@ class Form(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     def values_given(self) -> dict[str, Any]:
-        """The values that are not the defaults, with which a form fills in what was left alone."""
+        """The values that are not the defaults, with which a form fills in what was left alone.
+
+        A Ray address that was left alone is that of this process's environment: whoever deploys knows it, and
+        need not put it into every form.
+        """
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         values = self.model_dump(exclude_unset=True, exclude={"credentials"})
-        return {name: value for name, value in values.items() if value != defaults[name]}
+        given = {name: value for name, value in values.items() if value != defaults[name]}
+        if "ray_address" in defaults and (address := os.environ.get("RAY_ADDRESS")):
+            return {"ray_address": address, **given}
+        return given
 
 
 class StoredForm(Form):

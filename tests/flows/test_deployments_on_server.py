@@ -1,6 +1,5 @@
-"""Deployments on a real server: `quantmill serve`, `prefect deploy`, and what the server refuses."""
+"""Deployments on a real server: `quantmill serve`, and what the server refuses."""
 
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ import httpx
 import pytest
 
 from quantlib.schemes import CODEBOOK_NAMES, FLOAT_NAMES, ROUNDED_INPUTS_NAMES
-from tests.flows.conftest import REPOSITORY, PrefectServer, stop, wait_until
+from tests.flows.conftest import PrefectServer, stop, wait_until
 
 pytestmark = pytest.mark.slow
 QUANTMILL = Path(sys.executable).parent / "quantmill"
@@ -104,38 +103,3 @@ def test_right_run_is_accepted(served):
     assert answer.status_code == 201
     with served.client() as client:
         client.delete(f"/flow_runs/{answer.json()['id']}").raise_for_status()
-
-
-def prefect(server: PrefectServer, *words: str) -> str:
-    ended = subprocess.run(
-        [sys.executable, "-m", "prefect", "--no-prompt", *words],
-        env=server.environment | {"QUANTMILL_HOME": os.fspath(REPOSITORY)},
-        cwd=REPOSITORY,
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    return ended.stdout
-
-
-def test_prefect_yaml_deploys_to_a_work_pool_with_its_schedule_off(prefect_server):
-    prefect(prefect_server, "work-pool", "create", "quantmill", "--type", "process")
-    prefect(prefect_server, "deploy", "--all", "--prefect-file", "infra/prefect/prefect.yaml")
-    deployment = prefect_server.deployment("on-pool")
-    (schedule,) = deployment["schedules"]
-    assert schedule["active"] is False
-    assert schedule["schedule"]["cron"] == "0 2 * * *"
-    assert deployment["work_pool_name"] == "quantmill"
-    assert deployment["global_concurrency_limit"]["limit"] == 1
-    assert deployment["concurrency_options"]["collision_strategy"] == "ENQUEUE"
-    (pull,) = deployment["pull_steps"]
-    assert pull == {"prefect.deployments.steps.set_working_directory": {"directory": str(REPOSITORY)}}
-    assert deployment["enforce_parameter_schema"] is True
-
-
-def test_prefect_yaml_parameters_are_a_valid_request(prefect_server):
-    from flows.params import QuantizeParams
-
-    stored = prefect_server.deployment("on-pool")["parameters"]["params"]
-    assert QuantizeParams.model_validate(stored).to_options().group_size == 128

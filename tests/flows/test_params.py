@@ -230,3 +230,14 @@ def test_form_of_a_comparison_is_the_request_of_plain_values():
 def test_form_of_a_comparison_refuses(wrong):
     with pytest.raises(ValidationError):
         CompareParams.model_validate({**COMPARISON, **wrong})
+
+
+def test_ray_address_that_was_left_alone_is_that_of_the_environment(monkeypatch):
+    request = {"source": "s3://m", "output": "s3://q", "method": "rtn"}
+    monkeypatch.setenv("RAY_ADDRESS", "head:6379")
+    assert QuantizeParams.model_validate(request).to_options().ray_address == "head:6379"
+    named = QuantizeParams.model_validate({**request, "ray_address": "other:6379"})
+    assert named.to_options().ray_address == "other:6379"
+    assert named.values_given()["ray_address"] == "other:6379"
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    assert QuantizeParams.model_validate(request).to_options().ray_address is None
