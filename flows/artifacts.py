@@ -5,8 +5,9 @@ failure is logged and the run goes on.
 """
 
 import time
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 from uuid import UUID
 
@@ -21,10 +22,11 @@ from prefect.logging import get_run_logger
 
 from flows.summary import block_rows, summary_markdown
 from quantlib.job.comparison_text import comparison_markdown
+from quantlib.job.incoming import Row
 from quantlib.job.stages import Progress
 
 PROGRESS_KEY, BLOCKS_KEY, SUMMARY_KEY = "quantize-progress", "quantize-blocks", "quantize-summary"
-COMPARISON_KEY = "compare-schemes"
+COMPARISON_KEY, NEW_CHECKPOINTS_KEY = "compare-schemes", "new-checkpoints"
 _MIN_INTERVAL_S = 3.0
 
 
@@ -68,6 +70,16 @@ def publish_comparison(comparison: Mapping[str, Any]) -> None:
     with _view_only():
         create_markdown_artifact(
             comparison_markdown(comparison), key=COMPARISON_KEY, description="Schemes side by side"
+        )
+
+
+def publish_new_checkpoints(rows: Sequence[Row], summary: str) -> None:
+    """Leave the table of checkpoints that a pass found with its run."""
+    with _view_only():
+        create_table_artifact(
+            [{**asdict(row), "outputs": "\n".join(row.outputs)} for row in rows],
+            key=NEW_CHECKPOINTS_KEY,
+            description=summary,
         )
 
 
