@@ -1,4 +1,4 @@
-"""The flow that looks for new checkpoints below a prefix and has them converted by runs of `quantize_recipes`.
+"""The flow that looks for new checkpoints below a prefix and begins a run of `quantize_recipes` for each.
 
 A pass takes seconds and waits for nothing; it is made by a schedule, by hand or by an event, as often as one
 likes. What it decides is `quantlib.job.incoming_pass`'s.

@@ -1,4 +1,4 @@
-"""The forms of a conversion, a comparison, and a pass over a prefix: the table of job options as pydantic models.
+"""The forms of a conversion, of a comparison and of a pass over a prefix, from the table of job options.
 
 Prefect stores a model's JSON schema with a deployment. Its server checks every submitted run against it
 (a wrong value is refused before a run exists) and its UI draws the form from it. So all that can be said in

@@ -58,7 +58,8 @@ def convert_incoming(incoming: Incoming, runs: Runs, *, now_s: float) -> list[Ro
 def _refuse_wrong_recipes(incoming: Incoming) -> None:
     if not incoming.recipes:
         raise RecipeError("a pass needs a recipe and none was given; name one", option="recipes")
-    first, *others = _requests(incoming.recipes, incoming.prefix, normalize_uri(incoming.outputs))
+    prefix, outputs = normalize_uri(incoming.prefix), normalize_uri(incoming.outputs)
+    first, *others = _requests(incoming.recipes, prefix, outputs)
     for other in others:
         refuse_other_values(dataclasses.asdict(first), dataclasses.asdict(other))
 
