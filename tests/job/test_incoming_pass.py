@@ -8,6 +8,8 @@ import json
 import os
 import shutil
 import threading
+import time
+import uuid
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -317,6 +319,38 @@ def test_passes_that_overlap_keep_to_the_limit(incoming):
         list(pool.map(one_pass, range(3)))
     begun = [requests[0].source.rpartition("/")[2] for requests in runs.requests.values()]
     assert sorted(begun) == ["a", "b"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["obstore", "s3fs"])
+def test_passes_over_a_bucket_that_overlap_begin_one_run(incoming, s3_environment, engine):
+    root = f"passes-{uuid.uuid4().hex}"
+    folder = checkpoint(incoming)
+    shard = folder / "model-00002-of-00003.safetensors"
+    content = shard.read_bytes()
+    shard.unlink()
+    prefix = s3_environment.put_folder(folder.parent, f"{root}/in")
+    recipes = {name: {**values, "storage_engine": engine} for name, values in incoming.recipes.items()}
+    changed = {"prefix": prefix, "outputs": s3_environment.uri(f"{root}/out"), "recipes": recipes}
+    runs = KeyedRuns()
+    (row,) = rows(incoming, runs, **changed)
+    assert row.state == "incomplete"
+    assert shard.name in row.reason
+    s3_environment.put(f"{root}/in/m/{shard.name}", content)
+    assert states(incoming, runs, time.time(), **changed) == {"m": "settling"}
+    barrier = threading.Barrier(3)
+
+    def one_pass(_: int) -> str:
+        barrier.wait()
+        return states(incoming, runs, **changed)["m"]
+
+    with ThreadPoolExecutor(3) as pool:
+        told = sorted(pool.map(one_pass, range(3)))
+    assert set(told) <= {"running", "started"}
+    assert told.count("started") == 1
+    assert len(runs.requests) == 1
+    runs.states["run-1"] = CRASHED
+    assert states(incoming, runs, attempts=1, **changed) == {"m": "parked"}
 
 
 @pytest.mark.parametrize(
