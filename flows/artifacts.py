@@ -5,22 +5,24 @@ failure is logged and the run goes on.
 """
 
 import base64
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 from uuid import UUID
 
 import httpx
-from prefect.artifacts import create_image_artifact, create_markdown_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
 
 from flows.summary import summary_markdown
 from quantlib.job.comparison_text import comparison_markdown
+from quantlib.job.incoming import Row
 from quantlib.job.report_picture import error_picture
 
 PROGRESS_KEY, BLOCKS_KEY, SUMMARY_KEY = "quantize-progress", "quantize-blocks", "quantize-summary"
-ERRORS_KEY, COMPARISON_KEY = "quantize-errors", "compare-schemes"
+ERRORS_KEY, COMPARISON_KEY, NEW_CHECKPOINTS_KEY = "quantize-errors", "compare-schemes", "new-checkpoints"
 
 # What Prefect's client raises of a server that does not answer, or has forgotten the run.
 OUTAGES = (httpx.HTTPError, PrefectException)
@@ -49,6 +51,16 @@ def publish_lines(key: str, title: str, lines: str) -> None:
     """Leave a text for terminals with the run, as it is."""
     with _view_only():
         create_markdown_artifact(f"```\n{lines}\n```\n", key=key, description=title)
+
+
+def publish_new_checkpoints(rows: Sequence[Row], summary: str) -> None:
+    """Leave the table of checkpoints that a pass found with its run."""
+    with _view_only():
+        create_table_artifact(
+            [{**asdict(row), "outputs": "\n".join(row.outputs)} for row in rows],
+            key=NEW_CHECKPOINTS_KEY,
+            description=summary,
+        )
 
 
 def made(created: UUID | Coroutine[Any, Any, UUID]) -> UUID:

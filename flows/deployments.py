@@ -12,6 +12,7 @@ from prefect.schedules import Cron
 from prefect.types.entrypoint import EntrypointType
 
 from flows.clean_work import clean_work
+from flows.convert_new_checkpoints import convert_new_checkpoints
 from flows.evaluate_model import evaluate_model
 from flows.quantize_model import compare_schemes, quantize_model, quantize_recipes
 from flows.verify_output import verify_output
@@ -68,6 +69,12 @@ SERVED = (
         },
     ),
     Served(flow=quantize_recipes, description="Convert one checkpoint by several recipes from one reading."),
+    Served(
+        flow=convert_new_checkpoints,
+        description="Begin a run for every checkpoint that is new below a prefix. Its schedule is off: set what"
+        " is to be made of them, then switch it on.",
+        further={"schedules": [Cron("*/15 * * * *", timezone="UTC", active=False)]},
+    ),
     Served(flow=compare_schemes, description="Convert one checkpoint by several schemes, and compare them."),
     Served(flow=evaluate_model, description="Measure the perplexity of a checkpoint, original or quantized."),
     Served(flow=verify_output, description="Compare every shard of an output with its record."),

@@ -1,4 +1,4 @@
-"""The forms of a conversion and of a comparison: the table of job options as pydantic models.
+"""The forms of a conversion, of a comparison and of a pass over a prefix, from the table of job options.
 
 Prefect stores a model's JSON schema with a deployment. Its server checks every submitted run against it
 (a wrong value is refused before a run exists) and its UI draws the form from it. So all that can be said in
@@ -23,6 +23,7 @@ from quantlib.job.comparison_request import (
     comparison_request,
 )
 from quantlib.job.hook import NAME_PATTERN, is_name
+from quantlib.job.incoming import OF_A_CHECKPOINT, Incoming
 from quantlib.job.option_table import REQUIRED, Option, fields_of, is_optional, kind_of
 from quantlib.job.options import JobOptions, default_of, options_from
 from quantlib.job.provenance import with_replayed_values
@@ -137,6 +138,14 @@ def _comparison_fields() -> dict[str, Any]:
     }
 
 
+def _recipe_fields() -> dict[str, Any]:
+    """Those of a job that do not follow from the checkpoint, after a name in the place of the source."""
+    fields = {name: field for name, field in _job_fields().items() if name not in OF_A_CHECKPOINT}
+    shown: dict[str, Any] = {"position": 0}
+    name = Field(..., title="Name", description="Last part of the output's address.", json_schema_extra=shown)
+    return {"name": (Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")], name), **fields}
+
+
 class RuleParams(create_model("_RuleFields", __base__=Form, **_fields(Rule))):
     """An exception for some linears; the first rule that matches a linear decides."""
 
@@ -191,6 +200,79 @@ class CompareParams(create_model("_ComparisonFields", __base__=StoredForm, **_co
             RecipeError: What the schema cannot say is wrong; see `comparison_request`.
         """
         return comparison_request(self.values_given())
+
+
+class RecipeParams(create_model("_RecipeFields", __base__=Form, **_recipe_fields())):
+    """What is to be made of every checkpoint that a pass finds."""
+
+    model_config = ConfigDict(title="Recipe")
+
+
+class NewCheckpointsParams(StoredForm):
+    """A pass over a prefix below which checkpoints appear."""
+
+    model_config = ConfigDict(title="New checkpoints")
+
+    prefix: Annotated[str, Field(pattern=r"\S")] = Field(
+        description="Address below which checkpoints appear: s3://, file:// or a path."
+    )
+    outputs: Annotated[str, Field(pattern=r"\S")] = Field(
+        description="Address below which outputs go, as CHECKPOINT/RECIPE."
+    )
+    recipes: Annotated[list[RecipeParams], Field(min_length=1)] = Field(
+        description="What is to be made of every checkpoint, from one reading."
+    )
+    depth: Annotated[int, Field(ge=1)] = Field(
+        1, description="How many folders below the prefix a checkpoint may lie; 2 finds ORGANIZATION/MODEL."
+    )
+    settle_seconds: Annotated[int, Field(ge=0)] = Field(
+        600, description="How long no file of a checkpoint may have changed before it is converted."
+    )
+    runs_at_a_time: Annotated[int, Field(ge=1)] = Field(
+        1, description="How many runs may be begun and not have ended."
+    )
+    attempts: Annotated[int, Field(ge=1)] = Field(
+        3, description="How often a checkpoint may fail before it is parked."
+    )
+    retry_parked: bool = Field(
+        False, description="Forget what failed, of checkpoints that are parked; for a run by hand."
+    )
+    state: Annotated[str, Field(pattern=r"\S")] | None = Field(
+        None, description="Where records of what was begun are kept; below outputs unless named."
+    )
+    deployment: Annotated[str, Field(pattern=r"^[^/]+/[^/]+$")] = Field(
+        "quantize-recipes/quantize-recipes",
+        description="Which deployment carries out the conversions: FLOW/DEPLOYMENT.",
+    )
+
+    @property
+    def title(self) -> str:
+        """What a run is called."""
+        return f"new checkpoints of {self.prefix}"
+
+    def to_incoming(self) -> Incoming:
+        """What a pass looks for.
+
+        Raises:
+            RecipeError: Two recipes have one name.
+        """
+        values = [recipe.values_given() for recipe in self.recipes]
+        recipes = {given.pop("name"): given for given in values}
+        if len(recipes) < len(values):
+            raise RecipeError(
+                "two recipes have one name, and so would their outputs; rename one of them", option="recipes"
+            )
+        return Incoming(
+            prefix=self.prefix,
+            outputs=self.outputs,
+            recipes=recipes,
+            state=self.state,
+            depth=self.depth,
+            settle_s=self.settle_seconds,
+            runs_at_a_time=self.runs_at_a_time,
+            attempts=self.attempts,
+            retry_parked=self.retry_parked,
+        )
 
 
 def params_from(options: JobOptions) -> QuantizeParams:

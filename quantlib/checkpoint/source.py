@@ -8,18 +8,17 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 from quantlib.checkpoint.decoders import DECODERS, Found
 from quantlib.checkpoint.decoders.outlier_columns import with_outliers
 from quantlib.checkpoint.header import DTYPE_BYTES, TensorEntry
 from quantlib.checkpoint.index import Checkpoint, list_folder, open_checkpoint, refuse_staged
 from quantlib.checkpoint.reader import fetch
+from quantlib.checkpoint.stated_quantization import quantization_of, without_quantization
 from quantlib.errors import CheckpointError
 from quantlib.storage import Store
 
 GGUF_ENDING = ".gguf"
-_SECTIONS = ("quantization_config", "compression_config")
 # Ends of names of weights, and of codes of weights.
 _OF_CODES = ("weight", "weight_packed", "qweight", "_blocks")
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -40,7 +39,7 @@ def open_source(store: Store, uri: str, *, levels_dtype: str | None = None) -> C
         CheckpointError: It is damaged, or quantized in a way that is not understood.
     """
     checkpoint = open_stored(store, uri, levels_dtype=levels_dtype)
-    quantization = _quantization(checkpoint.config)
+    quantization = quantization_of(checkpoint.config)
     if not quantization:
         return checkpoint
     method = str(quantization.get("quant_method"))
@@ -55,7 +54,7 @@ def open_source(store: Store, uri: str, *, levels_dtype: str | None = None) -> C
     dtype = levels_dtype or _dtype(checkpoint)
     return replace(
         checkpoint,
-        config=_without_quantization(checkpoint.config),
+        config=without_quantization(checkpoint.config),
         tensors=_meant(checkpoint, found, dtype),
         decoded=found.decoded,
         dropped={name: reason for name, reason in found.dropped.items() if name in checkpoint.tensors},
@@ -103,28 +102,6 @@ def _open_gguf(store: Store, uri: str, levels_dtype: str | None) -> Checkpoint:
     from quantlib.checkpoint.gguf_files.source import open_gguf
 
     return open_gguf(store, uri, levels_dtype=levels_dtype)
-
-
-def _quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    """What config.json, or its text part, says of quantization."""
-    text = config.get("text_config")
-    for values in (config, text if isinstance(text, Mapping) else {}):
-        for section in _SECTIONS:
-            if isinstance(values.get(section), Mapping) and values[section]:
-                return {"quant_method": _default_method(section), **values[section]}
-    return {}
-
-
-def _default_method(section: str) -> str | None:
-    return "compressed-tensors" if section == "compression_config" else None
-
-
-def _without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: _without_quantization(value) if name == "text_config" and isinstance(value, Mapping) else value
-        for name, value in config.items()
-        if name not in _SECTIONS
-    }
 
 
 def _meant(checkpoint: Checkpoint, found: Found, dtype: str) -> dict[str, TensorEntry]:

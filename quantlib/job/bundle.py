@@ -16,7 +16,7 @@ from quantlib.job.plan import BlockPlan, LinearPlan, Plan
 from quantlib.job.provenance import MACHINE_SETTINGS
 from quantlib.job.several_formats import solvers_of
 from quantlib.job.staged_output import PUBLICATION_OPTIONS
-from quantlib.storage import uri_name
+from quantlib.storage import normalize_uri, uri_name
 
 # Options in which outputs of one reading may differ: where they go, how their codes are found, and what they
 # are held to.
@@ -121,15 +121,29 @@ def _rest(refusals: Mapping[str, QuantError], outputs: Sequence[str]) -> str:
     return f"; without {'it' if len(refusals) == 1 else 'them'} {', '.join(left)} can be made" if left else ""
 
 
-def _refuse_differences(first: Plan, plan: Plan) -> None:
-    for name, value in first.options.items():
-        if name in OWN_OPTIONS or plan.options[name] == value:
+def refuse_other_values(first: Mapping[str, Any], other: Mapping[str, Any]) -> None:
+    """Make sure that two outputs of one reading differ in `OWN_OPTIONS` only.
+
+    Args:
+        first: Option values of the first output.
+        other: Those of another one.
+
+    Raises:
+        RecipeError: Names the option.
+    """
+    for name, value in first.items():
+        if name in OWN_OPTIONS or other[name] == value:
             continue
+        before, now = normalize_uri(first["output"]), normalize_uri(other["output"])
         raise RecipeError(
-            f"{plan.output} wants {name} {_word(plan.options[name])}, {first.output} {_word(value)}; what is"
+            f"{now} wants {name} {_word(other[name])}, {before} {_word(value)}; what is"
             " read and run once must be the same for all recipes: choose one value, or convert one by itself",
             option=name,
         )
+
+
+def _refuse_differences(first: Plan, plan: Plan) -> None:
+    refuse_other_values(first.options, plan.options)
     if first.options["replay"] is not None:
         raise RecipeError("a replay repeats one run; leave out either replay or recipes", option="replay")
     for name in (*MACHINE_SETTINGS, "device_kind"):

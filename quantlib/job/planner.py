@@ -6,7 +6,6 @@ tokens and tells what is there already.
 """
 
 import dataclasses
-import hashlib
 import importlib.metadata
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.layout import shard_names
 from quantlib.checkpoint.shard_forms import ShardForms
 from quantlib.checkpoint.source import GGUF_ENDING, open_source
+from quantlib.checkpoint.stated_quantization import config_digest
 from quantlib.errors import (
     CheckpointError,
     PackingError,
@@ -253,7 +253,7 @@ def build_plan(
         output=normalize_uri(options.output),
         work=work_uri(options),
         options=dataclasses.asdict(options),
-        config_digest=_config_digest(checkpoint),
+        config_digest=config_digest(checkpoint.config, checkpoint.quantization),
         model_type=skeleton.model_type,
         blocks=blocks,
         units=units,
@@ -297,7 +297,7 @@ def open_planned_source(store: Store, plan: Plan) -> Checkpoint:
         CheckpointError: An object was replaced, or is gone, since the plan was made.
     """
     checkpoint = open_source(store, plan.source)
-    if _config_digest(checkpoint) != plan.config_digest:
+    if config_digest(checkpoint.config, checkpoint.quantization) != plan.config_digest:
         raise CheckpointError(
             f"config.json of {plan.source} changed since the job was planned; start over with another output",
             uri=plan.source,
@@ -308,14 +308,6 @@ def open_planned_source(store: Store, plan: Plan) -> Checkpoint:
                 f"{info.uri} changed since the job was planned; start over with another output", uri=info.uri
             )
     return checkpoint
-
-
-def _config_digest(checkpoint: Checkpoint) -> str:
-    values = {**checkpoint.config, "quantization_config": checkpoint.quantization}
-    canonical = json.dumps(
-        values if checkpoint.quantization else checkpoint.config, sort_keys=True, separators=(",", ":")
-    )
-    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def _check_rules(

@@ -149,18 +149,19 @@ def _options_effective(plan: Plan) -> dict[str, Any]:
         "device": plan.device_kind.partition("-")[0],
     }
     if plan.calibration_digest is not None:
-        settled["calibration"] = with_addresses(plan.options["calibration"], _full_address)
+        settled["calibration"] = with_addresses(plan.options["calibration"], full_address)
     if plan.evaluation_digest is not None:
-        settled["evaluation"] = _full_address(plan.options["evaluation"])
+        settled["evaluation"] = full_address(plan.options["evaluation"])
     return {**_options_given(plan), **settled}
 
 
 def _text(digest: str | None, texts: Sequence[TextRecord]) -> dict[str, Any]:
-    rows = [{**dataclasses.asdict(text), "uri": _full_address(text.uri)} for text in texts]
+    rows = [{**dataclasses.asdict(text), "uri": full_address(text.uri)} for text in texts]
     return {"digest": digest, "texts": rows}
 
 
-def _full_address(uri: str) -> str:
+def full_address(uri: str) -> str:
+    """The address of a text as it is recorded."""
     # Text is read by another client, which takes spellings that the stores refuse.
     try:
         return normalize_uri(uri)
@@ -210,6 +211,11 @@ def read_provenance(uri: str, engine: str) -> dict[str, Any]:
             uri=uri,
         )
     return values
+
+
+def is_provenance(values: Mapping[str, Any]) -> bool:
+    """Whether JSON values are a provenance of this version's schema."""
+    return values.get("schema") == SCHEMA and next(_faults(values), None) is None
 
 
 def _faults(values: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ ChecksumError for bytes that arrive damaged again and again. Every call on S3 en
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, Self
 
 from quantlib.storage.traffic import Traffic
@@ -16,11 +16,20 @@ from quantlib.storage.traffic import Traffic
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ObjectInfo:
-    """One stored object. ``etag`` changes whenever the object's content is replaced."""
+    """One stored object.
+
+    Attributes:
+        uri: Its address.
+        size_bytes: Of its content.
+        etag: Changes whenever the content is replaced.
+        modified_s: When the object came to be as it is, in seconds since the epoch by the store's clock, as
+            `Store.head` and `Store.list` tell it; None from other calls. It tells no version from another.
+    """
 
     uri: str
     size_bytes: int
     etag: str
+    modified_s: float | None = field(default=None, compare=False)
 
 
 class ObjectWriter(Protocol):
@@ -50,7 +59,7 @@ class Store(Protocol):
     traffic: Traffic
 
     def head(self, uri: str) -> ObjectInfo:
-        """Size and etag of one object."""
+        """Size, etag and time of one object."""
         ...
 
     def list(self, prefix_uri: str, *, recursive: bool = True) -> Sequence[ObjectInfo]:

@@ -41,7 +41,7 @@ class LocalStore:
         self._executor = ThreadPoolExecutor(MAX_IN_FLIGHT, thread_name_prefix="local-read")
 
     def head(self, uri: str) -> ObjectInfo:
-        """Size and etag of one file."""
+        """Size, etag and time of one file."""
         self.traffic.count()
         with _translated(uri, "read"):
             status = Path(file_path(uri)).stat()
@@ -206,7 +206,8 @@ def _absent(uri: str) -> ObjectNotFoundError:
 
 def _info(uri: str, status: os.stat_result) -> ObjectInfo:
     etag = f"{status.st_mtime_ns}-{status.st_size}-{status.st_ino}"
-    return ObjectInfo(uri=uri, size_bytes=status.st_size, etag=etag)
+    # Not the modification time, which whoever copies files with their times sets back.
+    return ObjectInfo(uri=uri, size_bytes=status.st_size, etag=etag, modified_s=status.st_ctime)
 
 
 def _check_unchanged(info: ObjectInfo, file: BinaryIO) -> None:

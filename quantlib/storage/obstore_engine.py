@@ -52,7 +52,7 @@ class ObstoreStore:
         self._buckets: dict[str, S3Store] = {}
 
     def head(self, uri: str) -> ObjectInfo:
-        """Size and etag of one object."""
+        """Size, etag and time of one object."""
         self.traffic.count()
         return _info(uri, self._call(uri, "read", obstore.head, probe=True))
 
@@ -327,7 +327,12 @@ def _code(error: Exception) -> str | None:
 
 
 def _info(uri: str, found: Any) -> ObjectInfo:
-    return ObjectInfo(uri=uri, size_bytes=found["size"], etag=found["e_tag"] or "")
+    return ObjectInfo(
+        uri=uri,
+        size_bytes=found["size"],
+        etag=found["e_tag"] or "",
+        modified_s=found["last_modified"].timestamp(),
+    )
 
 
 def _changed(uri: str) -> CheckpointError:

@@ -45,9 +45,14 @@ class S3fsStore:
         self._reached: set[str] = set()
 
     def head(self, uri: str) -> ObjectInfo:
-        """Size and etag of one object."""
+        """Size, etag and time of one object."""
         found = self._call("head_object", uri, "read")
-        return ObjectInfo(uri=uri, size_bytes=found["ContentLength"], etag=found["ETag"])
+        return ObjectInfo(
+            uri=uri,
+            size_bytes=found["ContentLength"],
+            etag=found["ETag"],
+            modified_s=found["LastModified"].timestamp(),
+        )
 
     def list(self, prefix_uri: str, *, recursive: bool = True) -> Sequence[ObjectInfo]:
         """All objects below a prefix, sorted by uri."""
@@ -61,8 +66,14 @@ class S3fsStore:
             for item in page.get("Contents", []):
                 # A "folder" made by a console is an empty object whose key ends in a slash.
                 if not item["Key"].endswith("/"):
-                    uri = f"s3://{bucket}/{item['Key']}"
-                    found.append(ObjectInfo(uri=uri, size_bytes=item["Size"], etag=item["ETag"]))
+                    found.append(
+                        ObjectInfo(
+                            uri=f"s3://{bucket}/{item['Key']}",
+                            size_bytes=item["Size"],
+                            etag=item["ETag"],
+                            modified_s=item["LastModified"].timestamp(),
+                        )
+                    )
             if not page.get("IsTruncated"):
                 return sorted(found, key=lambda info: info.uri)
             more["ContinuationToken"] = page["NextContinuationToken"]

@@ -35,6 +35,7 @@ LAYERS = {
     "quantlib.checkpoint.header": 2,
     "quantlib.checkpoint.index": 2,
     "quantlib.checkpoint.layout": 2,
+    "quantlib.checkpoint.stated_quantization": 2,
     "quantlib.checkpoint.dtypes": 3,
     "quantlib.column_order": 3,
     "quantlib.linalg": 3,

@@ -7,12 +7,14 @@ import pytest
 from prefect.utilities.collections import visit_collection
 from pydantic import ValidationError
 
-from flows.params import CompareParams, QuantizeParams, params_from
+from flows.params import CompareParams, NewCheckpointsParams, QuantizeParams, RecipeParams, params_from
 from flows.quantize_model import quantize_model
 from quantlib.errors import RecipeError
 from quantlib.job.comparison_request import NOT_COMPARED, OUTPUT_HELP, SCHEMES_HELP, comparison_request
+from quantlib.job.incoming import OF_A_CHECKPOINT
 from quantlib.job.options import option_fields, options_from
 from quantlib.job.provenance import with_replayed_values
+from quantlib.job.several_formats import requests_of_formats
 from quantlib.schemes import CODEBOOK_NAMES, FLOAT_NAMES, ROUNDED_INPUTS_NAMES
 from tests.support.provenance_example import write_provenance
 
@@ -241,3 +243,77 @@ def test_ray_address_that_was_left_alone_is_that_of_the_environment(monkeypatch)
     assert named.values_given()["ray_address"] == "other:6379"
     monkeypatch.setenv("RAY_ADDRESS", "")
     assert QuantizeParams.model_validate(request).to_options().ray_address is None
+
+
+PASS = {
+    "prefix": "s3://models/incoming",
+    "outputs": "s3://models/quantized",
+    "recipes": [
+        {"name": "w4", "method": "rtn", "rules": [{"match": "lm_head", "keep": True}]},
+        {"name": "w8.gptq", "method": "rtn", "scheme": "W8A16", "format": "gptq"},
+    ],
+}
+
+
+def test_form_of_a_recipe_has_a_name_and_the_options_that_do_not_follow_from_the_checkpoint():
+    found = RecipeParams.model_json_schema()
+    properties, options = found["properties"], schema()["properties"]
+    assert properties.keys() - {"name"} == options.keys() - set(OF_A_CHECKPOINT)
+    assert all(properties[name] == options[name] for name in properties.keys() - {"name"})
+    assert found["required"] == ["name"]
+    assert len({values["position"] for values in properties.values()}) == len(properties)
+
+
+def test_form_of_a_pass_is_what_it_looks_for():
+    found = NewCheckpointsParams.model_json_schema()
+    assert sorted(found["required"]) == ["outputs", "prefix", "recipes"]
+    assert all("description" in values for values in found["properties"].values())
+    recipe = RecipeParams.model_json_schema()["properties"]
+    defaults = {name: field["default"] for name, field in recipe.items() if "default" in field}
+    for recipes in (PASS["recipes"], [{**defaults, **recipe} for recipe in PASS["recipes"]]):
+        params = NewCheckpointsParams.model_validate({**PASS, "recipes": recipes})
+        incoming = params.to_incoming()
+        assert list(incoming.recipes) == ["w4", "w8.gptq"]
+        assert incoming.recipes["w4"]["rules"] == [{"match": "lm_head", "keep": True}]
+        assert incoming.recipes["w8.gptq"] == {"method": "rtn", "scheme": "W8A16", "format": "gptq"}
+        assert (incoming.settle_s, incoming.attempts, incoming.runs_at_a_time) == (600, 3, 1)
+        assert params.title == "new checkpoints of s3://models/incoming"
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"recipes": []},
+        {"recipes": [{"method": "rtn"}]},
+        {"recipes": [{"name": "a/b"}]},
+        {"recipes": [{"name": ".."}]},
+        {"recipes": [{"name": "w4", "source": "s3://x/y"}]},
+        {"recipes": [{"name": "w4", "work": "s3://x/y"}]},
+        {"recipes": [{"name": "w4", "bits": 4}]},
+        {"prefix": " "},
+        {"depth": 0},
+        {"settle_seconds": -1},
+        {"runs_at_a_time": 0},
+        {"attempts": 0},
+        {"deployment": "quantize-recipes"},
+        {"more": 1},
+    ],
+)
+def test_form_of_a_pass_refuses(wrong):
+    with pytest.raises(ValidationError):
+        NewCheckpointsParams.model_validate({**PASS, **wrong})
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**PASS, **wrong}, NewCheckpointsParams.model_json_schema())
+
+
+def test_recipes_of_one_name_are_refused():
+    twice = {**PASS, "recipes": [{"name": "w4"}, {"name": "w4", "scheme": "W8A16"}]}
+    with pytest.raises(RecipeError, match="two recipes have one name"):
+        NewCheckpointsParams.model_validate(twice).to_incoming()
+
+
+def test_form_of_one_layout_of_several_holds_its_whole_request():
+    values = {**REQUEST, "format": "gptq, compressed-tensors", "rules": [{"match": "lm_head", "keep": True}]}
+    for request in requests_of_formats(options_from(values)):
+        sent = json.loads(params_from(request).model_dump_json(exclude_unset=True))
+        assert QuantizeParams.model_validate(sent).to_options() == request

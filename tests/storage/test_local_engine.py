@@ -5,6 +5,7 @@ import fcntl
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -25,6 +26,16 @@ def test_folder_is_not_an_object(store, tmp_path):
     for call in (store.head, store.read):
         with pytest.raises(ObjectNotFoundError, match="folder"):
             call(f"file://{tmp_path}/folder")
+
+
+def test_time_of_a_file_is_when_it_came_however_old_its_content_claims_to_be(store, tmp_path):
+    path = tmp_path / "x"
+    before = time.time()
+    path.write_bytes(b"aaaa")
+    os.utime(path, ns=(1, 1))
+    found = store.head(f"file://{path}").modified_s
+    assert found is not None
+    assert found >= before - 1
 
 
 def test_file_changed_in_place_with_the_same_size_is_refused(store, tmp_path):

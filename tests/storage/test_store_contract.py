@@ -1,6 +1,7 @@
 """What every engine must do, the same tests for all of them."""
 
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -23,6 +24,16 @@ def test_write_twice_changes_content_and_etag(place):
     second = place.store.write(uri, b"two..")
     assert place.store.read(uri) == b"two.."
     assert first.etag != second.etag
+
+
+def test_head_and_list_tell_when_an_object_was_last_replaced(place):
+    uri = f"{place.root}/a"
+    before = time.time()
+    place.store.write(uri, b"one")
+    place.store.write(uri, b"two")
+    times = [place.store.head(uri).modified_s, *(info.modified_s for info in place.store.list(place.root))]
+    # Servers of S3 tell whole seconds.
+    assert all(before - 1 <= found <= time.time() for found in times)
 
 
 def test_empty_object_can_be_written_and_read(place):
