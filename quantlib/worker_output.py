@@ -18,7 +18,7 @@ from quantlib.job.plan import Plan, UnitPlan
 from quantlib.job.publish import publish
 from quantlib.model.late_weights import LateWeight
 from quantlib.packing import FORMATS
-from quantlib.packing.outlier_columns import all_packed_names
+from quantlib.packing.outliers import all_packed_names
 from quantlib.packing.repacking import repacked
 from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from quantlib.checkpoint.decoders import DECODERS, Found
-from quantlib.checkpoint.decoders.outlier_columns import with_outliers
+from quantlib.checkpoint.decoders.outliers import with_outliers
 from quantlib.checkpoint.header import DTYPE_BYTES, TensorEntry
 from quantlib.checkpoint.index import Checkpoint, list_folder, open_checkpoint
 from quantlib.checkpoint.reader import fetch

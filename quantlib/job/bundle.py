@@ -33,6 +33,7 @@ OWN_OPTIONS = (
     "descent_passes",
     "refit_scales",
     "outlier_columns",
+    "outlier_weights",
     "rules",
 )
 

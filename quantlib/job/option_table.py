@@ -27,6 +27,7 @@ class Option:
         choices: The allowed values, where they can be listed.
         several: Whether a value may be several of the choices, with commas between them.
         minimum: Smallest allowed number.
+        maximum: Largest allowed number.
         also_allowed: Values below the range with meanings of their own (explained in ``help``).
         in_identity: True when the value itself is part of a plan's identity. Addresses, texts and the
             machine are so only by what the plan makes of them (etags, digests, threads, kind of device).
@@ -37,6 +38,7 @@ class Option:
     choices: tuple[str, ...] | None = None
     several: bool = False
     minimum: int | None = None
+    maximum: int | None = None
     also_allowed: tuple[int, ...] = ()
     in_identity: bool = False
 
@@ -49,6 +51,7 @@ def declare(
     choices: tuple[str, ...] | None = None,
     several: bool = False,
     minimum: int | None = None,
+    maximum: int | None = None,
     also_allowed: tuple[int, ...] = (),
     in_identity: bool = False,
 ) -> Any:
@@ -59,6 +62,7 @@ def declare(
         choices=choices,
         several=several,
         minimum=minimum,
+        maximum=maximum,
         also_allowed=also_allowed,
         in_identity=in_identity,
     )
@@ -101,6 +105,8 @@ def check_value(name: str, value: Any, found: dataclasses.Field[Any]) -> None:
         _check_choices(name, value, option.choices, several=option.several)
     if option.minimum is not None and isinstance(value, int):
         _check_range(name, value, option.minimum, option.also_allowed)
+    if option.maximum is not None and isinstance(value, int) and value > option.maximum:
+        raise RecipeError(f"{name} must be at most {option.maximum}, found {value!r}", option=name)
 
 
 def names_in(value: str) -> list[str]:

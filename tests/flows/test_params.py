@@ -79,6 +79,7 @@ def test_form_names_targets_and_takes_no_other():
         "anyOf"
     ]
     assert schema()["properties"]["tensor_parallel"]["minimum"] == 1
+    assert schema()["properties"]["outlier_weights"]["maximum"] == 100
     with pytest.raises(ValidationError):
         QuantizeParams.model_validate({**REQUEST, "target": "sglang"})
 
