@@ -71,8 +71,8 @@ SERVED = (
     Served(flow=quantize_recipes, description="Convert one checkpoint by several recipes from one reading."),
     Served(
         flow=convert_new_checkpoints,
-        description="Begin a run for every checkpoint that is new below a prefix. Its schedule is off: set what"
-        " is to be made of them, then switch it on.",
+        description="Begin a run for every checkpoint that is new below a prefix. The schedule is off: set"
+        " what is to be made of them, then switch it on.",
         further={"schedules": [Cron("*/15 * * * *", timezone="UTC", active=False)]},
     ),
     Served(flow=compare_schemes, description="Convert one checkpoint by several schemes, and compare them."),

@@ -84,7 +84,7 @@ def form_field(found: dataclasses.Field[Any], option: Option, position: int) -> 
         below = sorted(option.also_allowed) or [option.minimum]
         lowest, highest = below[0], below[-1]
         assert highest <= option.minimum and len(below) == highest - lowest + 1
-        kind = Annotated[int, Field(ge=lowest)]
+        kind = Annotated[int, Field(ge=lowest, le=option.maximum)]
         # Neighbouring numbers below a range: what lies between is cut out. An anyOf would be exact too, but
         # the form shows it as two tabs.
         if highest < option.minimum - 1:

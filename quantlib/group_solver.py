@@ -32,7 +32,7 @@ from quantlib.methods.contracts import (
 from quantlib.methods.fitted_scales import cuts_half_step
 from quantlib.methods.whole_solve import given_to, merged_rows
 from quantlib.packing.contracts import PackingFormat
-from quantlib.packing.outlier_columns import pack_linear
+from quantlib.packing.outliers import pack_linear
 from quantlib.schemes import WeightScheme
 from quantlib.solver_settings import SolverSettings
 from quantlib.steps import CorrectedResult, correct_bias

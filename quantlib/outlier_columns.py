@@ -44,6 +44,11 @@ class OutlierColumns:
     column_K: torch.Tensor
     weight_RK: torch.Tensor
 
+    @property
+    def num_weights(self) -> int:
+        """How many are kept."""
+        return self.weight_RK.numel()
+
     def rows(self, part: slice | torch.Tensor) -> "OutlierColumns":
         """Of some rows, by slice (then as views) or index."""
         return OutlierColumns(column_K=self.column_K, weight_RK=self.weight_RK[part])
@@ -60,8 +65,12 @@ class OutlierColumns:
         """Overwrite these columns; gives ``level_RC``."""
         return level_RC.index_copy_(1, self.column_K.long(), self.weight_RK.to(level_RC.dtype))
 
+    def erase_from_(self, offset_RC: torch.Tensor) -> torch.Tensor:
+        """Set the offsets of these columns to zero; gives ``offset_RC``."""
+        return offset_RC.index_fill_(1, self.column_K.long(), 0.0)
 
-def joined_outliers(parts: Sequence[OutlierColumns]) -> OutlierColumns:
+
+def joined_columns(parts: Sequence[OutlierColumns]) -> OutlierColumns:
     """Of a linear that was cut into rows, in order; all have the same columns."""
     return OutlierColumns(column_K=parts[0].column_K, weight_RK=torch.cat([part.weight_RK for part in parts]))
 

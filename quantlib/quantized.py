@@ -11,7 +11,7 @@ import torch
 
 from quantlib.grids.levels import levels_of
 from quantlib.grouping import by_group
-from quantlib.outlier_columns import OutlierColumns, joined_outliers
+from quantlib.outliers import Outliers, joined_outliers
 from quantlib.schemes import WeightScheme
 
 
@@ -59,7 +59,7 @@ class QuantizedLinear:
         nested: What the scales are made of where they are quantized (``NESTED_SCALES``); else None.
         model_dtype: Of the weight before, which no level depends on and some layouts state; None where
             nobody said it.
-        outliers: Columns that mean something else than their codes.
+        outliers: Columns, or single weights, that mean something else than their codes.
     """
 
     codes_RC: torch.Tensor
@@ -69,7 +69,7 @@ class QuantizedLinear:
     divisor_R1: torch.Tensor | None = None
     nested: NestedScales | None = None
     model_dtype: torch.dtype | None = None
-    outliers: OutlierColumns | None = None
+    outliers: Outliers | None = None
 
     def rows(self, part: slice) -> "QuantizedLinear":
         """Some rows, as views."""

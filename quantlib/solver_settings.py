@@ -7,6 +7,8 @@ from typing import Any
 # What follows from the extremes of a group alone.
 FROM_EXTREMES = ("minmax", "absmax")
 SCALE_SEARCHES = (*FROM_EXTREMES, "mse", "hessian", "inverse-hessian")
+# Of a thousand weights. Each costs 32 bits, so that 31 of a thousand cost as much as a bit more for all.
+MOST_OUTLIER_WEIGHTS = 100
 COLUMN_ORDERS = ("activation", "natural", "group-aware")
 
 
@@ -26,6 +28,7 @@ class SolverSettings:
         refits_scales: Whether scales are fitted to the codes by least squares before every such pass, or at
             the end without one.
         outlier_columns: How many columns of a linear are kept as they are beside the codes.
+        outlier_weights: How many of a thousand weights of a row are.
     """
 
     scale_search: str = "hessian"
@@ -33,6 +36,7 @@ class SolverSettings:
     descent_passes: int = 0
     refits_scales: bool = False
     outlier_columns: int = 0
+    outlier_weights: int = 0
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "SolverSettings":
@@ -43,7 +47,17 @@ class SolverSettings:
             descent_passes=options["descent_passes"],
             refits_scales=options["refit_scales"],
             outlier_columns=options["outlier_columns"],
+            outlier_weights=options["outlier_weights"],
         )
+
+
+def weights_per_row(columns: int, per_mille: int) -> int:
+    """How many single weights of each row are kept: the nearest whole number, at least one if any are.
+
+    >>> [weights_per_row(columns, 5) for columns in (8, 576, 4096, 53248)], weights_per_row(4096, 0)
+    ([1, 3, 20, 266], 0)
+    """
+    return max(1, (columns * per_mille + 500) // 1000) if per_mille else 0
 
 
 DEFAULT_SOLVER = SolverSettings()

@@ -26,7 +26,7 @@ from quantlib.model.experts import Experts, extra_rows
 from quantlib.model.late_weights import LateWeight
 from quantlib.model.skeleton import BlockInputs, OuterModel, run_block
 from quantlib.packing.contracts import PackingFormat
-from quantlib.packing.outlier_columns import all_packed_names, unpack_linear
+from quantlib.packing.outliers import all_packed_names, unpack_linear
 from quantlib.readers import Reader
 from quantlib.schemes import ActivationScheme, WeightScheme
 

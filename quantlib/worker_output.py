@@ -20,7 +20,7 @@ from quantlib.job.report_figures import size
 from quantlib.job.staging import stage
 from quantlib.model.late_weights import LateWeight
 from quantlib.packing import FORMATS
-from quantlib.packing.outlier_columns import all_packed_names
+from quantlib.packing.outliers import all_packed_names
 from quantlib.packing.repacking import repacked
 from quantlib.rounded_ends import rounded_blocks
 from quantlib.solver_settings import SolverSettings

@@ -33,6 +33,8 @@ _OPTIONS = {
     "refit": {"refits_scales": True},
     "both": {"descent_passes": 1, "refits_scales": True},
     "outliers": {"outlier_columns": 3},
+    "weights": {"outlier_weights": 30},
+    "weights and both": {"outlier_weights": 50, "descent_passes": 1, "refits_scales": True},
     "outliers and both": {"outlier_columns": 5, "descent_passes": 1, "refits_scales": True},
 }
 

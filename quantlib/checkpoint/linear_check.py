@@ -1,6 +1,7 @@
 """Checks what a source's linears became: packed tensors by their kind, split biases value by value."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -12,7 +13,7 @@ from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.source_linears import SourceLinear
 from quantlib.errors import CheckpointError, PackingError
 from quantlib.packing import PackingFormat, format_of
-from quantlib.packing.outlier_columns import all_packed_names, num_outlier_columns
+from quantlib.packing.outliers import all_packed_names, num_outlier_columns, num_outlier_weights
 from quantlib.packing.specs import packed_on_meta
 from quantlib.schemes import WeightScheme
 from quantlib.storage import Store
@@ -53,8 +54,7 @@ def _findings_of_linear(
     try:
         quantization = output.config["quantization_config"]
         scheme = packer.scheme_of(quantization, name)
-        num_outliers = num_outlier_columns(quantization, name)
-        expected = {} if scheme is None else _expected(linear, weight, scheme, packer, num_outliers)
+        expected = {} if scheme is None else _expected(linear, weight, scheme, packer, quantization)
     except (CheckpointError, PackingError) as error:
         yield f"{name} is packed, but cannot be: {error}."
         return
@@ -80,7 +80,7 @@ def _expected(
     weight: TensorEntry,
     scheme: WeightScheme,
     packer: PackingFormat,
-    num_outliers: int,
+    quantization: Mapping[str, Any],
 ) -> dict[str, _Kind]:
     if len(linear.shape) != 2:
         raise CheckpointError(f"its weight in the source has {len(linear.shape)} dims", tensor=weight.name)
@@ -92,7 +92,8 @@ def _expected(
         columns=columns,
         scheme=scheme,
         model_dtype=torch_dtype(weight.dtype),
-        num_outliers=num_outliers,
+        num_outliers=num_outlier_columns(quantization, linear.name),
+        num_outlier_weights=num_outlier_weights(quantization, linear.name, columns),
     )
     return {name: (dtype_name(tensor.dtype), tuple(tensor.shape)) for name, tensor in packed.items()}
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 
 from quantlib.checkpoint.decoders import DECODERS, Found
-from quantlib.checkpoint.decoders.outlier_columns import with_outliers
+from quantlib.checkpoint.decoders.outliers import with_outliers
 from quantlib.checkpoint.header import DTYPE_BYTES, TensorEntry
 from quantlib.checkpoint.index import Checkpoint, list_folder, open_checkpoint, refuse_staged
 from quantlib.checkpoint.reader import fetch

@@ -22,7 +22,7 @@ from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.source_linears import SourceLinear, SourceLinears
 from quantlib.job.accounts import COPIED, CORRECTED, DROPPED, QUANTIZED, Account, pattern_of, summed_up
 from quantlib.packing import FORMATS, PackingFormat, format_of
-from quantlib.packing.outlier_columns import all_packed_names
+from quantlib.packing.outliers import all_packed_names
 from quantlib.storage import Store
 from quantlib.strided_view import StoredPart
 

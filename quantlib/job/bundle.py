@@ -36,6 +36,7 @@ OWN_OPTIONS = (
     "descent_passes",
     "refit_scales",
     "outlier_columns",
+    "outlier_weights",
     "rules",
     *PUBLICATION_OPTIONS,
 )

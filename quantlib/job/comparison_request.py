@@ -109,7 +109,7 @@ def comparison_request(values: Mapping[str, Any]) -> ComparisonRequest:
 
 def _without_data(entry: SchemeEntry) -> dict[str, Any]:
     """What an entry that needs no data has no use for, though others do; by itself it would be refused."""
-    return {"outlier_columns": 0} if entry.method == "rtn" else {}
+    return {"outlier_columns": 0, "outlier_weights": 0} if entry.method == "rtn" else {}
 
 
 def _refuse_twice(entries: tuple[SchemeEntry, ...]) -> None:

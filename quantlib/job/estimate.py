@@ -57,6 +57,7 @@ def describe_plan(
         "tensor_parallel": plan.options["tensor_parallel"],
         "solver": {name: plan.options[name] for name in FOLLOWING},
         "outlier_columns": plan.options["outlier_columns"],
+        "outlier_weights": plan.options["outlier_weights"],
         "blocks": len(plan.blocks),
         "units": len(plan.units),
         "shards": [unit.shard for unit in plan.units],
@@ -157,6 +158,11 @@ def _solver_lines(described: dict[str, Any]) -> list[str]:
         lines.append(
             f"{described['outlier_columns']} columns of every linear by gptq are kept beside its codes, which"
             " no serving engine reads: one that takes the files reads the codes of these columns"
+        )
+    if described["outlier_weights"]:
+        lines.append(
+            f"{described['outlier_weights']} of 1,000 weights of every linear by gptq are kept beside its"
+            " codes, which no serving engine reads: one that takes the files reads the codes of these weights"
         )
     return lines
 

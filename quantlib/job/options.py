@@ -27,7 +27,7 @@ from quantlib.schemes import (
     has_own_groups,
     scheme_from_name,
 )
-from quantlib.solver_settings import COLUMN_ORDERS, FROM_EXTREMES, SCALE_SEARCHES
+from quantlib.solver_settings import COLUMN_ORDERS, FROM_EXTREMES, MOST_OUTLIER_WEIGHTS, SCALE_SEARCHES
 from quantlib.units import parse_bytes
 
 ROUTED, ALL_EXPERTS = "routed", "all-experts"
@@ -158,6 +158,15 @@ class JobOptions:
         "Columns of every linear of gptq, those with the strongest inputs, that are kept in 16 bits beside"
         " the codes; no serving engine reads them.",
         minimum=0,
+        in_identity=True,
+    )
+    outlier_weights: int = declare(
+        0,
+        _HOW,
+        "Single weights out of a thousand of every linear of gptq, those whose rounding costs most, that are"
+        " kept in 16 bits beside the codes; no serving engine reads them.",
+        minimum=0,
+        maximum=MOST_OUTLIER_WEIGHTS,
         in_identity=True,
     )
     correct_biases: bool = declare(
@@ -372,8 +381,10 @@ def options_from(values: Mapping[str, Any]) -> JobOptions:
             option="tensor_parallel",
         )
     _refuse_rounded_embeddings(options)
-    if options.outlier_columns:
-        _refuse_unused_outliers(options, rules)
+    _refuse_both_outliers(options)
+    for name in ("outlier_columns", "outlier_weights"):
+        if getattr(options, name):
+            _refuse_unused_outliers(options, rules, name)
     if options.correct_targets and options.propagation != "quantized":
         raise RecipeError(
             f"correct_targets needs propagation quantized, found {options.propagation}: with the original"
@@ -446,24 +457,33 @@ def _refuse_rounded_embeddings(options: JobOptions) -> None:
         )
 
 
-def _refuse_unused_outliers(options: JobOptions, rules: Sequence[Rule]) -> None:
+def _refuse_both_outliers(options: JobOptions) -> None:
+    if options.outlier_columns and options.outlier_weights:
+        raise RecipeError(
+            f"outlier_columns {options.outlier_columns} and outlier_weights {options.outlier_weights} are two"
+            " forms of the same, and a linear has one; leave one of them out",
+            option="outlier_weights",
+        )
+
+
+def _refuse_unused_outliers(options: JobOptions, rules: Sequence[Rule], name: str) -> None:
+    asked = f"{name} {getattr(options, name)}"
     if "gptq" not in {options.method, *(rule.method for rule in rules)}:
         raise RecipeError(
-            f"outlier_columns {options.outlier_columns} needs method gptq, found {options.method}: which"
-            " inputs are strong is known from calibration text alone",
-            option="outlier_columns",
+            f"{asked} needs method gptq, found {options.method}: what rounding costs is known from"
+            " calibration text alone",
+            option=name,
         )
     if "gguf" in names_in(options.format or ""):
         raise RecipeError(
-            f"outlier_columns {options.outlier_columns} adds tensors for which gguf files have no names; use"
-            " another format, or leave it out",
-            option="outlier_columns",
+            f"{asked} adds tensors for which gguf files have no names; use another format, or leave it out",
+            option=name,
         )
     if options.target is not None:
         raise RecipeError(
-            f"outlier_columns {options.outlier_columns} adds tensors that no serving engine reads, and target"
+            f"{asked} adds tensors that no serving engine reads, and target"
             f" names {options.target}; leave one of them out",
-            option="outlier_columns",
+            option=name,
         )
 
 

@@ -60,6 +60,7 @@ class LinearPlan:
         method: ``gptq`` or ``rtn``; None when the linear is kept as it is.
         scheme: None when the linear is kept as it is.
         num_outliers: How many of its columns are kept beside the codes.
+        num_outlier_weights: How many single weights of each row are.
         corrects_bias: Whether it has a bias that makes up for what rounding does to its mean output.
         weight: Where its weight [rows, columns] is read from.
         weight_dtype: Its safetensors dtype there.
@@ -74,6 +75,7 @@ class LinearPlan:
     method: str | None
     scheme: WeightScheme | None
     num_outliers: int = 0
+    num_outlier_weights: int = 0
     corrects_bias: bool
     weight: StoredPart
     weight_dtype: str

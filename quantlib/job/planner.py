@@ -60,6 +60,7 @@ from quantlib.packing import FORMATS, gguf_format, held_scheme
 from quantlib.packing.contracts import PackingFormat
 from quantlib.packing.specs import packed_on_meta
 from quantlib.recipe import refuse_idle_rules, rule_for
+from quantlib.solver_settings import weights_per_row
 from quantlib.storage import Store, join_uri, normalize_uri, open_store
 from quantlib.strided_view import StoredPart
 from quantlib.tokens import store_rows
@@ -330,7 +331,8 @@ def _plan_block(
     for linear in spec.linears:
         method, scheme = rule_for(options, linear.name)
         # Without data nothing tells which inputs are strong.
-        num_outliers = options.outlier_columns if scheme is not None and method == "gptq" else 0
+        keeps_outliers = scheme is not None and method == "gptq"
+        num_outliers = options.outlier_columns if keeps_outliers else 0
         if scheme is not None:
             scheme = held_scheme(packer.NAME, scheme)
             packer.check(linear.name, linear.rows, linear.columns, scheme)
@@ -346,6 +348,9 @@ def _plan_block(
                 method=method if scheme is not None else None,
                 scheme=scheme,
                 num_outliers=num_outliers,
+                num_outlier_weights=(
+                    weights_per_row(linear.columns, options.outlier_weights) if keeps_outliers else 0
+                ),
                 corrects_bias=options.correct_biases
                 and linear.has_own_bias
                 and scheme is not None
@@ -502,6 +507,7 @@ def _packed_specs(block: BlockPlan, packer: PackingFormat) -> list[TensorSpec]:
             scheme=linear.scheme,
             model_dtype=torch_dtype(linear.weight_dtype),
             num_outliers=linear.num_outliers,
+            num_outlier_weights=linear.num_outlier_weights,
         )
         specs += [
             TensorSpec(name=name, dtype=dtype_name(tensor.dtype), shape=tuple(tensor.shape))

@@ -97,15 +97,16 @@ def model_name(report: Mapping[str, Any]) -> str:
 
 
 def request(report: Mapping[str, Any]) -> str:
-    """Scheme, group size, method, columns kept and format in a few words."""
+    """Scheme, group size, method, columns or weights kept and format in a few words."""
     options = report.get("options") or {}
     group_size = options.get("group_size")
-    outliers = options.get("outlier_columns")
+    columns, weights = options.get("outlier_columns"), options.get("outlier_weights")
     words = (
         options.get("scheme"),
         None if group_size is None else groups_said(group_size),
         options.get("method"),
-        f"{outliers} outlier columns" if outliers else None,
+        f"{columns} outlier columns" if columns else None,
+        f"{weights} of 1,000 weights kept" if weights else None,
         options.get("format"),
     )
     return ", ".join(str(word) for word in words if word)

@@ -276,12 +276,13 @@ def _worst(report: Mapping[str, Any]) -> str:
             number(linear.get("bias_change")),
             number(linear.get("dead_columns")),
             number(linear.get("outlier_columns")),
+            number(linear.get("kept_weights")),
             linear.get("fallback"),
         )
         for linear in figures.worst_linears(report, _LISTED)
     ]
     errors = ("#relative error", "#predicted", "#clipped")
-    columns = ("#dead columns", "#outlier columns")
+    columns = ("#dead columns", "#outlier columns", "#weights kept")
     heads = ("linear", "method", *errors, "#damping", "#bias moved", *columns, "fallback")
     outliers = figures.outlier_sentence(report)
     below = f"<p>{escape(outliers)}</p>" if outliers else ""

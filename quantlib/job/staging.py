@@ -14,7 +14,7 @@ from quantlib.job.provenance import PROVENANCE_NAME, build_provenance
 from quantlib.job.report import HTML_NAME, REPORT_NAME
 from quantlib.job.staged_output import store_staged
 from quantlib.packing import FORMATS, gguf_format
-from quantlib.packing.outlier_columns import config_with_outliers
+from quantlib.packing.outliers import config_with_outliers
 from quantlib.storage import Store
 
 
@@ -65,8 +65,12 @@ def _quantization(plan: Plan) -> dict[str, Any]:
     packer = FORMATS[plan.options["format"]]
     quantization = packer.quantization_config(plan.schemes, plan.kept_linears)
     quantized = [x for block in plan.blocks for x in block.linears if x.scheme is not None]
-    without = [linear.name for linear in quantized if not linear.num_outliers]
-    return config_with_outliers(quantization, plan.options["outlier_columns"], without)
+    return config_with_outliers(
+        quantization,
+        num_columns=plan.options["outlier_columns"],
+        weights_per_mille=plan.options["outlier_weights"],
+        without=[x.name for x in quantized if not x.num_outliers and not x.num_outlier_weights],
+    )
 
 
 def _format_files(plan: Plan) -> dict[str, bytes]:

@@ -18,6 +18,7 @@ from quantlib.grids.affine import AffineGrid, whole_vectors
 from quantlib.linalg import Factor
 from quantlib.methods import column_tile
 from quantlib.methods.column_tile import Chosen, ColumnTile
+from quantlib.methods.kept_weights import NOTHING_KEPT, Kept
 
 
 def solve_codes(
@@ -54,14 +55,12 @@ def solve_codes_of_batch(
     grids: Sequence[AffineGrid],
     factors: Sequence[Factor],
     *,
-    num_kept: int = 0,
-    kept_dtype: torch.dtype = torch.float32,
+    kept: Kept = NOTHING_KEPT,
 ) -> list[Chosen]:
     """`solve_codes` of several row tiles of one shape and scheme, each with a factor of its own.
 
     Args:
-        num_kept: How many of the factors' first positions are of columns that are kept.
-        kept_dtype: In which they are.
+        kept: Columns at the factors' first positions, or single weights, that are kept.
 
     Numerics: on a CPU the codes of each are those that it has alone.
     """
@@ -72,11 +71,10 @@ def solve_codes_of_batch(
             [weight_RC[filled_rows] for weight_RC in weights],
             [grid.rows(filled_rows) for grid in grids],
             factors,
-            num_kept=num_kept,
-            kept_dtype=kept_dtype,
+            kept=kept.rows(filled_rows),
         )
         return [found.first_rows(num_rows) for found in filled]
-    tile = ColumnTile(weights, grids, [factor.order_C for factor in factors], num_kept, kept_dtype)
+    tile = ColumnTile(weights, grids, [factor.order_C for factor in factors], kept)
     for end in range(columns, 0, -column_tile.BATCH_COLUMNS):
         _solve_batch(tile, factors, max(0, end - column_tile.BATCH_COLUMNS), end)
     return tile.found()

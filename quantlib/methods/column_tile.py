@@ -6,7 +6,8 @@ its own order of columns and its own feedback. What works on single entries is d
 operation, products are taken linear by linear, so that no bit depends on which linears make a batch.
 
 The first K positions, which are solved last, may be of columns that are kept in a floating dtype: their
-targets are rounded to that and take up what rounding all others left.
+targets are rounded to that and take up what rounding all others left. So do single weights, wherever their
+columns come in the order: they take up what was left by those before.
 
 All is transposed, so that a column is contiguous and an operation vectorizes. Columns of the buffers are by
 position of an order, the last being solved first, except in ``codes_ECR``, which is in natural column order.
@@ -20,6 +21,7 @@ import torch
 
 from quantlib.grids.affine import AffineGrid, nearest_offsets, num_clipped_, offset_bounds
 from quantlib.grids.levels import levels_of
+from quantlib.methods.kept_weights import NOTHING_KEPT, Kept, SingleWeights
 
 # Part of what the output bits depend on (floating point sums are grouped by them): never tuned per machine.
 BATCH_COLUMNS = 128
@@ -33,7 +35,8 @@ class Chosen:
     Shapes:
         codes_RC: uint8, in natural column order.
         num_clipped_R: int64, how many targets of each row lay more than half a step outside the grid.
-        kept_RK: Weights of the columns that are kept, in the dtype of the arithmetic, by position.
+        kept_RK: Weights that are kept, in the dtype of the arithmetic: of columns by position, or single ones
+            by column.
     """
 
     codes_RC: torch.Tensor
@@ -56,14 +59,12 @@ class ColumnTile:
         weights: E of [R, C], in the dtype of the arithmetic.
         grids: Of one scheme; scales of these rows, in their stored dtype.
         orders: E of int64 [C], position -> column.
-        num_kept: K, first positions whose columns are kept.
-        kept_dtype: In which they are.
+        kept: Columns or single weights that are kept.
 
     Attributes:
         error_ECR: Weight minus level by position; the weight itself where no code was chosen yet.
         codes_ECR: uint8, by column.
         num_clipped_ER: How many targets lay more than half a step outside the grid.
-        kept_EKR: Weights of the columns that are kept, by position.
     """
 
     def __init__(
@@ -71,8 +72,7 @@ class ColumnTile:
         weights: Sequence[torch.Tensor],
         grids: Sequence[AffineGrid],
         orders: Sequence[torch.Tensor],
-        num_kept: int = 0,
-        kept_dtype: torch.dtype = torch.float32,
+        kept: Kept = NOTHING_KEPT,
     ) -> None:
         (rows, columns), count = weights[0].shape, len(weights)
         kind = {"dtype": weights[0].dtype, "device": weights[0].device}
@@ -85,8 +85,11 @@ class ColumnTile:
                 error_CR[part] = weight_RC.index_select(1, order_C[part]).T
         self.codes_ECR = torch.empty(count, columns, rows, dtype=torch.uint8, device=kind["device"])
         self.num_clipped_ER = torch.zeros(count, rows, dtype=torch.int64, device=kind["device"])
-        self.kept_EKR = torch.empty(count, num_kept, rows, **kind)
-        self._num_kept, self._kept_dtype = num_kept, kept_dtype
+        self._kept_EKR = torch.empty(count, kept.num_columns, rows, **kind)
+        self._num_kept, self._kept_dtype = kept.num_columns, kept.dtype
+        self._singles: SingleWeights | None = None
+        if kept.weights:
+            self._singles = SingleWeights(kept.weights, orders, kept.dtype, self.error_ECR)
         self._target_EBR = torch.empty(count, BATCH_COLUMNS, rows, **kind)
         self._offset_EBR = torch.empty_like(self._target_EBR)
         # The groups of one linear after those of the other, so that one lookup serves all.
@@ -106,9 +109,11 @@ class ColumnTile:
         self._unsolved: dict[tuple[int, int], list[torch.Tensor]] = {}
 
     def take_codes(self, codes: Sequence[torch.Tensor], kept: Sequence[torch.Tensor] = ()) -> None:
-        """Start from what was chosen before: E of uint8 [R, C], and weights kept, E of [R, K] by position."""
+        """Start from what was chosen before: E of uint8 [R, C], and weights kept, E of [R, K]."""
         columns = self.error_ECR.shape[1]
         weight_EKR = self.error_ECR[:, : self._num_kept].clone()
+        kept_EKR = torch.stack(list(kept)).transpose(1, 2) if kept else weight_EKR
+        left_EMR = None if self._singles is None else self._singles.taken_from(self.error_ECR, kept_EKR)
         for start in range(0, columns, BATCH_COLUMNS):
             part = slice(start, min(start + BATCH_COLUMNS, columns))
             of_columns = [
@@ -120,7 +125,9 @@ class ColumnTile:
             self._levels.decode(code_EBR, self._zero(part), out=offset_EBR)
             self.error_ECR[:, part].addcmul_(offset_EBR, self._by_position(self._scale_GR, part), value=-1)
         if self._num_kept:
-            self.error_ECR[:, : self._num_kept] = weight_EKR - torch.stack(list(kept)).transpose(1, 2)
+            self.error_ECR[:, : self._num_kept] = weight_EKR - kept_EKR
+        if self._singles is not None and left_EMR is not None:
+            self._singles.put_into_(self.error_ECR, left_EMR)
 
     def targets(self, start: int, end: int) -> torch.Tensor:
         """The buffer [E, end - start, R] for the targets of positions [start, end)."""
@@ -137,6 +144,8 @@ class ColumnTile:
         batch = slice(start, end)
         scales = self._columns(self._scale_GR, batch)
         bounds = self._bounds(batch)
+        if self._singles is not None:
+            self._singles.open(start, end)
         for leaf_end in range(end - start, 0, -LEAF_COLUMNS):
             leaf = slice(max(0, leaf_end - LEAF_COLUMNS), leaf_end)
             if start + leaf_end < end:
@@ -147,14 +156,17 @@ class ColumnTile:
                     )
             feedback_ELL = torch.stack([feedback_BB[leaf, leaf] for feedback_BB in feedback])
             self._solve_leaf(start, leaf, feedback_ELL, scales, bounds)
+        if self._singles is not None:
+            self._singles.close()
         self._keep(batch)
 
     def found(self) -> list[Chosen]:
         """Of each linear what was chosen."""
+        kept_EKR = self._kept_EKR if self._singles is None else self._singles.weight_EMR
         return [
             Chosen(codes_RC=codes_CR.T.contiguous(), num_clipped_R=num_clipped_R, kept_RK=kept_KR.T)
             for codes_CR, num_clipped_R, kept_KR in zip(
-                self.codes_ECR, self.num_clipped_ER, self.kept_EKR, strict=True
+                self.codes_ECR, self.num_clipped_ER, kept_EKR, strict=True
             )
         ]
 
@@ -173,6 +185,8 @@ class ColumnTile:
             target_E1R, offset_E1R, scale_E1R = self._targets[place], self._offsets[place], scales[place]
             error_E1R = self._errors[start + place]
             level_E1R = self._keep_weight(start + place, target_E1R) if place < first_rounded else None
+            single = None if self._singles is None else self._singles.take(place, target_E1R)
+            left_E1R = None if single is None else error_E1R - single[1]
             nearest_offsets(
                 target_E1R, scale_E1R, *bounds[place], self._levels, out=offset_E1R, quotient=target_E1R
             )
@@ -182,13 +196,16 @@ class ColumnTile:
             else:
                 error_E1R.sub_(level_E1R)
                 target_E1R.copy_(offset_E1R)  # nothing is clipped where the code is not what counts
+            if single is not None and left_E1R is not None:
+                torch.where(single[0], left_E1R, error_E1R, out=error_E1R)
+                torch.where(single[0], offset_E1R, target_E1R, out=target_E1R)
             if place > leaf.start:
                 left = place - leaf.start - 1
                 unsolved[left].addcmul_(feedback[left], error_E1R)
 
     def _keep_weight(self, position: int, target_E1R: torch.Tensor) -> torch.Tensor:
         """Round a target to the dtype in which it is kept."""
-        return self.kept_EKR[:, position : position + 1].copy_(target_E1R.to(self._kept_dtype))
+        return self._kept_EKR[:, position : position + 1].copy_(target_E1R.to(self._kept_dtype))
 
     def _unsolved_targets(self, leaf: slice) -> list[torch.Tensor]:
         """The first target of a leaf, the first two, ..., all but the last."""

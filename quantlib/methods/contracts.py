@@ -55,6 +55,7 @@ class LinearReport:
         dropped_tokens: Such tokens that were not finite in this expert and are not counted.
         outlier_columns: Columns of the input with a magnitude of 6 or more in some token (LLM.int8's outlier
             features); None where no token was seen.
+        kept_weights: Weights that are kept in 16 bits beside their codes, of columns or single ones.
     """
 
     name: str
@@ -73,6 +74,7 @@ class LinearReport:
     shared_tokens: float | None = None
     dropped_tokens: int | None = None
     outlier_columns: int | None = None
+    kept_weights: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values under the attribute names."""

@@ -13,6 +13,7 @@ import torch
 from quantlib.grids.affine import AffineGrid, whole_vectors
 from quantlib.methods import column_tile
 from quantlib.methods.column_tile import Chosen, ColumnTile
+from quantlib.methods.kept_weights import NOTHING_KEPT, Kept
 
 
 def descend(
@@ -58,15 +59,14 @@ def descend_in_batch(
     *,
     dampings: Sequence[float],
     orders: Sequence[torch.Tensor],
-    kept: Sequence[torch.Tensor] = (),
-    kept_dtype: torch.dtype = torch.float32,
+    kept: Kept = NOTHING_KEPT,
+    kept_weights: Sequence[torch.Tensor] = (),
 ) -> list[Chosen]:
     """`descend` of several row tiles of one shape and scheme, each with a Hessian of its own.
 
     Args:
-        kept: Of each the weights [R, K] at the first positions, where these columns are kept; they are chosen
-            anew as well.
-        kept_dtype: In which they are kept.
+        kept: Columns at the first positions, or single weights, that are kept; they are chosen anew as well.
+        kept_weights: Of each what they were before, as `Chosen.kept_RK`.
 
     Numerics: on a CPU the codes of each are those that it has alone.
     """
@@ -80,13 +80,13 @@ def descend_in_batch(
             hessians,
             dampings=dampings,
             orders=orders,
-            kept=[kept_RK[filled_rows] for kept_RK in kept],
-            kept_dtype=kept_dtype,
+            kept=kept.rows(filled_rows),
+            kept_weights=[kept_RK[filled_rows] for kept_RK in kept_weights],
         )
         return [found.first_rows(num_rows) for found in filled]
-    tile = ColumnTile(weights, grids, orders, kept[0].shape[1] if kept else 0, kept_dtype)
+    tile = ColumnTile(weights, grids, orders, kept)
     weight_ECR = tile.error_ECR.clone()
-    tile.take_codes(codes, kept)
+    tile.take_codes(codes, kept_weights)
     for end in range(columns, 0, -column_tile.BATCH_COLUMNS):
         start = max(0, end - column_tile.BATCH_COLUMNS)
         feedback = [

@@ -29,7 +29,8 @@ def fitted_scales(
         weight_RC: floating [R, C], finite.
         importance_C: fp32 [C], by which the search weighs errors; None for equal importance. Extremes need
             none.
-        without_K: int64 [K], columns that scales need not suit; None for none.
+        without_K: int64, what scales need not suit: columns [K], or those of single weights [R, K]; None for
+            none.
 
     Args:
         search: One of `quantlib.solver_settings.SCALE_SEARCHES`.
@@ -43,7 +44,7 @@ def fitted_scales(
     divisor_R1 = None if given is None else given.divisor_R1
     if without_K is not None:
         # Zero is a level of every grid and widens none.
-        weight_RC = weight_RC.index_fill(1, without_K, 0.0)
+        weight_RC = weight_RC.scatter(1, without_K.expand(len(weight_RC), -1), 0.0)
     if search in FROM_EXTREMES:
         return fit_to_extremes(
             weight_RC,

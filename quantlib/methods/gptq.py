@@ -16,7 +16,7 @@ import torch
 from quantlib.column_order import activation_order, group_aware_order, natural_order, with_last
 from quantlib.errors import NumericsError
 from quantlib.grids.given_scales import NOTHING_GIVEN, GivenScales
-from quantlib.linalg import DAMPED, Factor, factor_hessian, inverse_diagonal
+from quantlib.linalg import DAMPED, factor_hessian, inverse_diagonal
 from quantlib.methods.contracts import (
     RTN_CONSTANT_INPUTS,
     RTN_NO_TOKENS,
@@ -154,11 +154,15 @@ class _Feedback:
         factor = factor_hessian(self._hessian_CC, num_tokens=self._num_tokens, order_C=order_C)
         if factor is None:
             return None
+        settings, saliency_C = self._settings, None
+        if settings.outlier_weights or settings.scale_search == "inverse-hessian":
+            saliency_C = 1.0 / inverse_diagonal(factor)
         return Problem(
             factor=factor,
             hessian_CC=self._hessian_CC,
-            importance_C=_importance(self._settings.scale_search, self._hessian_CC, factor),
+            importance_C=_importance(settings.scale_search, self._hessian_CC, saliency_C),
             kept_K=order_C[: len(kept_K)],
+            saliency_C=saliency_C if settings.outlier_weights else None,
             circumstances=Circumstances(
                 method="gptq",
                 tokens=self._num_tokens,
@@ -167,7 +171,7 @@ class _Feedback:
                 damping_attempts=factor.num_attempts,
                 fallback=None if factor.rung == DAMPED else factor.rung,
             ),
-            settings=self._settings,
+            settings=settings,
         )
 
 
@@ -181,7 +185,7 @@ def _rounding(
         hessian_CC=hessian_CC,
         circumstances=circumstances,
         settings=solver,
-        num_kept=solver.outlier_columns,
+        keeps_outliers=True,
     )
 
 
@@ -197,13 +201,15 @@ def _order(hessian_CC: torch.Tensor, name: str, width: int) -> torch.Tensor:
     return activation_order(hessian_CC.diagonal())
 
 
-def _importance(search: str, hessian_CC: torch.Tensor, factor: Factor) -> torch.Tensor | None:
+def _importance(
+    search: str, hessian_CC: torch.Tensor, saliency_C: torch.Tensor | None
+) -> torch.Tensor | None:
     """What a squared error in a column counts for.
 
     By the Hessian, a column that no token reached counts as much as the least used one, not as nothing.
     """
     if search == "inverse-hessian":
-        return 1.0 / inverse_diagonal(factor)
+        return saliency_C
     if search != "hessian":
         return None
     diagonal_C = hessian_CC.diagonal()

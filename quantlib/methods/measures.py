@@ -116,7 +116,11 @@ def plain_energies(
 
 
 def expected_energy(
-    scale_RG: torch.Tensor, pivots_C: torch.Tensor, order_C: torch.Tensor, width: int
+    scale_RG: torch.Tensor,
+    pivots_C: torch.Tensor,
+    order_C: torch.Tensor,
+    width: int,
+    without_RM: torch.Tensor | None = None,
 ) -> float:
     """What error feedback should leave of a weight: sum of scale**2 / 12 * pivot**2 over all its entries.
 
@@ -127,13 +131,18 @@ def expected_energy(
         scale_RG: [R, G], any floating dtype.
         pivots_C: [C], of the damped Hessian's factor, by position.
         order_C: int64 [C], position -> column.
+        without_RM: int64 [R, M], columns of weights that are kept and leave no error; None for none.
 
     Args:
         width: Columns of a group.
     """
     squares_C = torch.zeros_like(pivots_C).index_copy_(0, order_C, pivots_C.square())
     squares_G = torch.stack([group.sum() for group in squares_C.double().split(width)])
-    return (scale_RG.double().square() @ squares_G).sum().item() / 12.0
+    expected = (scale_RG.double().square() @ squares_G).sum()
+    if without_RM is not None:
+        step_RM = scale_RG.double().gather(1, without_RM // width)
+        expected -= (step_RM.square() * squares_C.double()[without_RM]).sum()
+    return expected.item() / 12.0
 
 
 def _tiles(weight_RC: torch.Tensor, hessian_CC: torch.Tensor | None) -> list[slice]:

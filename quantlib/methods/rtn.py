@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -13,9 +14,12 @@ from quantlib.grids.given_scales import NOTHING_GIVEN, GivenScales
 from quantlib.methods.contracts import Circumstances, SolvedRows
 from quantlib.methods.fitted_scales import fitted_scales
 from quantlib.methods.measures import check_finite, check_shape, error_energy, plain_energies, weight_energy
+from quantlib.methods.weight_choice import Fit, choose_weights
 from quantlib.outlier_columns import OutlierColumns, strongest_columns
+from quantlib.outlier_weights import OutlierWeights
+from quantlib.outliers import Outliers
 from quantlib.schemes import WeightScheme
-from quantlib.solver_settings import SolverSettings
+from quantlib.solver_settings import SolverSettings, weights_per_row
 
 
 def prepare(
@@ -52,14 +56,14 @@ class Rounding:
         hessian_CC: By which errors are weighted.
         circumstances: For the reports.
         settings: Which scales.
-        num_kept: Columns that are kept as they are beside the codes.
+        keeps_outliers: Whether columns or weights are kept as settings say, beside the codes.
         kept_dtype: In which dtype; None for that of the weights.
     """
 
     hessian_CC: torch.Tensor | None
     circumstances: Circumstances
     settings: SolverSettings
-    num_kept: int = 0
+    keeps_outliers: bool = False
     kept_dtype: torch.dtype | None = None
 
     def solve(
@@ -87,16 +91,17 @@ class Rounding:
         scale_dtype: torch.dtype,
         given: GivenScales | None,
     ) -> SolvedRows:
-        outliers = self._outliers(weight_RC)
-        grid = fitted_scales(
+        fit = partial(
+            fitted_scales,
             weight_RC,
             scheme,
             search=self.settings.scale_search,
             scale_dtype=scale_dtype,
             importance_C=None,
             given=given,
-            without_K=outliers and outliers.column_K.long(),
         )
+        outliers, without_K = self._outliers(weight_RC, lambda without_RM: fit(without_K=without_RM))
+        grid = fit(without_K=without_K)
         codes_RC = fresh_bytes(weight_RC.shape, weight_RC.device)
         quantized = with_codes(grid, codes_RC, None if given is None else given.nested)
         quantized = dataclasses.replace(quantized, outliers=outliers)
@@ -119,10 +124,18 @@ class Rounding:
             num_bounded=int(grid.is_bounded_RG.sum()),
         )
 
-    def _outliers(self, weight_RC: torch.Tensor) -> OutlierColumns | None:
-        if not self.num_kept:
-            return None
+    def _outliers(self, weight_RC: torch.Tensor, fit: Fit) -> tuple[Outliers | None, torch.Tensor | None]:
+        """What is kept, and its columns int64 [K] or [R, M]."""
+        settings, dtype = self.settings, self.kept_dtype or weight_RC.dtype
         diagonal_C = None if self.hessian_CC is None else self.hessian_CC.diagonal()
-        column_K = strongest_columns(diagonal_C, self.num_kept).to(weight_RC.device).sort().values
-        weight_RK = weight_RC.index_select(1, column_K).to(self.kept_dtype or weight_RC.dtype)
-        return OutlierColumns(column_K=column_K.int(), weight_RK=weight_RK)
+        if self.keeps_outliers and settings.outlier_columns:
+            column_K = strongest_columns(diagonal_C, settings.outlier_columns)
+            column_K = column_K.to(weight_RC.device).sort().values
+            weight_RK = weight_RC.index_select(1, column_K).to(dtype)
+            return OutlierColumns(column_K=column_K.int(), weight_RK=weight_RK), column_K
+        if self.keeps_outliers and settings.outlier_weights:
+            count = weights_per_row(weight_RC.shape[1], settings.outlier_weights)
+            column_RM = choose_weights(weight_RC, count, fit, saliency_C=diagonal_C)
+            weight_RM = weight_RC.gather(1, column_RM).to(dtype)
+            return OutlierWeights(column_RM=column_RM.int(), weight_RM=weight_RM), column_RM
+        return None, None

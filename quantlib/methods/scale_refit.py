@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 
 from quantlib.grids.affine import AffineGrid, whole_vectors, with_codes
 from quantlib.grids.stored_scale import round_to_stored
-from quantlib.outlier_columns import OutlierColumns
+from quantlib.outliers import Outliers
 
 # Rows at a time: bounds the matrices of G x G, which are held in fp64, and three buffers of C numbers a row.
 _TILE_BYTES = 32 << 20
@@ -28,7 +28,7 @@ def refit_scales(
     hessian_CC: torch.Tensor,
     *,
     damping: float,
-    outliers: OutlierColumns | None = None,
+    outliers: Outliers | None = None,
 ) -> AffineGrid:
     """The grid with the scales that suit its codes best.
 
@@ -40,7 +40,7 @@ def refit_scales(
     Args:
         grid: The scales with which the codes were chosen.
         damping: Added to the diagonal of the Hessian.
-        outliers: Columns that do not mean their codes.
+        outliers: Columns or weights that do not mean their codes.
 
     Returns:
         A grid in the same stored dtype, with the same zero points; no row's damped loss is larger.
@@ -71,7 +71,7 @@ def refit_scales(
         if outliers is not None:
             # No scale moves them: what they leave of their weights is left to all others.
             target_RC = outliers.rows(part).taken_from(target_RC)
-            offset_RC.index_fill_(1, outliers.column_K.long(), 0.0)
+            outliers.rows(part).erase_from_(offset_RC)
         system_RGG, wanted_RG = _normal_equations(target_RC, offset_RC, grid, hessian_CC, damping)
         scale_RG[part] = _better_scales(system_RGG, wanted_RG, grid, part)
     return AffineGrid(

@@ -140,5 +140,6 @@ def merged_rows(name: str, parts: Sequence[SolvedRows]) -> LinearResult:
         clipped_fraction=sum(part.num_clipped for part in parts) / quantized.codes_RC.numel(),
         bounded_scales=sum(part.num_bounded for part in parts),
         fallback=first.fallback,
+        kept_weights=0 if quantized.outliers is None else quantized.outliers.num_weights,
     )
     return LinearResult(quantized=quantized, report=report)

@@ -9,98 +9,40 @@ that are listed.
 No serving engine reads these tensors. This project does, whenever it reads such a checkpoint.
 """
 
-import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import torch
 
 from quantlib.errors import PackingError
 from quantlib.outlier_columns import OutlierColumns
-from quantlib.packing.checks import require_shape, take_tensor
-from quantlib.packing.contracts import PackingFormat
-from quantlib.quantized import QuantizedLinear
-from quantlib.schemes import WeightScheme
+from quantlib.packing.checks import require_shape
 
 COLUMNS, WEIGHT = "outlier_columns", "outlier_weight"
-_CONFIG_KEY = "outliers"
-_WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def outlier_names(name: str) -> tuple[str, str]:
-    """Full names of the two tensors of a linear."""
-    return f"{name}.{COLUMNS}", f"{name}.{WEIGHT}"
-
-
-def all_packed_names(packer: PackingFormat, name: str) -> tuple[str, ...]:
-    """Full names of all tensors a quantized linear may consist of."""
-    return (*packer.packed_names(name), *outlier_names(name))
-
-
-def pack_linear(packer: PackingFormat, name: str, quantized: QuantizedLinear) -> dict[str, torch.Tensor]:
-    """All tensors to write of a linear; also on the meta device.
+def tensors_of_columns(
+    name: str, outliers: OutlierColumns, shape: tuple[int, ...]
+) -> dict[str, torch.Tensor]:
+    """The two tensors of a linear; also on the meta device.
 
     Raises:
-        PackingError: It does not fit the layout, or contradicts itself.
+        PackingError: They contradict each other or the linear's shape.
     """
-    tensors = packer.pack(name, quantized)
-    if quantized.outliers is None:
-        return tensors
-    pair = quantized.outliers.column_K, quantized.outliers.weight_RK.contiguous()
-    _check(name, *pair, tuple(quantized.codes_RC.shape))
-    return tensors | dict(zip(outlier_names(name), pair, strict=True))
+    _check(name, outliers.column_K, outliers.weight_RK, shape)
+    return {f"{name}.{COLUMNS}": outliers.column_K, f"{name}.{WEIGHT}": outliers.weight_RK.contiguous()}
 
 
-def unpack_linear(
-    packer: PackingFormat, name: str, tensors: Mapping[str, torch.Tensor], scheme: WeightScheme
-) -> QuantizedLinear:
-    """The very linear that was packed.
+def columns_of_tensors(
+    name: str, column_K: torch.Tensor, weight_RK: torch.Tensor, shape: tuple[int, ...]
+) -> OutlierColumns:
+    """What `tensors_of_columns` made the tensors of.
 
     Raises:
-        PackingError: A tensor is missing or contradicts the others.
+        PackingError: They contradict each other or the linear's shape.
     """
-    quantized = packer.unpack(name, tensors, scheme)
-    if not any(part in tensors for part in outlier_names(name)):
-        return quantized
-    column_K, weight_RK = (take_tensor(tensors, part) for part in outlier_names(name))
-    _check(name, column_K, weight_RK, tuple(quantized.codes_RC.shape))
-    return dataclasses.replace(quantized, outliers=OutlierColumns(column_K=column_K, weight_RK=weight_RK))
-
-
-def config_with_outliers(
-    quantization_config: Mapping[str, Any], num_columns: int, without: Sequence[str]
-) -> dict[str, Any]:
-    """A ``quantization_config`` that says which linears keep columns.
-
-    Args:
-        num_columns: Of each.
-        without: Quantized linears that keep none.
-    """
-    if not num_columns:
-        return dict(quantization_config)
-    return {**quantization_config, _CONFIG_KEY: {"columns": num_columns, "except": list(without)}}
-
-
-def num_outlier_columns(quantization_config: Mapping[str, Any], name: str) -> int:
-    """How many columns a quantized linear keeps.
-
-    Raises:
-        PackingError: The entry is not understood.
-
-    >>> config = config_with_outliers({}, 8, ["a"])
-    >>> num_outlier_columns(config, "a"), num_outlier_columns(config, "b"), num_outlier_columns({}, "b")
-    (0, 8, 0)
-    """
-    entry = quantization_config.get(_CONFIG_KEY)
-    if entry is None:
-        return 0
-    columns = entry.get("columns") if isinstance(entry, Mapping) else None
-    if not isinstance(columns, int) or columns < 1 or not isinstance(entry.get("except"), list):
-        raise PackingError(
-            f"quantization_config.{_CONFIG_KEY} must hold a number of columns and a list under except, found"
-            f" {entry!r}; config.json is damaged"
-        )
-    return 0 if name in entry["except"] else columns
+    _check(name, column_K, weight_RK, shape)
+    return OutlierColumns(column_K=column_K, weight_RK=weight_RK)
 
 
 def are_rising(columns: Sequence[int], end: int) -> bool:
@@ -113,10 +55,9 @@ def are_rising(columns: Sequence[int], end: int) -> bool:
 
 
 def _check(name: str, column_K: torch.Tensor, weight_RK: torch.Tensor, shape: tuple[int, ...]) -> None:
-    columns_name, weight_name = outlier_names(name)
-    require_shape(columns_name, column_K, (column_K.numel(),))
-    require_shape(weight_name, weight_RK, (shape[0], column_K.numel()))
-    if column_K.dtype != torch.int32 or weight_RK.dtype not in _WEIGHT_DTYPES:
+    require_shape(f"{name}.{COLUMNS}", column_K, (column_K.numel(),))
+    require_shape(f"{name}.{WEIGHT}", weight_RK, (shape[0], column_K.numel()))
+    if column_K.dtype != torch.int32 or weight_RK.dtype not in WEIGHT_DTYPES:
         raise PackingError(
             f"{name}: columns that are kept are named in int32 and stored in bf16, fp16 or fp32, found"
             f" {column_K.dtype} and {weight_RK.dtype}",

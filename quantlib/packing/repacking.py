@@ -8,7 +8,7 @@ import torch
 from quantlib.errors import PackingError
 from quantlib.grids.stored_scale import held_dtype
 from quantlib.packing.contracts import PackingFormat
-from quantlib.packing.outlier_columns import pack_linear, unpack_linear
+from quantlib.packing.outliers import pack_linear, unpack_linear
 from quantlib.schemes import WeightScheme
 
 

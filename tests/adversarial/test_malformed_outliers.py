@@ -5,7 +5,7 @@ import torch
 
 from quantlib.errors import PackingError
 from quantlib.packing import compressed_tensors_format
-from quantlib.packing.outlier_columns import num_outlier_columns, unpack_linear
+from quantlib.packing.outliers import num_outlier_columns, unpack_linear
 from quantlib.schemes import WeightScheme
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -69,5 +69,5 @@ def test_tensor_of_another_kind_is_named(name, tensor, said):
     + [{"columns": 8, "except": None}, {"columns": 8, "except": {}}],
 )
 def test_config_that_does_not_say_how_many_is_refused(entry):
-    with pytest.raises(PackingError, match="must hold a number of columns and a list under except"):
+    with pytest.raises(PackingError, match="must hold a number of columns or weights_per_mille and a list"):
         num_outlier_columns({"outliers": entry}, NAME)

@@ -43,6 +43,8 @@ LAYERS = {
     "quantlib.grouping": 3,
     "quantlib.quantized": 3,
     "quantlib.outlier_columns": 3,
+    "quantlib.outlier_weights": 3,
+    "quantlib.outliers": 3,
     "quantlib.machine": 3,
     "quantlib.cells": 3,
     "quantlib.tokens": 3,

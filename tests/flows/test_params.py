@@ -82,6 +82,7 @@ def test_form_names_targets_and_takes_no_other():
         "anyOf"
     ]
     assert schema()["properties"]["tensor_parallel"]["minimum"] == 1
+    assert schema()["properties"]["outlier_weights"]["maximum"] == 100
     with pytest.raises(ValidationError):
         QuantizeParams.model_validate({**REQUEST, "target": "sglang"})
 
@@ -258,7 +259,7 @@ PASS = {
 def test_form_of_a_recipe_has_a_name_and_the_options_that_do_not_follow_from_the_checkpoint():
     found = RecipeParams.model_json_schema()
     properties, options = found["properties"], schema()["properties"]
-    assert properties.keys() - {"name"} == options.keys() - set(OF_A_CHECKPOINT)
+    assert properties.keys() - {"name"} == options.keys() - {*OF_A_CHECKPOINT, "credentials"}
     assert all(properties[name] == options[name] for name in properties.keys() - {"name"})
     assert found["required"] == ["name"]
     assert len({values["position"] for values in properties.values()}) == len(properties)

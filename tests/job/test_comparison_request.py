@@ -104,6 +104,8 @@ def test_wrong_line_is_refused_before_work(line):
     assert refused.value.before_work
 
 
-def test_columns_are_kept_of_the_entries_that_can_tell_which():
+def test_columns_and_weights_are_kept_of_the_entries_that_can_tell_which():
     found = request("W4A16", "rtn:W4A16", outlier_columns=8)
     assert [options.outlier_columns for options in found.conversions] == [8, 0]
+    found = request("W4A16", "rtn:W4A16", outlier_weights=5)
+    assert [options.outlier_weights for options in found.conversions] == [5, 0]

@@ -33,6 +33,7 @@ def test_options_from_minimal_request_takes_every_default():
         "descent_passes": 0,
         "refit_scales": False,
         "outlier_columns": 0,
+        "outlier_weights": 0,
         "correct_biases": False,
         "calibration_routing": "routed",
         "expert_shrinkage": 100,
@@ -125,6 +126,12 @@ def test_options_from_minimal_request_takes_every_default():
             "for which gguf files have no names",
         ),
         (
+            {"method": "gptq", "calibration": "c", "format": "gguf", "outlier_weights": 2},
+            "outlier_weights 2 adds tensors for which gguf files have no names",
+        ),
+        ({"outlier_weights": 101}, "outlier_weights must be at most 100, found 101"),
+        ({"outlier_weights": -1}, "outlier_weights must be at least 0, found -1"),
+        (
             {"scheme": "NF4_DQ", "scale_search": "mse"},
             "scales of scheme NF4_DQ .* follow from the whole weight",
         ),
@@ -211,6 +218,7 @@ def test_identity_holds_what_is_asked_of_the_weights_and_nothing_of_where_and_by
         "descent_passes",
         "refit_scales",
         "outlier_columns",
+        "outlier_weights",
         "correct_biases",
         "calibration_routing",
         "expert_shrinkage",

@@ -52,6 +52,7 @@ _CASES: dict[str, dict[str, Any]] = {
     },
     "rows": {"format": "bitsandbytes,compressed-tensors,gptq", "scheme": "W8A16", "group_size": -1},
     "outliers": {"format": "gptq,compressed-tensors", "outlier_columns": 3},
+    "weights": {"format": "gptq,compressed-tensors", "outlier_weights": 30},
     "gguf": {"format": "gguf,compressed-tensors", "group_size": 32, "source": "lettered"},
     "biases": {"format": _ALL, "source": "biased", "correct_biases": True},
 }

@@ -95,6 +95,7 @@ def test_gptq_report_states_what_was_used():
         "shared_tokens": None,
         "dropped_tokens": None,
         "outlier_columns": None,
+        "kept_weights": 0,
     }
 
 

@@ -60,6 +60,7 @@ def test_rtn_report_without_hessian_is_unweighted():
         "shared_tokens": None,
         "dropped_tokens": None,
         "outlier_columns": None,
+        "kept_weights": 0,
     }
 
 

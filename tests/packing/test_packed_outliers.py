@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from quantlib.outlier_columns import OutlierColumns
 from quantlib.packing import FORMATS
-from quantlib.packing.outlier_columns import all_packed_names, pack_linear, unpack_linear
+from quantlib.packing.outliers import all_packed_names, pack_linear, unpack_linear
 from quantlib.packing.specs import packed_on_meta
 from quantlib.quantized import joined_rows
 from quantlib.schemes import WeightScheme
