@@ -248,7 +248,9 @@ def test_transformers_unpacks_experts_as_the_first_linear(dense, experts, is_tak
         message = refusal("transformers", of(linear, expert)).message
         assert "experts in the scheme of the first linear of the file" in message
         # Those of Llama 4 become linears.
-        refuse_unserved("transformers", of(linear, expert, model_type="llama4_text"))
+        refuse_unserved(
+            "transformers", of(linear, expert, model_type="llama4_text", stores_each_expert=False)
+        )
 
 
 def test_transformers_drops_kept_experts_but_beside_fp8():
@@ -267,9 +269,14 @@ def test_transformers_drops_kept_experts_but_beside_fp8():
 def test_transformers_finds_experts_of_families_that_store_each_by_itself():
     linear = served("q_proj", 128, 128, HEADS, group_size=32)
     shape = ("experts.0.up_proj", 128, 128, OUT)
-    expert = served(*shape, group_size=32, is_expert=True, is_stored_alone=False)
-    message = refusal("transformers", of(linear, expert, model_type="gpt_oss")).message
-    assert "found routed experts of which a tensor holds several" in message
+    expert = served(*shape, group_size=32, is_expert=True)
+    serving = of(linear, expert, model_type="gpt_oss", stores_each_expert=False)
+    assert "found routed experts of which a tensor holds several" in refusal("transformers", serving).message
     # Kept, they stay in their tensor.
-    assert ways_of("transformers", of(linear, expert, model_type="gpt_oss")) == [_KEEPING]
-    refuse_unserved("transformers", of(linear, expert, model_type="llama4"))
+    assert ways_of("transformers", serving) == [_KEEPING]
+    kept = {"kept_experts": (expert.name,), "stores_each_expert": False}
+    refuse_unserved("transformers", of(linear, model_type="gpt_oss", **kept))
+    # Those of Llama 4 become linears wherever something is quantized.
+    refuse_unserved("transformers", of(linear, expert, model_type="llama4", stores_each_expert=False))
+    message = refusal("transformers", of(linear, model_type="llama4", **kept)).message
+    assert "found 1 kept as they are, such as experts.0.up_proj" in message

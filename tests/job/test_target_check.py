@@ -225,7 +225,7 @@ def _is_loaded_right(output, plain, dtype):
         (_MOE, "W4A16", _ATTENTION_IN_8_BITS, "bfloat16"),
         (_MOE, "FP8A16", _EXPERTS_BY_WEIGHT, "bfloat16"),
         *[(family, "W8A16", {"group_size": 16}, "bfloat16") for family in _FUSED],
-        (_FUSED[0], "W8A16", {"group_size": 16, **_EXPERTS_KEPT}, "bfloat16"),
+        *[(family, "W8A16", {"group_size": 16, **_EXPERTS_KEPT}, "bfloat16") for family in _FUSED],
     ],
 )
 def test_transformers_loads_what_its_rules_take_and_nothing_else(tmp_path, family, scheme, options, dtype):

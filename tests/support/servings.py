@@ -22,7 +22,6 @@ def served(
     group_size: int | None = 128,
     count: int = 1,
     is_expert: bool = False,
-    is_stored_alone: bool = True,
 ) -> ServedLinear:
     """Linears of ``rows`` x ``columns`` that are alike."""
     return ServedLinear(
@@ -33,7 +32,6 @@ def served(
         scheme=scheme_from_name(scheme, group_size),
         is_expert=is_expert,
         split=split,
-        is_stored_alone=is_stored_alone,
     )
 
 
