@@ -1,7 +1,10 @@
 """What engines reject of small floats and rounded inputs, each shape decided by hand."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from quantlib.errors import RecipeError
 from quantlib.job.parallel_splits import HEADS, IN, OUT
 from quantlib.job.serving import Serving
 from quantlib.job.targets import refuse_unserved
@@ -124,6 +127,29 @@ def test_vllm_wants_whole_blocks_where_rows_are_cut_or_followed(name, rows, colu
         refuse_unserved("vllm", serving)
     else:
         assert said in refusal("vllm", serving).message
+
+
+@given(
+    rows=st.integers(1, 64).map(lambda number: 32 * number),
+    columns=st.integers(1, 16).map(lambda number: 128 * number),
+    split=st.sampled_from([IN, OUT, None]),
+    devices=st.integers(1, 16),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_vllm_takes_cuts_no_block(rows, columns, split, devices):
+    """Restated by going through the devices and looking at where each one's share begins."""
+    linear = served("x", rows, columns, split, scheme="FP8_BLOCK", group_size=None)
+    side = {IN: columns, OUT: rows, None: 0}[split]
+    good = all((number * side / devices) % 128 == 0 for number in range(1, devices))
+    assert _takes(of(linear, devices=devices)) == good
+
+
+def _takes(serving):
+    try:
+        refuse_unserved("vllm", serving)
+    except RecipeError:
+        return False
+    return True
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ from quantlib.storage import open_store
 from tests.support.tiny_jobs import save_tiny_tokenizer, tiny_options, tiny_source
 from tests.support.tiny_models import save_tiny_checkpoint
 
+_EXPERTS_KEPT = {"rules": [{"match": "*.experts.*", "keep": True}]}
+
 
 @pytest.fixture(scope="module")
 def root(tmp_path_factory):
@@ -70,6 +72,16 @@ def test_experts_are_told_from_what_every_token_goes_through(tmp_path):
     assert all("experts" in name for name in experts) and not any("experts" in name for name in others)
     # Four in each of two blocks, the first is dense; gate and up are alike.
     assert sorted(experts.values()) == [8, 16]
+    assert (serving.dtype, serving.model_type, serving.stores_each_expert) == ("bfloat16", "qwen3_moe", True)
+    assert serving.kept_experts == ()
+
+
+def test_kept_experts_are_named_and_fused_ones_known(tmp_path):
+    serving = family_serving(tmp_path, "gpt_oss", {"num_hidden_layers": 4}, **_EXPERTS_KEPT)
+    # Gate, up and down of four experts in four blocks.
+    assert len(serving.kept_experts) == 3 * 4 * 4
+    assert all(".experts." in name for name in serving.kept_experts) and serving.kept == ()
+    assert not serving.stores_each_expert
 
 
 def test_transformers_takes_gptq_files_whose_experts_are_kept(tmp_path):
@@ -177,9 +189,8 @@ _MOE = (
         "num_experts_per_tok": 2,
     },
 )
-_FUSED = [(name, {"num_local_experts": 2, "num_experts_per_tok": 2}) for name in ("gpt_oss", "llama4_text")]
+_FUSED = [("gpt_oss", {}), ("llama4_text", {"num_local_experts": 2, "num_experts_per_tok": 2})]
 _LLAMA = ("llama", {"intermediate_size": 256})
-_EXPERTS_KEPT = {"rules": [{"match": "*.experts.*", "keep": True}]}
 _ATTENTION_IN_8_BITS = {"rules": [{"match": "*.self_attn.*", "scheme": "W8A16"}]}
 _EXPERTS_BY_WEIGHT = {"rules": [{"match": "*.experts.*", "scheme": "FP8A16_TENSOR"}]}
 
