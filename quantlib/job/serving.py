@@ -18,7 +18,6 @@ class ServedLinear:
         scheme: How they are quantized.
         is_expert: Whether they belong to routed experts.
         split: Which side of them is split: see `quantlib.job.parallel_splits`.
-        is_stored_alone: Whether each is a tensor of the source by itself; experts may be stored in one.
     """
 
     name: str
@@ -28,7 +27,6 @@ class ServedLinear:
     scheme: WeightScheme
     is_expert: bool
     split: str | None
-    is_stored_alone: bool = True
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +36,8 @@ class Serving:
     Attributes:
         linears: All that is quantized; the first of the file comes first.
         kept: Names of linears of the blocks, experts apart, that rules keep as they are.
-        kept_experts: Names of routed experts that rules keep as they are, if each is a tensor by itself.
+        kept_experts: Names of linears of routed experts that rules keep.
+        stores_each_expert: Whether the source has a tensor for every linear of an expert, not one of all.
         format: Layout of the output.
         tensor_parallel: Devices that share every matrix.
         heads: Attention heads; None where the model does not say one number.
@@ -50,6 +49,7 @@ class Serving:
     linears: tuple[ServedLinear, ...]
     kept: tuple[str, ...] = ()
     kept_experts: tuple[str, ...] = ()
+    stores_each_expert: bool = True
     format: str
     tensor_parallel: int
     heads: int | None = None

@@ -33,12 +33,16 @@ def serving_of(options: JobOptions, config: Mapping[str, Any], blocks: Sequence[
     text = open_config(config).get_text_config(decoder=True)
     # A latent attention has no heads of keys: they are made of what all heads share.
     kv_heads = None if getattr(text, "kv_lora_rank", None) else _number(text, "num_key_value_heads")
-    kept = [linear for block in blocks for linear in block.linears if linear.scheme is None]
+    linears = [linear for block in blocks for linear in block.linears]
+    kept = [linear for linear in linears if linear.scheme is None]
     assert options.format is not None  # Chosen by `options_from`.
     return Serving(
         linears=_served(blocks, split_styles(text.base_model_tp_plan or {})),
         kept=tuple(x.name for x in kept if x.experts is None),
-        kept_experts=tuple(x.name for x in kept if x.experts is not None and _is_stored_alone(x)),
+        kept_experts=tuple(x.name for x in kept if x.experts is not None),
+        stores_each_expert=all(
+            x.weight.tensor == f"{x.name}.weight" for x in linears if x.experts is not None
+        ),
         format=options.format,
         tensor_parallel=options.tensor_parallel,
         heads=_number(text, "num_attention_heads"),
@@ -68,12 +72,7 @@ def _nameless(linear: LinearPlan, scheme: WeightScheme, styles: Mapping[str, str
         scheme=scheme,
         is_expert=is_expert,
         split=split_of(linear.path, styles, is_expert=is_expert),
-        is_stored_alone=_is_stored_alone(linear),
     )
-
-
-def _is_stored_alone(linear: LinearPlan) -> bool:
-    return linear.weight.tensor == f"{linear.name}.weight"
 
 
 def _number(config: Any, name: str) -> int | None:

@@ -148,7 +148,7 @@ def _are_spared(engine: Engine, serving: Serving, at_fault: Sequence[ServedLinea
     """Whether an output that keeps linears as they are is taken; one that keeps all is none."""
     others = tuple(linear for linear in serving.linears if linear not in at_fault)
     kept = tuple(linear.name for linear in at_fault if not linear.is_expert)
-    experts = tuple(linear.name for linear in at_fault if linear.is_expert and linear.is_stored_alone)
+    experts = tuple(linear.name for linear in at_fault if linear.is_expert)
     changed = dataclasses.replace(
         serving,
         linears=others,

@@ -45,7 +45,7 @@ def _unpacked_experts(linear: ServedLinear, _devices: int) -> str | None:
 
 
 def _experts_as_the_first(serving: Serving) -> Iterator[Fault]:
-    if serving.format != _FORMAT or serving.model_type in _WITH_LINEARS_OF_EXPERTS:
+    if serving.format != _FORMAT or not serving.stores_each_expert:
         return
     first = serving.linears[0].scheme
     for linear in serving.linears:
@@ -68,10 +68,14 @@ def _is_fp8(scheme: WeightScheme) -> bool:
 
 
 def _experts_by_name(serving: Serving) -> Iterator[Fault]:
-    if serving.format != _FORMAT or serving.model_type in _WITH_LINEARS_OF_EXPERTS:
+    if serving.format != _FORMAT or serving.stores_each_expert:
+        return
+    if serving.model_type in _WITH_LINEARS_OF_EXPERTS:
+        if serving.kept_experts:
+            yield None, f"{len(serving.kept_experts)} kept as they are, such as {serving.kept_experts[0]}"
         return
     for linear in serving.linears:
-        if linear.is_expert and not linear.is_stored_alone:
+        if linear.is_expert:
             yield linear, "routed experts of which a tensor holds several"
 
 
@@ -125,8 +129,9 @@ RULES = (
         faults=_experts_as_the_first,
     ),
     EngineRule(
-        wanted="routed experts of families that store each by itself",
-        source=f"{_WITH_COMPRESSED_TENSORS}: others are not found in the file and stay as they were made",
+        wanted="routed experts of families that store each by itself; others kept, and those of Llama 4 not",
+        source=f"{_WITH_COMPRESSED_TENSORS}: what is not found in the file stays as it was made;"
+        " quantizers/base.py, MODULES_TO_PATCH_FOR_QUANTIZATION",
         faults=_experts_by_name,
     ),
     EngineRule(

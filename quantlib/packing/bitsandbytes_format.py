@@ -1,4 +1,4 @@
-"""The layouts of bitsandbytes, read by transformers and vLLM.
+"""The layouts of bitsandbytes, read by transformers; vLLM 0.33 has none of them.
 
 Rows of 8 bits (LLM.int8) are in `bitsandbytes_int8`, blocks of 4 bits (NF4, FP4) in `bitsandbytes_four_bit`.
 One checkpoint has one scheme: a reader makes every linear of a model a quantized one of the kind that
@@ -8,7 +8,7 @@ Left out: routed experts in transformers 5, which are no linears there and stay 
 which are copied like any other tensor.
 
 Source: transformers 5.23, utils/quantization_config.py (``BitsAndBytesConfig``) and
-integrations/bitsandbytes.py; vLLM, model_executor/layers/quantization/bitsandbytes.py.
+integrations/bitsandbytes.py.
 """
 
 import dataclasses

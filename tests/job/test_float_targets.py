@@ -1,7 +1,10 @@
 """What engines reject of small floats and rounded inputs, each shape decided by hand."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from quantlib.errors import RecipeError
 from quantlib.job.parallel_splits import HEADS, IN, OUT
 from quantlib.job.serving import Serving
 from quantlib.job.targets import refuse_unserved
@@ -126,6 +129,29 @@ def test_vllm_wants_whole_blocks_where_rows_are_cut_or_followed(name, rows, colu
         assert said in refusal("vllm", serving).message
 
 
+@given(
+    rows=st.integers(1, 64).map(lambda number: 32 * number),
+    columns=st.integers(1, 16).map(lambda number: 128 * number),
+    split=st.sampled_from([IN, OUT, None]),
+    devices=st.integers(1, 16),
+)
+@settings(max_examples=300, deadline=None)
+def test_what_vllm_takes_cuts_no_block(rows, columns, split, devices):
+    """Restated by going through the devices and looking at where each one's share begins."""
+    linear = served("x", rows, columns, split, scheme="FP8_BLOCK", group_size=None)
+    side = {IN: columns, OUT: rows, None: 0}[split]
+    good = all((number * side / devices) % 128 == 0 for number in range(1, devices))
+    assert _takes(of(linear, devices=devices)) == good
+
+
+def _takes(serving):
+    try:
+        refuse_unserved("vllm", serving)
+    except RecipeError:
+        return False
+    return True
+
+
 @pytest.mark.parametrize(
     ("rows", "devices", "said"),
     [(512, 4, None), (512, 8, "64 out features"), (192, 1, "192 out features")],
@@ -248,7 +274,9 @@ def test_transformers_unpacks_experts_as_the_first_linear(dense, experts, is_tak
         message = refusal("transformers", of(linear, expert)).message
         assert "experts in the scheme of the first linear of the file" in message
         # Those of Llama 4 become linears.
-        refuse_unserved("transformers", of(linear, expert, model_type="llama4_text"))
+        refuse_unserved(
+            "transformers", of(linear, expert, model_type="llama4_text", stores_each_expert=False)
+        )
 
 
 def test_transformers_drops_kept_experts_but_beside_fp8():
@@ -267,9 +295,14 @@ def test_transformers_drops_kept_experts_but_beside_fp8():
 def test_transformers_finds_experts_of_families_that_store_each_by_itself():
     linear = served("q_proj", 128, 128, HEADS, group_size=32)
     shape = ("experts.0.up_proj", 128, 128, OUT)
-    expert = served(*shape, group_size=32, is_expert=True, is_stored_alone=False)
-    message = refusal("transformers", of(linear, expert, model_type="gpt_oss")).message
-    assert "found routed experts of which a tensor holds several" in message
+    expert = served(*shape, group_size=32, is_expert=True)
+    serving = of(linear, expert, model_type="gpt_oss", stores_each_expert=False)
+    assert "found routed experts of which a tensor holds several" in refusal("transformers", serving).message
     # Kept, they stay in their tensor.
-    assert ways_of("transformers", of(linear, expert, model_type="gpt_oss")) == [_KEEPING]
-    refuse_unserved("transformers", of(linear, expert, model_type="llama4"))
+    assert ways_of("transformers", serving) == [_KEEPING]
+    kept = {"kept_experts": (expert.name,), "stores_each_expert": False}
+    refuse_unserved("transformers", of(linear, model_type="gpt_oss", **kept))
+    # Those of Llama 4 become linears wherever something is quantized.
+    refuse_unserved("transformers", of(linear, expert, model_type="llama4", stores_each_expert=False))
+    message = refusal("transformers", of(linear, model_type="llama4", **kept)).message
+    assert "found 1 kept as they are, such as experts.0.up_proj" in message

@@ -1,5 +1,8 @@
 """What engines get to see of outputs, written by hand."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import pytest
 
 from quantlib.errors import RecipeError
@@ -9,21 +12,37 @@ from quantlib.job.targets import refuse_unserved
 from quantlib.schemes import scheme_from_name
 
 
-def served(name, rows, columns, split=None, *, scheme="W4A16", group_size=128, is_expert=False, **values):
+def served(
+    name: str,
+    rows: int,
+    columns: int,
+    split: str | None = None,
+    *,
+    scheme: str = "W4A16",
+    group_size: int | None = 128,
+    count: int = 1,
+    is_expert: bool = False,
+) -> ServedLinear:
     """Linears of ``rows`` x ``columns`` that are alike."""
     return ServedLinear(
         name=name,
-        count=values.pop("count", 1),
+        count=count,
         rows=rows,
         columns=columns,
         scheme=scheme_from_name(scheme, group_size),
         is_expert=is_expert,
         split=split,
-        **values,
     )
 
 
-def llama(config, group_size, devices, *, scheme="W4A16", layout="compressed-tensors"):
+def llama(
+    config: Mapping[str, Any],
+    group_size: int | None,
+    devices: int,
+    *,
+    scheme: str = "W4A16",
+    layout: str = "compressed-tensors",
+) -> Serving:
     """A model of ``config.json``'s sizes as an engine sees it, written down from what these sizes mean."""
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     heads, kv_heads = config["num_attention_heads"], config["num_key_value_heads"]
@@ -46,7 +65,7 @@ def llama(config, group_size, devices, *, scheme="W4A16", layout="compressed-ten
     )
 
 
-def refusal(target, serving):
+def refusal(target: str, serving: Serving) -> RecipeError:
     """What a target says against an output."""
     with pytest.raises(RecipeError) as raised:
         refuse_unserved(target, serving)
