@@ -405,7 +405,7 @@ def _refuse_rounded_embeddings(options: JobOptions) -> None:
     if options.embeddings != KEPT_EMBEDDINGS and others:
         raise RecipeError(
             f"embeddings {options.embeddings} is a kind of block that gguf has, and format names {others[0]};"
-            f" use --format gguf by itself, or leave it out",
+            " use --format gguf by itself, or leave it out",
             option="embeddings",
         )
 

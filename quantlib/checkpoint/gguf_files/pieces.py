@@ -51,7 +51,11 @@ def has_first_space(values: Mapping[str, Any]) -> bool:
         UnsupportedModelError: Its normalizer or pre_tokenizer does anything else than to mark spaces.
     """
     normalizer, splits = values.get("normalizer"), values.get("pre_tokenizer")
-    steps = normalizer["normalizers"] if (normalizer or {}).get("type") == "Sequence" else [normalizer]
+    match normalizer:
+        case {"type": "Sequence", "normalizers": list(steps)}:
+            pass
+        case _:
+            steps = [normalizer]
     if splits is None and steps in ([_ESCAPE], [_PREPEND, _ESCAPE]):
         return _PREPEND in steps
     if normalizer is None:

@@ -68,7 +68,9 @@ def write_vocabulary(
         has_scores = is_of_pieces(values)
         writer.add_tokenizer_model(_PIECES if has_scores else _BYTE_PAIRS)
         writer.add_tokenizer_pre(_ANY_PRE_TYPE if has_scores else pre_type(values))
-        tokens, kinds = _tokens(values, int(config["vocab_size"]), tokenizer.unk_token)
+        unknown = tokenizer.unk_token
+        size = int(config["vocab_size"])
+        tokens, kinds = _tokens(values, size, unknown if isinstance(unknown, str) else None)
         writer.add_token_list(tokens)
         if has_scores:
             others = [text for text, kind in zip(tokens, kinds, strict=True) if kind != TokenType.NORMAL]
