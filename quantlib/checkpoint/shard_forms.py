@@ -34,14 +34,14 @@ class ShardForms:
         """
         return SAFETENSORS if self._gguf is None else self._gguf.part(self._plan.units.index(unit))
 
-    def check(self) -> None:
-        """Refuse an output that cannot be written; takes seconds where there is a vocabulary in it.
+    def num_bytes(self) -> int:
+        """Bytes of all shards; takes seconds where there is a vocabulary in one.
 
         Raises:
             UnsupportedModelError: It cannot say what the model is.
+            PackingError: A header would be too long.
         """
-        if self._gguf is not None:
-            self._gguf.part(0).layout(self._plan.units[0].tensors)
+        return sum(self.of(unit).layout(unit.tensors).size_bytes for unit in self._plan.units)
 
     @cached_property
     def _gguf(self) -> "GgufOutput | None":

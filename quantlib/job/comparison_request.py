@@ -7,10 +7,18 @@ from typing import Any
 
 from quantlib.errors import RecipeError
 from quantlib.job.option_table import check_value
-from quantlib.job.options import JobOptions, default_of, option_fields, options_from, refuse_unknown
+from quantlib.job.options import (
+    JobOptions,
+    default_of,
+    groups_of_layout,
+    option_fields,
+    options_from,
+    refuse_unknown,
+)
 from quantlib.job.scheme_entries import FORM, SchemeEntry, entry_from
 from quantlib.job.several_formats import only_format
 from quantlib.job.staged_output import PUBLICATION_OPTIONS
+from quantlib.job.targets import ENGINES
 from quantlib.storage.uris import join_uri
 
 SCHEMES_HELP = (
@@ -91,6 +99,8 @@ def comparison_request(values: Mapping[str, Any]) -> ComparisonRequest:
     if output is not None:
         check_value("output", output, table["output"][0])
     by_default = {name: common.get(name, table[name][0].default) for name in ("method", "group_size")}
+    if by_default["group_size"] is None:
+        by_default["group_size"] = _groups_of_layout(common)
     entries = tuple(entry_from(word, **by_default) for word in words)
     _refuse_twice(entries)
     conversions = tuple(
@@ -105,6 +115,14 @@ def comparison_request(values: Mapping[str, Any]) -> ComparisonRequest:
     only_format(conversions[0], "a comparison")
     _refuse_out_of_reach(conversions[0], output)
     return ComparisonRequest(entries=entries, output=output, conversions=conversions)
+
+
+def _groups_of_layout(common: Mapping[str, Any]) -> int | None:
+    """Of the layout that is named, or that the target reads best; what is no name is refused elsewhere."""
+    target, layout = common.get("target"), common.get("format")
+    if layout is None and isinstance(target, str) and target in ENGINES:
+        layout = ENGINES[target].default_format
+    return groups_of_layout(layout) if isinstance(layout, str) else None
 
 
 def _without_data(entry: SchemeEntry) -> dict[str, Any]:

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from quantlib.checkpoint.index import WEIGHT_FILES
-from quantlib.checkpoint.layout import layout_shard
 from quantlib.job.accounts import account_lines
 from quantlib.job.expert_groups import token_shares
 from quantlib.job.memory import MemoryPlan
 from quantlib.job.options import ALL_EXPERTS
-from quantlib.job.plan import BlockPlan, Plan, UnitPlan
+from quantlib.job.plan import BlockPlan, Plan
 from quantlib.job.scheme_defaults import FOLLOWING
 from quantlib.job.text_sources import described as described_text
 from quantlib.schemes import groups_said
@@ -70,7 +69,7 @@ def describe_plan(
         "calibration_texts": [dataclasses.asdict(text) for text in plan.calibration_texts],
         "evaluation_texts": [dataclasses.asdict(text) for text in plan.evaluation_texts],
         "bytes_in": sum(shards.values()),
-        "bytes_out": sum(_unit_bytes(unit) for unit in plan.units),
+        "bytes_out": plan.output_bytes,
         "workers": num_workers,
         "threads_per_worker": plan.threads,
         "device_kind": plan.device_kind,
@@ -195,7 +194,3 @@ def _block_flops(plan: Plan, block: BlockPlan, tokens: dict[str, int]) -> float:
     solved = [linear for linear in block.linears if linear.method == "gptq"]
     solves = 1 + plan.options["descent_passes"]
     return flops + solves * sum(2.0 * linear.rows * linear.columns**2 for linear in solved)
-
-
-def _unit_bytes(unit: UnitPlan) -> int:
-    return layout_shard(unit.tensors).size_bytes

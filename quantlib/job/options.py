@@ -405,6 +405,18 @@ def default_of(options: JobOptions, name: str) -> Any:
     return option_fields()[name][0].default
 
 
+def groups_of_layout(layout: str) -> int | None:
+    """The group size of integers where nobody names one; None for that of the scheme.
+
+    Args:
+        layout: As in `JobOptions.format`; of several one may decide.
+
+    >>> groups_of_layout("gguf"), groups_of_layout("gptq")
+    (32, None)
+    """
+    return GGUF_GROUP_SIZE if "gguf" in names_in(layout) else None
+
+
 def _following(options: JobOptions, choices: Mapping[str, Any]) -> dict[str, Any]:
     scheme = _scheme(options)
     return with_scheme_defaults(
@@ -417,9 +429,8 @@ def _following(options: JobOptions, choices: Mapping[str, Any]) -> dict[str, Any
 
 def _scheme(options: JobOptions) -> WeightScheme:
     group_size = options.group_size
-    formats = names_in(options.format or "")
-    if group_size is None and "gguf" in formats and not has_own_groups(options.scheme):
-        group_size = GGUF_GROUP_SIZE
+    if group_size is None and not has_own_groups(options.scheme):
+        group_size = groups_of_layout(options.format or "")
     return scheme_from_name(options.scheme, group_size)
 
 
@@ -452,7 +463,7 @@ def _refuse_rounded_embeddings(options: JobOptions) -> None:
     if options.embeddings != KEPT_EMBEDDINGS and others:
         raise RecipeError(
             f"embeddings {options.embeddings} is a kind of block that gguf has, and format names {others[0]};"
-            f" use --format gguf by itself, or leave it out",
+            " use --format gguf by itself, or leave it out",
             option="embeddings",
         )
 

@@ -32,6 +32,7 @@ _NOT_IN_IDENTITY = (
     "evaluation_texts",
     "experts_per_token",
     "decoding_bytes",
+    "output_bytes",
 )
 
 # Numbers of input groups of a block.
@@ -190,6 +191,7 @@ class Plan:
         experts_per_token: To how many routed experts a token goes.
         decoding_bytes: Unit -> what reading its source tensors takes beside them, where some are stored as
             codes.
+        output_bytes: Of all shards, as they will be written.
         versions: Of this tool and of the libraries that compute.
         format_version: Layout version of the output format.
     """
@@ -222,6 +224,7 @@ class Plan:
     evaluation_texts: tuple[TextRecord, ...]
     experts_per_token: int
     decoding_bytes: Mapping[str, int] = field(default_factory=dict)
+    output_bytes: int = 0
     versions: Mapping[str, str]
     format_version: str
 

@@ -275,7 +275,8 @@ def build_plan(
         device_kind=kind,
         **machine,
     )
-    ShardForms(plan, checkpoint, open_store(source, options.storage_engine)).check()
+    forms = ShardForms(plan, checkpoint, open_store(source, options.storage_engine))
+    plan = dataclasses.replace(plan, output_bytes=forms.num_bytes())
     if replayed is not None:
         check_replay(replayed, plan, checkpoint)
     return plan, {rows_digest(rows_BT): rows_BT for rows_BT in rows.values()}

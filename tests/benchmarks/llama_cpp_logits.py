@@ -3,10 +3,11 @@
     python tests/benchmarks/llama_cpp_logits.py make FOLDER
     python tests/benchmarks/llama_cpp_logits.py compare FOLDER
 
-The first makes models, their outputs in GGUF and what transformers says of the levels in them; the second wants
-llama-cpp-python and numpy only, and prints a line for each output. llama.cpp rounds activations to 8 bits before
-it multiplies by blocks, which transformers does not: so there is an output with one linear in blocks and the rest
-in fp32, which shows a wrong rotation or order of rows, and one with all in blocks.
+The first makes models, their outputs in GGUF and what transformers says of the levels in them; the second
+wants llama-cpp-python and numpy only, and prints a line for each output. llama.cpp rounds activations to 8
+bits where it multiplies by blocks, and keys and values to fp16; transformers does not. So there is an
+output with one linear in blocks and the rest in fp32, which shows a wrong rotation or order of rows, and
+one with all in blocks.
 """
 
 import argparse
@@ -38,6 +39,8 @@ MODELS = {
     "qwen2": ("qwen2", {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}),
     "qwen2-tied": ("qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("qwen3", {"head_dim": 128}),
+    "llama, pieces": ("llama", {"vocab_size": 384}),
+    "mistral, pieces": ("mistral", {"vocab_size": 384, "sliding_window": None}),
     "qwen3-tied": ("qwen3", {"head_dim": 128, "tie_word_embeddings": True}),
 }
 ONE_LINEAR = (
@@ -48,7 +51,13 @@ OUTPUTS = {
     "one": {"rules": ONE_LINEAR},
     "all": {"scheme": "W4A16", "embeddings": "q8_0"},
 }
-TEXT = "the quick brown fox jumps over 13 lazy dogs while nobody watches what word 42 is  wwww w w"
+TEXTS = (
+    "the quick brown fox jumps over 13 lazy dogs while nobody watches what word 42 is  wwww w w",
+    "w12 w7  w88 w3   thoughts of the other dogs over there",
+    "the",
+)
+# The tiny byte pairs have no tokens for these.
+OTHER_TEXTS = ("caf\u00e9 \u4e16\u754c\nnext line\ttab",)
 NUM_TOKENS = 64
 
 
@@ -70,11 +79,13 @@ def _make_one(root: Path, family: str, settings: dict, output: str, changes: dic
     from quantlib.storage import open_store
     from tests.support.tiny_jobs import save_letter_tokenizer
     from tests.support.tiny_models import save_tiny_checkpoint, tiny_config, tiny_model
+    from tests.support.tiny_pieces import save_piece_tokenizer
 
     sizes = {**SIZES, **settings}
     if not root.exists():
         save_tiny_checkpoint(root / "source", family, dtype=torch.float32, **sizes)
-        save_letter_tokenizer(root / "source")
+        save_tokenizer = save_piece_tokenizer if "vocab_size" in settings else save_letter_tokenizer
+        save_tokenizer(root / "source")
     values = {"source": str(root / "source"), "output": str(root / output), "format": "gguf", "method": "rtn"}
     quantize(options_from({**values, "runner": "inprocess", "device": "cpu", **changes}))
     store = open_store("file:///")
@@ -87,7 +98,12 @@ def _make_one(root: Path, family: str, settings: dict, output: str, changes: dic
     with torch.no_grad():
         logits = model(ids).logits[0].numpy()
     np.save(root / output / "logits.npy", logits)
-    expected = {"ids": ids[0].tolist(), "tokens": tokenizer(TEXT).input_ids}
+    texts = TEXTS + (OTHER_TEXTS if "vocab_size" in settings else ())
+    expected = {
+        "ids": ids[0].tolist(),
+        "texts": texts,
+        "tokens": [tokenizer(text).input_ids for text in texts],
+    }
     (root / output / "expected.json").write_text(json.dumps(expected))
 
 
@@ -104,7 +120,7 @@ def _compared(folder: Path) -> str:
     expected = json.loads((folder / "expected.json").read_text())
     first = min(folder.glob("*.gguf"))
     model = llama_cpp.Llama(str(first), n_ctx=NUM_TOKENS, logits_all=True, verbose=False, n_threads=1)
-    tokens = model.tokenize(TEXT.encode(), add_bos=True, special=False)
+    tokens = [model.tokenize(text.encode(), add_bos=True, special=False) for text in expected["texts"]]
     model.eval(expected["ids"])
     found = np.array(model.scores[:NUM_TOKENS], dtype=np.float64)
     wanted = np.load(folder / "logits.npy").astype(np.float64)

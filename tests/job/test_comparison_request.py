@@ -70,6 +70,18 @@ def test_schemes_that_one_layout_does_not_hold_are_compared_in_their_own():
     assert layouts == ["compressed-tensors", "bitsandbytes", "compressed-tensors"]
 
 
+@pytest.mark.parametrize("given", [{"format": "gguf"}, {"target": "llama.cpp"}])
+def test_entries_of_gguf_have_its_groups_unless_they_name_others(given):
+    found = request("W4A16", "rtn:W8A16", **given)
+    assert [str(entry) for entry in found.entries] == ["gptq:W4A16@32", "rtn:W8A16@32"]
+    assert {(x.format, x.group_size) for x in found.conversions} == {("gguf", 32)}
+    assert [entry.group_size for entry in request("W4A16", "W8A16@16", group_size=64, **given).entries] == [
+        64,
+        16,
+    ]
+    assert [entry.group_size for entry in request("W4A16").entries] == [128]
+
+
 def test_outputs_and_work_prefixes_lie_below_what_is_named():
     (kept,) = request("W4A16", output="s3://o/all", work="s3://w").placed("s3://o/all")
     assert (kept.output, kept.work) == ("s3://o/all/gptq-W4A16-g128", "s3://w/gptq-W4A16-g128")

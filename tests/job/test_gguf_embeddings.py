@@ -14,6 +14,7 @@ from quantlib.checkpoint.verify import verify_checkpoint
 from quantlib.errors import RecipeError
 from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize, quantize_all
+from quantlib.job.memory_needs import head_needs, prelude_needs
 from quantlib.job.plan import plan_from_json, plan_to_json
 from quantlib.job.planner import build_plan
 from quantlib.storage import open_store
@@ -148,6 +149,9 @@ def test_the_plan_has_the_sizes_of_the_blocks_and_survives_its_storage(root):
     assert (restored.units, restored.identity()) == (plan.units, plan.identity())
     kept, _ = build_plan(options_of(root, "untied", "planned", embeddings="keep"), threads=1)
     assert plan.identity() != kept.identity()
+    # Original and levels are both there while cells are embedded and scored.
+    assert prelude_needs(plan).live == 2 * prelude_needs(kept).live
+    assert head_needs(plan).live == 2 * head_needs(kept).live - 4 * 64
 
 
 def test_rows_of_zeros_are_no_fault(root):

@@ -80,8 +80,10 @@ def test_output_is_verified_and_evaluates_to_the_reported_perplexity(tmp_path, r
     gguf_options(root)
     options = gguf_options(root, scheme, scheme=scheme, method=method, output=str(tmp_path / "output"))
     assert options.group_size == 32
+    planned = build_plan(options, threads=1)[0].output_bytes
     report = quantize(options)
     assert verified(options).findings == ()
+    assert planned == sum(map(len, parts(options.output).values()))
     measured = evaluate_checkpoint(
         options.output,
         options.evaluation,

@@ -38,6 +38,8 @@ _TRACES = ("_name_or_path", "_model_name_or_path", "transformers_version", "quan
 # What transformers writes of how it was asked.
 _TOKENIZER_TRACES = ("is_local", "local_files_only", "name_or_path")
 _FILE_NAME = "model.gguf"
+# Whether text is to get a space before it, which transformers passes over: to it all pieces want one.
+_FIRST_SPACE = "tokenizer.ggml.add_space_prefix"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,9 +170,10 @@ class TokenizerFiles(Mapping[str, bytes]):
 
     def _made(self) -> dict[str, bytes]:
         if self._files is None:
-            has_tokens = "tokenizer.ggml.tokens" in self._headers[0].values
+            values = self._headers[0].values
+            has_tokens, has_space = "tokenizer.ggml.tokens" in values, values.get(_FIRST_SPACE, True)
             header = bare_header(self._headers, keep_vocabulary=True)
-            self._files = _tokenizer_files(*header, self._uri) if has_tokens else {}
+            self._files = _tokenizer_files(*header, self._uri, bool(has_space)) if has_tokens else {}
         return self._files
 
     def __getitem__(self, name: str) -> bytes:
@@ -185,7 +188,7 @@ class TokenizerFiles(Mapping[str, bytes]):
 
 # A job opens its source several times in a process.
 @lru_cache(maxsize=1)
-def _tokenizer_files(header: bytes, size_bytes: int, uri: str) -> dict[str, bytes]:
+def _tokenizer_files(header: bytes, size_bytes: int, uri: str, has_first_space: bool) -> dict[str, bytes]:
     with _local_file(header, size_bytes) as path:
         target = path.parent / "tokenizer"
         try:
@@ -193,7 +196,18 @@ def _tokenizer_files(header: bytes, size_bytes: int, uri: str) -> dict[str, byte
         # The tokenizers library raises bare Exception for a vocabulary it cannot make sense of.
         except Exception as error:
             raise CheckpointError(f"the tokenizer in {uri} cannot be converted: {error}", uri=uri) from error
+        if not has_first_space:
+            _leave_out_first_space_(target / "tokenizer.json")
         return {file.name: _without_traces(file) for file in sorted(target.iterdir())}
+
+
+def _leave_out_first_space_(file: Path) -> None:
+    values = json.loads(file.read_text(encoding="utf-8"))
+    marking, decoder = values.get("pre_tokenizer") or {}, values.get("decoder") or {}
+    if marking.get("type") == "Metaspace":
+        marking["prepend_scheme"] = "never"
+        decoder["decoders"] = [step for step in decoder.get("decoders", ()) if step.get("type") != "Strip"]
+        file.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
 
 
 def _without_traces(file: Path) -> bytes:

@@ -1,10 +1,11 @@
 """The tokenizer of a GGUF file, from a Hugging Face tokenizer.
 
-llama.cpp splits text with rules of its own before it merges bytes, and a header only names them: a wrong name
-gives other tokens without a word. It is told here from the splitting rules themselves, which tokenizer.json
-holds and a table names; a tokenizer with other rules is refused. (llama.cpp's own converter goes by a hash of
-the tokens of a fixed text, which every other vocabulary changes.) Left out: SentencePiece and other
-vocabularies that are no byte pairs, whose scores a tokenizer.json does not hold.
+llama.cpp splits text with rules of its own before it merges bytes, and a header only names them: a wrong
+name gives other tokens without a word. It is told here from the splitting rules themselves, which
+tokenizer.json holds and a table names; a tokenizer with other rules is refused. (llama.cpp's own converter
+goes by a hash of the tokens of a fixed text, which every other vocabulary changes.) SentencePiece's byte
+pairs are told by scores instead (`quantlib.checkpoint.gguf_files.pieces`). Left out: vocabularies that are
+no byte pairs.
 
 Source: llama.cpp, src/llama-vocab.cpp (llm_tokenizer_bpe: regex_exprs of each pre type; load: where merges
 are ignored) and convert_hf_to_gguf.py (get_vocab_base: types of tokens).
@@ -19,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 from gguf import GGUFWriter, SpecialVocab
 from gguf.constants import TokenType
 
+from quantlib.checkpoint.gguf_files.pieces import has_first_space, is_byte, is_of_pieces, scores_of
 from quantlib.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_MODEL = "gpt2"
+_BYTE_PAIRS, _PIECES = "gpt2", "llama"
+_ANY_PRE_TYPE = "default"
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|{numbers}"
     r"| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -62,12 +65,21 @@ def write_vocabulary(
         (Path(folder) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         path = Path(folder) / "tokenizer.json"
         values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        writer.add_tokenizer_model(_MODEL)
-        writer.add_tokenizer_pre(pre_type(values))
-        tokens, kinds = _tokens(values, int(config["vocab_size"]))
+        has_scores = is_of_pieces(values)
+        writer.add_tokenizer_model(_PIECES if has_scores else _BYTE_PAIRS)
+        writer.add_tokenizer_pre(_ANY_PRE_TYPE if has_scores else pre_type(values))
+        unknown = tokenizer.unk_token
+        size = int(config["vocab_size"])
+        tokens, kinds = _tokens(values, size, unknown if isinstance(unknown, str) else None)
         writer.add_token_list(tokens)
+        if has_scores:
+            others = [text for text, kind in zip(tokens, kinds, strict=True) if kind != TokenType.NORMAL]
+            scores = scores_of(values, others)
+            # Characters come after all that is joined from them; no score of theirs is ever asked for.
+            writer.add_token_scores([scores.get(text, -float(len(scores))) for text in tokens])
+            writer.add_add_space_prefix(has_first_space(values))
         writer.add_token_types(kinds)
-        special = SpecialVocab(folder, load_merges=True, n_vocab=len(tokens))
+        special = SpecialVocab(folder, load_merges=not has_scores, n_vocab=len(tokens))
         # Unless it is told, llama.cpp decides by the pre type.
         special.add_special_token.setdefault("bos", False)
         special.add_to_gguf(writer, quiet=True)
@@ -117,8 +129,15 @@ def _step(step: Mapping[str, Any]) -> str:
     return json.dumps(step)
 
 
-def _tokens(values: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]:
-    """Text and type of every token up to the number of embeddings."""
+def _tokens(values: Mapping[str, Any], size: int, unknown: str | None) -> tuple[list[str], list[int]]:
+    """Text and type of every token up to the number of embeddings.
+
+    Args:
+        values: Of tokenizer.json.
+        size: Embeddings.
+        unknown: The token for what has none.
+    """
+    has_pieces = is_of_pieces(values)
     added = {token["id"]: token for token in values.get("added_tokens") or ()}
     by_id = {number: text for text, number in values["model"]["vocab"].items()}
     by_id |= {number: token["content"] for number, token in added.items()}
@@ -131,8 +150,13 @@ def _tokens(values: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]
             texts.append(f"[PAD{number}]")
             kinds.append(TokenType.UNUSED)
             continue
-        texts.append(by_id[number])
-        if token is None:
+        text = by_id[number]
+        texts.append(text)
+        if has_pieces and is_byte(text):
+            kinds.append(TokenType.BYTE)
+        elif has_pieces and text == unknown:
+            kinds.append(TokenType.UNKNOWN)
+        elif token is None:
             kinds.append(TokenType.NORMAL)
         else:
             kinds.append(TokenType.CONTROL if token.get("special") else TokenType.USER_DEFINED)
@@ -141,6 +165,6 @@ def _tokens(values: Mapping[str, Any], size: int) -> tuple[list[str], list[int]]
 
 def _unknown(found: str) -> UnsupportedModelError:
     return UnsupportedModelError(
-        f"gguf output needs a tokenizer that llama.cpp knows by name ({', '.join(_PRE_TYPES.values())}),"
-        f" found one with {found}; choose another format"
+        "gguf output needs byte pairs of SentencePiece or a tokenizer that llama.cpp knows by name"
+        f" ({', '.join(_PRE_TYPES.values())}), found one with {found}; choose another format"
     )
