@@ -20,6 +20,16 @@ from quantlib.storage import Store, join_uri, open_store, uri_name
 
 # What is decided between staging and publishing; none of it changes a byte of a shard.
 PUBLICATION_OPTIONS = (*GATE_OPTIONS, "publish", "hook", "hook_timeout")
+# Parts of a report that a publication reads.
+_WANTED: dict[str, Any] = {
+    "identity": str,
+    "output": str,
+    "shards": list,
+    "blocks": list,
+    "fallbacks": list,
+    "options": dict,
+    "evaluation": dict | None,
+}
 WHEN_PASSED, STAGED_ONLY = "when-passed", "staged"
 
 
@@ -108,9 +118,24 @@ def read_staged_report(store: Store, work: str) -> dict[str, Any] | None:
         return None
     except ValueError as error:
         raise PlanMismatchError(f"{uri} is not JSON; remove it to have it made again", uri=uri) from error
-    if not isinstance(values, dict) or not isinstance(values.get("shards"), list):
+    if not _is_report(values):
         raise PlanMismatchError(f"{uri} is no report; remove it to have it made again", uri=uri)
     return values
+
+
+def _is_report(values: Any) -> bool:
+    """Whether JSON values have all that deciding on a publication takes."""
+    if not isinstance(values, dict):
+        return False
+    if not all(isinstance(values.get(name, ...), kind) for name, kind in _WANTED.items()):
+        return False
+    shards = all(_has(shard, "name", "sha256", "size_bytes") for shard in values["shards"])
+    blocks = all(_has(block, "relative_error", "linears") for block in values["blocks"])
+    return shards and blocks and _has(values["options"], *PUBLICATION_OPTIONS)
+
+
+def _has(values: Any, *names: str) -> bool:
+    return isinstance(values, dict) and values.keys() >= set(names)
 
 
 def measured_report(store: Store, plan: Plan) -> dict[str, Any] | None:

@@ -169,6 +169,17 @@ def test_params_from_options_survives_json():
         {"rules": [{"match": "a", "bits": 4}]},
         {"rules": [{"scheme": "W4A16"}]},
         {"rules": {"match": "a"}},
+        {"max_fallback_share": 1.01},
+        {"max_fallback_share": -0.01},
+        {"max_fallback_share": "0.1"},
+        {"max_fallback_share": True},
+        {"publish": "never"},
+        {"hook_timeout": 0},
+        {"hook_timeout": 1.5},
+        {"hook": "rm -r /"},
+        {"hook": "smoke"},
+        {"hook": "@smoke; rm -r /"},
+        {"hook": "@"},
     ],
 )
 def test_wrong_value_is_refused_by_the_model_and_by_its_schema(wrong):
@@ -177,6 +188,30 @@ def test_wrong_value_is_refused_by_the_model_and_by_its_schema(wrong):
         QuantizeParams.model_validate(values)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(values, schema())
+
+
+@pytest.mark.parametrize("limit", [0, 0.25, 1, None])
+def test_a_limit_is_any_number_in_its_range(limit):
+    values = {**REQUEST, "max_fallback_share": limit}
+    assert jsonschema.Draft202012Validator(schema()).is_valid(values)
+    assert QuantizeParams.model_validate(values).to_options().max_fallback_share == limit
+
+
+def test_a_form_takes_hooks_by_name():
+    values = {**REQUEST, "hook": "@smoke-test.2"}
+    assert jsonschema.Draft202012Validator(schema()).is_valid(values)
+    assert QuantizeParams.model_validate(values).to_options().hook == "@smoke-test.2"
+
+
+@pytest.mark.parametrize("hook", ["@smoke", "python smoke.py {model}"])
+def test_a_hook_of_the_command_line_reaches_its_run_and_a_command_no_form(hook):
+    options = options_from({**REQUEST, "hook": hook})
+    params = params_from(options)
+    seen = quantize_model.validate_parameters({"params": params})["params"]
+    assert params.to_options() == seen.to_options() == options
+    stored = json.loads(params.model_dump_json())
+    assert stored["hook"] == (hook if hook.startswith("@") else None)
+    assert QuantizeParams.model_validate(stored).to_options().hook == stored["hook"]
 
 
 @pytest.mark.parametrize("size", [-2, -1, 0, 1, 7, 8, 9, 4096])
@@ -229,7 +264,17 @@ def test_form_of_a_comparison_is_the_request_of_plain_values():
     assert CompareParams.model_validate(COMPARISON).title == "tiny by W4A16, rtn:W3A16_ASYM@32"
 
 
-@pytest.mark.parametrize("wrong", [{"schemes": []}, {"schemes": [" "]}, {"scheme": "W4A16"}, {"replay": "p"}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"schemes": []},
+        {"schemes": [" "]},
+        {"scheme": "W4A16"},
+        {"replay": "p"},
+        {"max_kl": 1.0},
+        {"hook": "@a"},
+    ],
+)
 def test_form_of_a_comparison_refuses(wrong):
     with pytest.raises(ValidationError):
         CompareParams.model_validate({**COMPARISON, **wrong})

@@ -1,6 +1,7 @@
 """The real thing on a tiny model: through the command line and through the Prefect API."""
 
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -118,6 +119,36 @@ def test_one_process_gives_the_same_bytes_as_the_flow(converted, inputs, tmp_pat
     assert ended.returncode == 0, ended.stderr
     digests = shard_digests(tmp_path / "out")
     assert digests == {shard["name"]: shard["sha256"] for shard in converted["shards"]}
+
+
+def _is_running(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def test_gates_and_hooks_decide_on_a_run_of_the_flow(prefect_server, inputs, tmp_path):
+    values = request(inputs, tmp_path / "out")
+    ended = run(command({**values, "max_kl": 0.0}), prefect_server.environment)
+    assert ended.returncode == 1, ended.stderr
+    assert "staged, not published: max_kl allows 0.0, found" in ended.stderr
+    found = flow_run_that_wrote(prefect_server, str(tmp_path / "out"))
+    assert found["state"]["type"] == "FAILED"
+    assert "max_kl allows 0.0" in found["state"]["message"]
+    file = tmp_path / "pid"
+    waits = {**values, "max_kl": 9.0, "hook": f"sh -c 'sleep 300 & echo $! > {file}; wait'"}
+    process = subprocess.Popen(command(waits), env=prefect_server.environment, start_new_session=True)
+    try:
+        wait_until(lambda: file.exists() and file.read_text().strip() != "", _RUN_TIMEOUT_S, "the hook")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    finally:
+        stop(process)
+    assert not _is_running(int(file.read_text()))
+    assert not (tmp_path / "out" / "config.json").exists()
+    asked = {**values, "max_kl": 9.0, "hook": f"touch {tmp_path}/asked"}
+    ended = run(command(asked, "--json"), prefect_server.environment)
+    assert ended.returncode == 0, ended.stderr
+    assert json.loads(ended.stdout)["publication"]["state"] == "published"
+    assert (tmp_path / "asked").exists() and (tmp_path / "out" / "config.json").exists()
 
 
 def test_wrong_source_exits_2_with_one_line_and_writes_nothing(prefect_server, tmp_path):

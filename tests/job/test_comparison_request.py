@@ -50,6 +50,8 @@ def test_method_of_the_job_is_that_of_entries_without_one():
         ({"calibration": None}, "gptq needs calibration text"),
         ({"replay": "p.json"}, "takes no replay, that repeats one run"),
         ({"scheme": "W4A16"}, "takes no scheme, its schemes say it"),
+        ({"max_kl": 0.5}, "takes no max_kl, it shows what entries cost, and holds them to nothing"),
+        ({"hook": "true"}, "takes no hook, it shows"),
         ({"output": ""}, "output must not be empty"),
         ({"output": 3}, "output must be text"),
         ({"bogus": 1}, "unknown option 'bogus'"),
