@@ -103,6 +103,19 @@ def test_pass_needs_a_deployment_that_carries_out_conversions(prefect_server, tm
     assert "has no deployment quantize-recipes/of-nobody" in err
 
 
+def test_key_gives_one_run_and_what_the_server_forgets_or_refuses_is_told(prefect_server):
+    out, err = begin(prefect_server, "keys", stdout=subprocess.PIPE, stderr=subprocess.PIPE).communicate()
+    assert out, err.decode()
+    found = json.loads(out)
+    first, second = found["ids"][0], found["ids"][-1]
+    assert found["ids"] == [first] * 4 + [second] * 2
+    assert first != second
+    assert found["before"]["state"] == "Scheduled"
+    assert not found["before"]["is_final"]
+    assert found["gone"] is None
+    assert "refuses the run" in found["refusal"]
+
+
 def test_checkpoints_are_converted_as_they_become_whole(prefect_server, serving, tmp_path):
     prefix, outputs = tmp_path / "in", tmp_path / "out"
     tiny_source(prefix / "good", num_hidden_layers=1)

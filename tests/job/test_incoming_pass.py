@@ -192,6 +192,9 @@ def test_parked_checkpoint_is_begun_again_when_a_file_or_a_recipe_is_another(inc
         assert states(incoming, runs) == {"m": "started"}
         runs.states[f"run-{number}"] = CRASHED
     assert states(incoming, runs) == {"m": "parked"}
+    (record,) = (Path(incoming.outputs) / ".quantmill" / "incoming").iterdir()
+    kept = json.loads(record.read_text())["attempts"]
+    assert [attempt["run_id"] for attempt in kept] == ["run-5", "run-6", "run-7"]
 
 
 def test_run_that_the_server_forgot_does_not_count(incoming):
