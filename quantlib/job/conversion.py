@@ -76,14 +76,14 @@ def convert(
     with _before_work(QuantError):
         engine = requests[0].storage_engine
         prefixes = [(open_store(plan.work, engine), plan.work) for plan in bundle.outputs]
-        acquire = counting(history, "lease", Leases.acquire)
-        lease = stages.submit("lease", acquire, prefixes, tell, new_record()).result()
+        acquire = counting(history, "claim the output", Leases.acquire)
+        lease = stages.submit("claim the output", acquire, prefixes, tell, new_record()).result()
     with lease, closing(crew):
         outputs = [OutputState(plan) for plan in bundle.outputs]
         run = Run(bundle, prepared["memory"], crew, stages, on_progress, lease, history, outputs)
         # What an earlier start left is another job's: this one has not begun.
         with _before_work(PlanMismatchError):
-            began = run.submit("begin", crew.begin).result()
+            began = run.submit("prepare the work prefix", crew.begin).result()
         log_plan(len(bundle.shared.blocks), len(outputs), crew.num_workers, run.memory)
         made = None if any(began["reports"]) else iter(_carry_out(run, began, hooks))
     if made is None:

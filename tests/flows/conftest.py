@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,9 +79,9 @@ def _is_healthy(api_url: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
-def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
-    home = tmp_path_factory.mktemp("prefect")
+@contextmanager
+def running_prefect_server(home: Path) -> Iterator[tuple[PrefectServer, subprocess.Popen]]:
+    """A server with its own home on a free port, and its process."""
     port = _free_port()
     api_url = f"http://127.0.0.1:{port}/api"
     environment = clean_environment(home) | {"PREFECT_SERVER_UI_API_URL": api_url}
@@ -94,6 +95,12 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prefect
             lambda: process.poll() is not None or _is_healthy(api_url), _START_TIMEOUT_S, "Prefect's start"
         )
         assert process.poll() is None, (home / "server.log").read_text()
-        yield PrefectServer(api_url=api_url, environment=environment | {"PREFECT_API_URL": api_url})
+        yield PrefectServer(api_url=api_url, environment=environment | {"PREFECT_API_URL": api_url}), process
     finally:
         stop(process)
+
+
+@pytest.fixture(scope="session")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrefectServer]:
+    with running_prefect_server(tmp_path_factory.mktemp("prefect")) as (server, _):
+        yield server

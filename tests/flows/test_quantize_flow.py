@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from quantlib.job.report_verdict import verdict
 from tests.flows.conftest import PrefectServer, clean_environment, stop, wait_until
 from tests.support.tiny_jobs import shard_digests, tiny_source, tiny_text
 
@@ -91,6 +92,12 @@ def artifacts_of(server: PrefectServer, flow_run_id: str) -> dict[str, Any]:
         return {found["key"]: found["data"] for found in client.post("/artifacts/filter", json=query).json()}
 
 
+def log_of(server: PrefectServer, flow_run_id: str) -> list[str]:
+    with server.client() as client:
+        query = {"logs": {"flow_run_id": {"any_": [flow_run_id]}}, "sort": "TIMESTAMP_ASC"}
+        return [found["message"] for found in client.post("/logs/filter", json=query).json()]
+
+
 def stage_names(server: PrefectServer, flow_run_id: str) -> set[str]:
     with server.client() as client:
         query = {"flow_runs": {"id": {"any_": [flow_run_id]}}}
@@ -108,8 +115,25 @@ def test_command_line_converts_and_the_run_is_on_the_server(prefect_server, conv
     wait_until(lambda: stage_names(prefect_server, found["id"]) >= wanted, 60, "the arrival of the task runs")
     shown = artifacts_of(prefect_server, found["id"])
     assert shown["quantize-progress"] == 100.0
-    assert [row["block"] for row in json.loads(shown["quantize-blocks"])] == [0, 1, 2]
-    assert "quantmill_report.html" in shown["quantize-summary"]
+    rows = json.loads(shown["quantize-blocks"])
+    assert [row["block"] for row in rows] == [1, 2, 3]
+    errors = [block["relative_error"] for block in converted["blocks"]]
+    assert [row["relative error"] for row in rows] == pytest.approx(errors, rel=1e-3)
+    assert shown["quantize-summary"].startswith(f"**{verdict(converted)}**")
+    assert shown["quantize-errors"].startswith("data:image/svg+xml;base64,")
+
+
+def test_log_of_the_run_has_lines_of_the_job_and_of_its_workers(prefect_server, converted):
+    found = flow_run_that_wrote(prefect_server, converted["output"].removeprefix("file://"))
+
+    def lines() -> list[str]:
+        return log_of(prefect_server, found["id"])
+
+    wait_until(lambda: any("block 3/3: finished" in line for line in lines()), 60, "the arrival of the log")
+    said = lines()
+    for block in (1, 2, 3):
+        assert sum(line.startswith(f"worker 0: block {block}: written") for line in said) == 1
+        assert sum(line.startswith(f"block {block}/3: finished") for line in said) == 1
 
 
 def test_one_process_gives_the_same_bytes_as_the_flow(converted, inputs, tmp_path):
@@ -219,6 +243,7 @@ def test_run_created_through_the_api_is_executed_by_serve(
     assert set(artifacts_of(prefect_server, run_id)) == {
         "quantize-progress",
         "quantize-blocks",
+        "quantize-errors",
         "quantize-summary",
     }
     wanted = {shard["name"]: shard["sha256"] for shard in converted["shards"]}
