@@ -12,6 +12,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.artifacts import ProgressArtifact, publish_comparison, publish_report
+from flows.notifications import NOTIFIED
 from flows.params import CompareParams, QuantizeParams
 from flows.progress import tell_listener
 from flows.stages import PrefectStages
@@ -37,6 +38,7 @@ def _names_of_all() -> str:
     flow_run_name="{params.title}",
     task_runner=_TASK_RUNNER,
     persist_result=False,
+    **NOTIFIED,
 )
 def quantize_model(params: QuantizeParams) -> dict[str, Any] | list[dict[str, Any]]:
     """Convert a checkpoint into a quantized one, from object storage to object storage.
@@ -61,6 +63,7 @@ def quantize_model(params: QuantizeParams) -> dict[str, Any] | list[dict[str, An
     flow_run_name=_names_of_all,
     task_runner=_TASK_RUNNER,
     persist_result=False,
+    **NOTIFIED,
 )
 def quantize_recipes(conversions: list[QuantizeParams]) -> list[dict[str, Any]]:
     """Convert a checkpoint into several quantized ones; it is read once and runs once for all of them.
@@ -83,6 +86,7 @@ def quantize_recipes(conversions: list[QuantizeParams]) -> list[dict[str, Any]]:
     flow_run_name="{params.title}",
     task_runner=_TASK_RUNNER,
     persist_result=False,
+    **NOTIFIED,
 )
 def compare_schemes(params: CompareParams) -> dict[str, Any]:
     """Convert a checkpoint by several schemes and methods from one reading, and compare what came of it.
