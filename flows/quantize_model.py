@@ -108,7 +108,8 @@ def _convert(requests: Sequence[JobOptions]) -> list[dict[str, Any]]:
     # Ray loads with the first run, not when a deployment is registered or a form is drawn.
     from workers.api import open_crew
 
-    bar, hooks = ProgressArtifact(), CommandHooks(configured_hooks(os.environ.get(HOOKS_VARIABLE)))
+    named = _validated(lambda: configured_hooks(os.environ.get(HOOKS_VARIABLE)))
+    bar, hooks = ProgressArtifact(), CommandHooks(named)
 
     def on_progress(progress: Progress) -> None:
         tell_listener(progress)
