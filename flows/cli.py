@@ -82,8 +82,8 @@ def _dispatch(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         is_here = comparison_request(values).options.runner == "inprocess"
         return run_quantlib(argv) if is_here else _compare(values, arguments)
     if arguments.command not in ("plan", "quantize"):
-        # Refused here, before a process that loads torch is started.
-        publication_wishes(arguments) if arguments.command == "publish" else values_of(arguments)
+        check = publication_wishes if arguments.command == "publish" else values_of
+        check(arguments)  # refused here, before a process that loads torch is started
         return run_quantlib(argv)
     requests = requests_of(arguments)
     if arguments.command == "plan" or any(options.runner == "inprocess" for options in requests):

@@ -116,7 +116,7 @@ def _convert(requests: Sequence[JobOptions], environment: Mapping[str, str]) -> 
     # Ray loads with the first run, not when a deployment is registered or a form is drawn.
     from workers.api import open_crew
 
-    hooks = CommandHooks(configured_hooks(os.environ.get(HOOKS_VARIABLE)))
+    hooks = CommandHooks(validated(lambda: configured_hooks(os.environ.get(HOOKS_VARIABLE))))
     with logs_in_run(), RunView() as view:
 
         def on_progress(progress: Progress) -> None:
