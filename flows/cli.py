@@ -42,7 +42,10 @@ _STATUS = Command(
     help="Conversions that the configured Prefect server knows: state, progress, time left, reason.",
     addresses={},
     others=(
-        ("--limit", {"type": int, "default": 10, "metavar": "N", "help": "The newest N. (default: 10)"}),
+        (
+            "--limit",
+            {"type": int, "default": 10, "metavar": "N", "help": "The newest N, 200 at most. (default: 10)"},
+        ),
         ("--json", {"action": "store_true", "help": "Print JSON instead of text."}),
     ),
 )
