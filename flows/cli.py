@@ -43,7 +43,10 @@ _STATUS = Command(
     help="Conversions that the configured Prefect server knows: state, progress, time left, reason.",
     addresses={},
     others=(
-        ("--limit", {"type": int, "default": 10, "metavar": "N", "help": "The newest N. (default: 10)"}),
+        (
+            "--limit",
+            {"type": int, "default": 10, "metavar": "N", "help": "The newest N, 200 at most. (default: 10)"},
+        ),
         ("--json", {"action": "store_true", "help": "Print JSON instead of text."}),
     ),
 )
@@ -105,10 +108,11 @@ def _quantize(requests: Sequence[JobOptions], arguments: argparse.Namespace) -> 
     from flows.params import params_from
     from flows.progress import progress_heard_by
     from flows.quantize_model import quantize_model, quantize_recipes
+    from flows.suspension import suspension_interrupts
     from quantlib.job.progress_bar import progress_bar
 
     hear_interrupts()
-    with progress_bar() as show, progress_heard_by(show):
+    with suspension_interrupts(), progress_bar() as show, progress_heard_by(show):
         if len(requests) == 1:
             found = quantize_model(params_from(requests[0]))
         else:
@@ -122,11 +126,12 @@ def _compare(values: dict[str, Any], arguments: argparse.Namespace) -> int:
     from flows.params import CompareParams
     from flows.progress import progress_heard_by
     from flows.quantize_model import compare_schemes
+    from flows.suspension import suspension_interrupts
     from quantlib.job.comparison_text import format_comparison
     from quantlib.job.progress_bar import progress_bar
 
     hear_interrupts()
-    with progress_bar() as show, progress_heard_by(show):
+    with suspension_interrupts(), progress_bar() as show, progress_heard_by(show):
         comparison = compare_schemes(CompareParams.model_validate(values))
     print(json.dumps(comparison, indent=1) if arguments.json else format_comparison(comparison))
     return 0

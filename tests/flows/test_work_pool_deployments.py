@@ -98,7 +98,6 @@ def test_deployment_is_on_the_pool_with_its_form_and_pulls_nothing(deployed, dep
     assert found["enforce_parameter_schema"] is True
     assert found["parameter_openapi_schema"]["properties"]
     assert not any(schedule["active"] for schedule in found["schedules"])
-    assert found["job_variables"]["env"] == {"PREFECT_LOGGING_EXTRA_LOGGERS": "quantlib,workers"}
 
 
 @pytest.mark.slow
