@@ -60,6 +60,12 @@ NOTIFIED: dict[str, Any] = {
 }
 
 
+# Of what runs every few minutes, and is worth a word only when it goes wrong.
+NOTIFIED_OF_TROUBLE = {
+    name: hooks for name, hooks in NOTIFIED.items() if name in ("on_failure", "on_crashed")
+}
+
+
 def message(state: State[Any], place: str) -> str:
     """The verdict of a run that completed, the reason of another, and where more can be read."""
     lines = list(_verdict(_result(state))) if state.is_completed() else [state.message or ""]

@@ -1,4 +1,4 @@
-"""The schedule end to end: checkpoints appear on an S3 server, and are converted, left, parked or kept back."""
+"""The schedule end to end: checkpoints appear on an S3 server, are converted, left, parked or kept back."""
 
 import json
 import os
@@ -93,11 +93,7 @@ def wait_for(server: PrefectServer, address: str, count: int, log: Path) -> list
         runs = runs_below(server, address)
         return len(runs) >= count and all(run["state"]["type"] in _FINAL for run in runs)
 
-    try:
-        wait_until(is_done, _LIMIT_S, f"{count} conversions of {address}")
-    except AssertionError:
-        print(log.read_text()[-6000:])
-        raise
+    wait_until(is_done, _LIMIT_S, f"{count} conversions of {address} ({log})")
     return runs_below(server, address)
 
 
