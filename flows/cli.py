@@ -37,6 +37,23 @@ _SERVE = Command(
     addresses={},
     others=(
         ("--limit", {"type": int, "default": 1, "metavar": "N", "help": "Runs at a time. (default: 1)"}),
+        (
+            "--new-checkpoints",
+            {
+                "metavar": "FILE.toml",
+                "help": "What passes over a prefix look for and make: the fields of the form of"
+                " convert-new-checkpoints. With it the schedule is on.",
+            },
+        ),
+        (
+            "--every",
+            {
+                "type": int,
+                "default": 15,
+                "metavar": "MINUTES",
+                "help": "How often such a pass is made. (default: 15)",
+            },
+        ),
     ),
 )
 _STATUS = Command(
@@ -165,16 +182,22 @@ def _print_reports(reports: Sequence[dict[str, Any]], *, is_json: bool) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    _refuse_limit_below_one(arguments.limit)
-    refuse_unreachable_server()
-    from flows.deployments import serve_deployments
+    _refuse_below_one("limit", arguments.limit)
+    _refuse_below_one("every", arguments.every)
+    from flows.params import read_new_checkpoints
 
-    serve_deployments(arguments.limit)
+    file = arguments.new_checkpoints
+    params = None if file is None else read_new_checkpoints(file)
+    refuse_unreachable_server()
+    from flows.deployments import Passes, serve_deployments
+
+    passes = None if params is None else Passes(params=params, every_s=60 * arguments.every)
+    serve_deployments(arguments.limit, passes)
     return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    _refuse_limit_below_one(arguments.limit)
+    _refuse_below_one("limit", arguments.limit)
     refuse_unreachable_server()
     from flows.status import MOST_RUNS, format_conversions, read_conversions
 
@@ -183,8 +206,8 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_limit_below_one(limit: int) -> None:
-    if limit < 1:
-        error = RecipeError(f"limit must be at least 1, found {limit}", option="limit")
+def _refuse_below_one(name: str, value: int) -> None:
+    if value < 1:
+        error = RecipeError(f"{name} must be at least 1, found {value}", option=name)
         error.before_work = True
         raise error
