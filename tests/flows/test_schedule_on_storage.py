@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tests.flows.conftest import PrefectServer, stop, wait_until
+from tests.flows.conftest import REPOSITORY, PrefectServer, stop, wait_until
 from tests.support.checkpoints import CONFIG, write_checkpoint
 from tests.support.s3_server import S3Server
 from tests.support.tiny_jobs import tiny_source, tiny_text
@@ -43,9 +43,11 @@ def serving(prefect_server: PrefectServer, s3_server: S3Server, tmp_path_factory
     """`quantmill serve` on that storage, with one hook; gives its log."""
     folder = tmp_path_factory.mktemp("serve")
     (folder / "hook.py").write_text(_HOOK)
-    (folder / "hooks.toml").write_text(
-        f'smoke = "{sys.executable} {folder / "hook.py"} {{model}} {{report}}"\n'
-    )
+    hooks = {
+        "smoke": f"{sys.executable} {folder / 'hook.py'} {{model}} {{report}}",
+        "elsewhere": "deployment:smoke-test/here",
+    }
+    (folder / "hooks.toml").write_text("".join(f'{name} = "{words}"\n' for name, words in hooks.items()))
     own = {k: v for k, v in prefect_server.environment.items() if not k.startswith("AWS_")}
     environment = own | s3_server.environment | {"QUANTMILL_HOOKS": os.fspath(folder / "hooks.toml")}
     log_path = folder / "serve.log"
@@ -76,6 +78,34 @@ def deployment(prefect_server: PrefectServer, serving: Path) -> str:
 
     wait_until(lambda: found().get("status") == "READY", 180, "the registration")
     return found()["id"]
+
+
+@pytest.fixture
+def smoke_test(prefect_server: PrefectServer, s3_server: S3Server, tmp_path: Path) -> Iterator[None]:
+    """A deployment that is asked as a hook, and whoever executes its runs."""
+    own = {k: v for k, v in prefect_server.environment.items() if not k.startswith("AWS_")}
+    environment = own | s3_server.environment | {"PYTHONPATH": os.fspath(REPOSITORY)}
+    program = REPOSITORY / "tests/flows/smoke_program.py"
+    with (tmp_path / "smoke.log").open("wb") as log:
+        process = subprocess.Popen(
+            [sys.executable, program],
+            env=environment,
+            cwd=tmp_path,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+
+    def is_ready() -> bool:
+        with prefect_server.client() as client:
+            found = client.get("/deployments/name/smoke-test/here")
+        return found.status_code == 200 and found.json()["status"] == "READY"
+
+    try:
+        wait_until(is_ready, 180, "the registration of the smoke test")
+        yield
+    finally:
+        stop(process)
 
 
 def runs_below(server: PrefectServer, address: str) -> list[dict[str, Any]]:
@@ -198,3 +228,27 @@ def test_gate_and_hook_keep_an_output_back(
     found = one_pass(prefect_server, deployment, params)["model"]
     assert found["state"] == "parked"
     assert reason in found["reason"]
+
+
+@pytest.mark.parametrize("name", ["agreed", "refused"])
+def test_deployment_decides_as_a_hook(
+    prefect_server, serving, smoke_test, s3_server, deployment, tmp_path, name
+):
+    put_tiny(s3_server, tmp_path / "model", f"{name}/in/model")
+    params = {
+        "prefix": s3_server.uri(f"{name}/in"),
+        "outputs": s3_server.uri(f"{name}/out"),
+        "recipes": [{**_RECIPE, "hook": "@elsewhere"}],
+        "settle_seconds": 0,
+        "attempts": 1,
+    }
+    assert one_pass(prefect_server, deployment, params)["model"]["state"] == "started"
+    (run,) = wait_for(prefect_server, params["prefix"], 1, serving)
+    is_published = f"{name}/out/model/w4/config.json" in s3_server.keys(f"{name}/out/model/w4/")
+    if name == "agreed":
+        assert run["state"]["type"] == "COMPLETED", run["state"]["message"]
+        assert is_published
+    else:
+        assert run["state"]["type"] == "FAILED"
+        assert "the smoke test on another machine says no" in run["state"]["message"]
+        assert not is_published
