@@ -310,3 +310,10 @@ def test_a_hook_that_reads_the_address_only_has_nothing_fetched(root, s3_environ
     monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(100, 90, 10))
     report = quantize(_options(root, output, hook="echo {output}"))
     assert report["publication"]["hook"]["output_end"] == f"{output}\n"
+
+
+def test_deployment_is_no_hook_without_prefect():
+    hooks = CommandHooks({"elsewhere": "deployment:smoke-test/here"})
+    for hook in ("deployment:smoke-test/here", "@elsewhere"):
+        with pytest.raises(RecipeError, match="a run on a Prefect server"):
+            hooks.refuse_unknown(hook)
