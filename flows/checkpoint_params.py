@@ -26,7 +26,10 @@ def _fields(command: str, more: tuple[str, ...] = ()) -> dict[str, Any]:
         if name != "json":
             own[name] = (*_kind_and_default(settings), settings["help"])
     fields = {
-        name: (kind, Field(default, title=title_of(name), description=words, json_schema_extra={"position": n}))
+        name: (
+            kind,
+            Field(default, title=title_of(name), description=words, json_schema_extra={"position": n}),
+        )
         for n, (name, (kind, default, words)) in enumerate(own.items())
     }
     names = dict.fromkeys((*taken.options, *more))
