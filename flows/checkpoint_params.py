@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pydantic import ConfigDict, Field, create_model
 
-from flows.params import StoredForm, form_field
+from flows.params import StoredForm, form_field, title_of
 from quantlib.job.command_line import COMMANDS
 from quantlib.job.options import JobOptions, option_fields, options_from
 
@@ -26,7 +26,10 @@ def _fields(command: str, more: tuple[str, ...] = ()) -> dict[str, Any]:
         if name != "json":
             own[name] = (*_kind_and_default(settings), settings["help"])
     fields = {
-        name: (kind, Field(default, title=_title(name), description=words, json_schema_extra={"position": n}))
+        name: (
+            kind,
+            Field(default, title=title_of(name), description=words, json_schema_extra={"position": n}),
+        )
         for n, (name, (kind, default, words)) in enumerate(own.items())
     }
     names = dict.fromkeys((*taken.options, *more))
@@ -39,10 +42,6 @@ def _kind_and_default(settings: Mapping[str, Any]) -> tuple[Any, Any]:
     if settings.get("action") == "store_true":
         return bool, False
     return (_TEXT, ...) if settings.get("required") else (_TEXT | None, None)
-
-
-def _title(name: str) -> str:
-    return name.replace("_", " ").capitalize()
 
 
 class OneWorkerParams(StoredForm):

@@ -39,6 +39,22 @@ T = TypeVar("T")
 _LITERAL: Any = Literal
 # Below the fields of any table.
 LAST = 1000
+# What most people fill in comes first; the form is long.
+_FIRST = (
+    "source",
+    "output",
+    "calibration",
+    "evaluation",
+    "scheme",
+    "group_size",
+    "method",
+    "format",
+    "target",
+    "sequences",
+    "sequence_length",
+    "evaluation_sequences",
+)
+_SPELLED = {"kl": "KL", "gpu": "GPU", "gpus": "GPUs"}
 # In a flow the work is always spread over Ray workers; one process is the command line's business.
 _FLOW_RUNNERS = ("ray",)
 
@@ -97,8 +113,18 @@ def form_field(found: dataclasses.Field[Any], option: Option, position: int) -> 
     elif kind is tuple:
         kind = list[RuleParams]
     annotation = kind | None if is_optional(found) else kind
-    title = found.name.replace("_", " ").capitalize()
+    title = title_of(found.name)
     return annotation, Field(_default(found), title=title, description=option.help, json_schema_extra=schema)
+
+
+def title_of(name: str) -> str:
+    """What stands above a field.
+
+    >>> title_of("max_kl"), title_of("gpu_model")
+    ('Max KL', 'GPU model')
+    """
+    words = " ".join(_SPELLED.get(word, word) for word in name.split("_"))
+    return words[0].upper() + words[1:]
 
 
 def _default(found: dataclasses.Field[Any]) -> Any:
@@ -108,15 +134,14 @@ def _default(found: dataclasses.Field[Any]) -> Any:
     return list(found.default) if isinstance(found.default, tuple) else found.default
 
 
-def _fields(table: type) -> dict[str, Any]:
-    return {
-        name: form_field(found, option, position)
-        for position, (name, (found, option)) in enumerate(fields_of(table).items())
-    }
+def _fields(table: type, first: Sequence[str] = ()) -> dict[str, Any]:
+    known = fields_of(table)
+    names = dict.fromkeys((*first, *known))
+    return {name: form_field(*known[name], position) for position, name in enumerate(names)}
 
 
 def _job_fields() -> dict[str, Any]:
-    fields = _fields(JobOptions)
+    fields = _fields(JobOptions, _FIRST)
     found, option = fields_of(JobOptions)["runner"]
     position = list(fields).index("runner")
     fields["runner"] = form_field(found, dataclasses.replace(option, choices=_FLOW_RUNNERS), position)

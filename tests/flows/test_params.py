@@ -46,18 +46,26 @@ def schema() -> dict:
     return QuantizeParams.model_json_schema()
 
 
-def test_form_has_every_option_in_order_with_its_text_and_default():
+def test_form_has_every_option_with_its_text_and_default():
     properties = schema()["properties"]
-    shown = sorted(properties, key=lambda name: properties[name]["position"])
-    assert shown == [*option_fields(), "credentials"]
-    for position, (name, (found, option)) in enumerate(option_fields().items()):
+    assert properties.keys() == {*option_fields(), "credentials"}
+    for name, (found, option) in option_fields().items():
         assert properties[name]["description"] == option.help
-        assert properties[name]["position"] == position
         if name in ("source", "output"):
             assert "default" not in properties[name]
         else:
             assert properties[name]["default"] == ([] if name == "rules" else found.default)
     assert schema()["required"] == ["source", "output"]
+
+
+def test_form_begins_with_what_most_people_fill_in_and_keeps_the_order_of_the_table_below():
+    properties = schema()["properties"]
+    assert len({values["position"] for values in properties.values()}) == len(properties)
+    shown = sorted(properties, key=lambda name: properties[name]["position"])
+    titles = [properties[name]["title"] for name in shown]
+    assert titles[:6] == ["Source", "Output", "Calibration", "Evaluation", "Scheme", "Group size"]
+    rest = shown[shown.index("evaluation_sequences") + 1 :]
+    assert rest == [*(name for name in option_fields() if name in rest), "credentials"]
 
 
 def test_form_has_constraints_where_a_server_can_check_them():
