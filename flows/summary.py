@@ -53,6 +53,7 @@ def summary_markdown(report: Mapping[str, Any]) -> str:
         "\n".join(f"- {warning}" for warning in warnings),
         f"{figures.model_name(report)}: {figures.request(report)}",
         "\n".join(("| | | |", "|---|---|---|", *rows)),
+        "\n".join(_address_lines(report)),
         f"`quantmill report {report['output']}` shows the report in a terminal.",
     )
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -66,9 +67,13 @@ def _summary_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     for sentence in report_publication.sentences(report):
         what, _, detail = sentence.partition(":")
         yield "Publication", what, detail.strip()
-    yield "Source", f"`{report['source']}`", report["model_type"]
-    yield "Output", f"`{report['output']}`", f"{len(report['shards'])} shards"
-    yield "Report", f"`{report_uri(report)}`", ""
+
+
+def _address_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    # Below the table: the page of an artifact breaks no address, and one would push the columns off it.
+    yield f"- Source, {report['model_type']}: `{report['source']}`"
+    yield f"- Output, {len(report['shards'])} shards: `{report['output']}`"
+    yield f"- Report: `{report_uri(report)}`"
 
 
 def output_name(uri: str) -> str:

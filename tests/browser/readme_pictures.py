@@ -64,7 +64,7 @@ def take(ui: PrefectUi, demo: Path, output: Path) -> None:
     ui.wait_for("^Completed$", _RUN_S)
     ui.back(run_id)
     ui.open_artifact("quantize-summary")
-    ui.wait_for("Perplexity", _RUN_S)
+    ui.wait_for("KL divergence", _RUN_S)
     ui.picture("verdict")
 
 

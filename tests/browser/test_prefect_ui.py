@@ -67,7 +67,7 @@ def test_form_refuses_nonsense_and_then_leads_to_a_verdict(
     ui.open_tab("Artifacts")
     ui.open_artifact("quantize-summary")
     figures = report(tmp_path / "output")["evaluation"]
-    ui.wait_for(f"{figures['perplexity_original']:.1f}", _RUN_S)
+    ui.wait_for(f"{figures['perplexity_original']:.3f}", _RUN_S)
     ui.picture("verdict")
     ui.back(run_id)
     ui.open_artifact("quantize-blocks")

@@ -48,13 +48,14 @@ def test_summary_begins_with_the_verdict_then_warnings_then_figures_and_addresse
     ]
     assert "tiny: W4A16, group 64, gptq, gptq" in text
     assert "| Time | **1 min 15 s** | 2 workers |" in text
-    assert "| Report | `s3://models/tiny-w4a16/quantmill_report.html` |  |" in text
+    assert "\n\n- Source, llama: `s3://models/tiny`\n- Output, 1 shards: `s3://models/tiny-w4a16`\n" in text
+    assert "\n- Report: `s3://models/tiny-w4a16/quantmill_report.html`\n" in text
 
 
 def test_summary_of_an_undisturbed_run_has_no_warnings():
     text = summary_markdown(sample_report(fallbacks=[], history={}))
     assert text.startswith("**Good: perplexity")
-    assert "\n- " not in text
+    assert text.split("\n\n")[1].startswith("tiny: W4A16")
 
 
 def test_summary_without_figures_says_why():

@@ -14,7 +14,7 @@ BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 # Nothing but the loopback is there, and root has no sandbox.
 _ARGUMENTS = ("--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage")
 _VISIBLE_S = 90
-_BEFORE_RELOAD_S = 5
+_BEFORE_RELOAD_S = 15
 _SIZE = {"width": 1280, "height": 860}
 
 
