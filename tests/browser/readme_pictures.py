@@ -1,6 +1,6 @@
-"""Makes the pictures of the README anew: the demo's model, converted from the Prefect UI.
+"""Takes screenshots for a README: the demo's model, converted from the Prefect UI.
 
-    python tests/browser/readme_pictures.py infra/pictures
+    python tests/browser/readme_pictures.py FOLDER
 
 Takes the model and the text that ``infra/demo_source.py .demo`` makes, and some minutes. Writes form.png,
 running.png and verdict.png.
