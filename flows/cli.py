@@ -37,13 +37,33 @@ _SERVE = Command(
     addresses={},
     others=(
         ("--limit", {"type": int, "default": 1, "metavar": "N", "help": "Runs at a time. (default: 1)"}),
+        (
+            "--new-checkpoints",
+            {
+                "metavar": "FILE.toml",
+                "help": "What passes over a prefix look for and make: the fields of the form of"
+                " convert-new-checkpoints. With it the schedule is on.",
+            },
+        ),
+        (
+            "--every",
+            {
+                "type": int,
+                "default": 15,
+                "metavar": "MINUTES",
+                "help": "How often such a pass is made. (default: 15)",
+            },
+        ),
     ),
 )
 _STATUS = Command(
     help="Conversions that the configured Prefect server knows: state, progress, time left, reason.",
     addresses={},
     others=(
-        ("--limit", {"type": int, "default": 10, "metavar": "N", "help": "The newest N. (default: 10)"}),
+        (
+            "--limit",
+            {"type": int, "default": 10, "metavar": "N", "help": "The newest N, 200 at most. (default: 10)"},
+        ),
         ("--json", {"action": "store_true", "help": "Print JSON instead of text."}),
     ),
 )
@@ -82,8 +102,8 @@ def _dispatch(arguments: argparse.Namespace, argv: Sequence[str]) -> int:
         is_here = comparison_request(values).options.runner == "inprocess"
         return run_quantlib(argv) if is_here else _compare(values, arguments)
     if arguments.command not in ("plan", "quantize"):
-        # Refused here, before a process that loads torch is started.
-        publication_wishes(arguments) if arguments.command == "publish" else values_of(arguments)
+        check = publication_wishes if arguments.command == "publish" else values_of
+        check(arguments)  # refused here, before a process that loads torch is started
         return run_quantlib(argv)
     requests = requests_of(arguments)
     if arguments.command == "plan" or any(options.runner == "inprocess" for options in requests):
@@ -105,10 +125,11 @@ def _quantize(requests: Sequence[JobOptions], arguments: argparse.Namespace) -> 
     from flows.params import params_from
     from flows.progress import progress_heard_by
     from flows.quantize_model import quantize_model, quantize_recipes
+    from flows.suspension import suspension_interrupts
     from quantlib.job.progress_bar import progress_bar
 
     hear_interrupts()
-    with progress_bar() as show, progress_heard_by(show):
+    with suspension_interrupts(), progress_bar() as show, progress_heard_by(show):
         if len(requests) == 1:
             found = quantize_model(params_from(requests[0]))
         else:
@@ -122,11 +143,12 @@ def _compare(values: dict[str, Any], arguments: argparse.Namespace) -> int:
     from flows.params import CompareParams
     from flows.progress import progress_heard_by
     from flows.quantize_model import compare_schemes
+    from flows.suspension import suspension_interrupts
     from quantlib.job.comparison_text import format_comparison
     from quantlib.job.progress_bar import progress_bar
 
     hear_interrupts()
-    with progress_bar() as show, progress_heard_by(show):
+    with suspension_interrupts(), progress_bar() as show, progress_heard_by(show):
         comparison = compare_schemes(CompareParams.model_validate(values))
     print(json.dumps(comparison, indent=1) if arguments.json else format_comparison(comparison))
     return 0
@@ -160,16 +182,22 @@ def _print_reports(reports: Sequence[dict[str, Any]], *, is_json: bool) -> None:
 
 
 def _serve(arguments: argparse.Namespace) -> int:
-    _refuse_limit_below_one(arguments.limit)
-    refuse_unreachable_server()
-    from flows.deployments import serve_deployments
+    _refuse_below_one("limit", arguments.limit)
+    _refuse_below_one("every", arguments.every)
+    from flows.params import read_new_checkpoints
 
-    serve_deployments(arguments.limit)
+    file = arguments.new_checkpoints
+    params = None if file is None else read_new_checkpoints(file)
+    refuse_unreachable_server()
+    from flows.deployments import Passes, serve_deployments
+
+    passes = None if params is None else Passes(params=params, every_s=60 * arguments.every)
+    serve_deployments(arguments.limit, passes)
     return 0
 
 
 def _status(arguments: argparse.Namespace) -> int:
-    _refuse_limit_below_one(arguments.limit)
+    _refuse_below_one("limit", arguments.limit)
     refuse_unreachable_server()
     from flows.status import MOST_RUNS, format_conversions, read_conversions
 
@@ -178,8 +206,8 @@ def _status(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_limit_below_one(limit: int) -> None:
-    if limit < 1:
-        error = RecipeError(f"limit must be at least 1, found {limit}", option="limit")
+def _refuse_below_one(name: str, value: int) -> None:
+    if value < 1:
+        error = RecipeError(f"{name} must be at least 1, found {value}", option=name)
         error.before_work = True
         raise error

@@ -3,17 +3,18 @@
 For work pools (Kubernetes, several hosts) there is `infra/prefect/prefect.yaml`, with the same names.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefect import Flow, serve
 from prefect.deployments.runner import RunnerDeployment
-from prefect.schedules import Cron
+from prefect.schedules import Cron, Interval
 from prefect.types.entrypoint import EntrypointType
 
 from flows.clean_work import clean_work
 from flows.convert_new_checkpoints import convert_new_checkpoints
 from flows.evaluate_model import evaluate_model
+from flows.params import NewCheckpointsParams
 from flows.quantize_model import compare_schemes, quantize_model, quantize_recipes
 from flows.verify_output import verify_output
 
@@ -24,6 +25,25 @@ _NIGHTLY_PARAMETERS = {
     "calibration": "s3://models/texts/calibration.parquet",
     "evaluation": "s3://models/texts/evaluation.parquet",
 }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Passes:
+    """Passes over a prefix that are made by themselves.
+
+    Attributes:
+        params: What each looks for and makes.
+        every_s: Seconds between two.
+    """
+
+    params: NewCheckpointsParams
+    every_s: int
+
+    @property
+    def further(self) -> dict[str, Any]:
+        """What Prefect is told of their deployment."""
+        values = self.params.model_dump(mode="json", exclude_unset=True)
+        return {"parameters": {"params": values}, "schedules": [Interval(self.every_s)]}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +102,18 @@ SERVED = (
 )
 
 
-def serve_deployments(limit: int) -> None:
+def deployments(passes: Passes | None = None) -> list[RunnerDeployment]:
+    """All of them, as Prefect takes them; that of passes with what they look for, if that is known."""
+    known = {} if passes is None else {convert_new_checkpoints.name: passes.further}
+    given = [replace(served, further=known.get(served.flow.name, served.further)) for served in SERVED]
+    return [served.deployment() for served in given]
+
+
+def serve_deployments(limit: int, passes: Passes | None = None) -> None:
     """Register the deployments and execute their runs until interrupted.
 
     Args:
         limit: Runs at a time; one already uses the whole machine.
+        passes: What passes over a prefix look for; without it none is made by itself.
     """
-    serve(*(served.deployment() for served in SERVED), limit=limit, print_starting_message=False)
+    serve(*deployments(passes), limit=limit, print_starting_message=False)

@@ -32,18 +32,24 @@ def notify(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     slug = os.environ.get(VARIABLE)
     if not slug:
         return
+    log = flow_run_logger(flow_run, flow)
     try:
         block = Block.load(slug)
-        if not isinstance(block, NotificationBlock):
-            raise ValueError(f"{slug} is no notification block but a {type(block).__name__}")
+    except (httpx.HTTPError, ValueError, PrefectException) as error:
+        log.warning("nobody was told how the run ended: %s=%s cannot be loaded: %r", VARIABLE, slug, error)
+        return
+    if not isinstance(block, NotificationBlock):
+        log.warning("nobody was told how the run ended: %s=%s is no notification block", VARIABLE, slug)
+        return
+    subject = f"{flow.name} {flow_run.name}: {state.name}"
+    try:
         with block.raise_on_failure():
             # Typed as a coroutine; outside an event loop it has been sent when the call returns.
-            block.notify(  # pyright: ignore[reportUnusedCoroutine]
-                message(state, _place(flow_run)), f"{flow.name} {flow_run.name}: {state.name}"
-            )
-    except (httpx.HTTPError, OSError, ValueError, PrefectException, NotificationError) as error:
-        log = flow_run_logger(flow_run, flow)
-        log.warning("nobody was told how the run ended: %s=%s: %r", VARIABLE, slug, error)
+            block.notify(message(state, _place(flow_run)), subject)  # pyright: ignore[reportUnusedCoroutine]
+    except (httpx.HTTPError, OSError, ValueError, NotificationError) as error:
+        # What the error says may name the address of a webhook, which is a secret.
+        failed = type(error).__name__
+        log.warning("nobody was told how the run ended: %s=%s failed: %s", VARIABLE, slug, failed)
 
 
 NOTIFIED: dict[str, Any] = {
@@ -51,6 +57,12 @@ NOTIFIED: dict[str, Any] = {
     "on_failure": [notify],
     "on_crashed": [notify],
     "on_cancellation": [notify],
+}
+
+
+# Of what runs every few minutes, and is worth a word only when it goes wrong.
+NOTIFIED_OF_TROUBLE = {
+    name: hooks for name, hooks in NOTIFIED.items() if name in ("on_failure", "on_crashed")
 }
 
 

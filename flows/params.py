@@ -8,10 +8,12 @@ text) is found by `options_from` when the run starts.
 
 import dataclasses
 import os
+import tomllib
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, create_model
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, create_model
 
 from flows.credentials import BLOCK_HELP, BLOCK_NAME
 from quantlib.errors import RecipeError
@@ -345,3 +347,28 @@ def validated(validate: Callable[[], T]) -> T:
     except RecipeError as error:
         error.before_work = True
         raise
+
+
+def read_new_checkpoints(path: str | Path) -> NewCheckpointsParams:
+    """What a pass looks for, and makes, from a TOML file with the fields of its form.
+
+    Raises:
+        RecipeError: With ``before_work`` set: no such file, not TOML, or something in it that cannot be.
+    """
+
+    def read() -> NewCheckpointsParams:
+        try:
+            values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            params = NewCheckpointsParams.model_validate(values)
+        except OSError as error:
+            raise RecipeError(f"{path} cannot be read: {error.strerror}", file=str(path)) from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path} is not valid TOML: {error}", file=str(path)) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise RecipeError(f"{path}: {where}: {first['msg']}", file=str(path)) from error
+        params.to_incoming()
+        return params
+
+    return validated(read)

@@ -15,13 +15,13 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from flows.artifacts import publish_comparison, publish_report
 from flows.credentials import storage_credentials
+from flows.flow_hooks import FlowHooks
 from flows.notifications import NOTIFIED
 from flows.params import CompareParams, QuantizeParams, common_credentials, validated
 from flows.progress import tell_listener
 from flows.run_log import logs_in_run
 from flows.run_view import RunView
 from flows.stages import PrefectStages
-from quantlib.job.command_hooks import CommandHooks
 from quantlib.job.comparison_run import compare
 from quantlib.job.conversion import convert
 from quantlib.job.hook import HOOKS_VARIABLE, configured_hooks
@@ -116,7 +116,7 @@ def _convert(requests: Sequence[JobOptions], environment: Mapping[str, str]) -> 
     # Ray loads with the first run, not when a deployment is registered or a form is drawn.
     from workers.api import open_crew
 
-    hooks = CommandHooks(configured_hooks(os.environ.get(HOOKS_VARIABLE)))
+    hooks = FlowHooks(validated(lambda: configured_hooks(os.environ.get(HOOKS_VARIABLE))))
     with logs_in_run(), RunView() as view:
 
         def on_progress(progress: Progress) -> None:

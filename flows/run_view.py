@@ -16,9 +16,9 @@ from prefect.artifacts import create_progress_artifact, create_table_artifact
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import ArtifactUpdate
 
-from flows.artifacts import BLOCKS_KEY, PROGRESS_KEY, made, warn_of_outage
-from flows.artifacts import OUTAGES as _OUTAGES
+from flows.artifacts import BLOCKS_KEY, OUTAGES, PROGRESS_KEY, made, warn_of_outage
 from flows.summary import block_table
+from quantlib.job.block_figures import BlockFigures, block_figures
 from quantlib.job.stages import Progress
 from quantlib.job.time_left import TimeLeft, with_time_left
 
@@ -40,7 +40,7 @@ class RunView:
         self._left = TimeLeft()
         self._lock = threading.Lock()
         self._now: tuple[float, str] | None = None
-        self._blocks: dict[str, dict[int, Mapping[str, Any]]] = {}
+        self._blocks: dict[str, dict[int, BlockFigures]] = {}
         self._changes = 0
         self._bar, self._table = _Bar(), _Table()
         self._ended = threading.Event()
@@ -71,8 +71,10 @@ class RunView:
                 self._note(report["output"], report["blocks"])
 
     def _note(self, output: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        self._blocks.setdefault(output, {}).update({row["index"]: row for row in rows})
-        self._changes += len(rows)
+        known = self._blocks.setdefault(output, {})
+        for found in map(block_figures, rows):
+            known[found.index] = found
+            self._changes += 1
 
     def _follow(self) -> None:
         is_last = False
@@ -81,7 +83,7 @@ class RunView:
             try:
                 self._bring_up_to_date(is_last=is_last)
                 self._has_outage = False
-            except _OUTAGES as error:
+            except OUTAGES as error:
                 if not self._has_outage:
                     warn_of_outage(error)
                 self._has_outage = True
@@ -89,7 +91,7 @@ class RunView:
     def _bring_up_to_date(self, *, is_last: bool) -> None:
         with self._lock:
             now, changes = self._now, self._changes
-            blocks = {output: list(rows.values()) for output, rows in self._blocks.items()}
+            blocks = {output: list(found.values()) for output, found in self._blocks.items()}
         if now is not None:
             self._bar.show(*now)
         if changes:
@@ -121,7 +123,7 @@ class _Table:
         self._shown = 0
         self._shown_at = float("-inf")
 
-    def show(self, changes: int, blocks: Mapping[str, Sequence[Mapping[str, Any]]], *, is_last: bool) -> None:
+    def show(self, changes: int, blocks: Mapping[str, Sequence[BlockFigures]], *, is_last: bool) -> None:
         is_early = time.monotonic() - self._shown_at < _TABLE_EVERY_S
         if changes == self._shown or (is_early and not is_last):
             return

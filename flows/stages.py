@@ -14,6 +14,7 @@ from prefect.client.schemas.objects import State, TaskRun
 from prefect.tasks import Task, exponential_backoff
 from prefect.utilities.annotations import quote
 
+from flows.suspension import SuspensionWatch
 from quantlib.job.failures import JITTER, POLICIES, policy_for
 from quantlib.job.stages import StageFuture
 
@@ -51,6 +52,9 @@ def run_stage(name: str, call: Any) -> Any:  # noqa: ARG001  (the name is the ru
 class PrefectStages:
     """Starts stages as tasks of the running flow; a `quantlib.job.stages.StageRunner`."""
 
+    def __init__(self) -> None:
+        self._watch = SuspensionWatch()
+
     def submit(self, name: str, function: Callable[..., T], *arguments: Any) -> StageFuture[T]:
         """Start a stage; its future's ``result()`` raises the very error that the stage raised.
 
@@ -58,5 +62,9 @@ class PrefectStages:
             name: For people: ``block 17/80: solve``.
             function: What to call.
             *arguments: Its arguments. Prefect neither looks into them nor keeps them.
+
+        Raises:
+            Pause: Somebody has suspended the run.
         """
+        self._watch.end_if_suspended()
         return run_stage.submit(name, quote(partial(function, *arguments)))

@@ -9,19 +9,19 @@ from typing import Any
 
 from quantlib.job import report_figures as figures
 from quantlib.job import report_publication
-from quantlib.job.block_figures import BlockFigures, block_figures, fallback_words
+from quantlib.job.block_figures import BlockFigures, fallback_words
 from quantlib.job.report import HTML_NAME
 from quantlib.job.report_verdict import concerns, verdict
 
 
-def block_table(blocks: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
+def block_table(blocks: Mapping[str, Sequence[BlockFigures]]) -> list[dict[str, Any]]:
     """One row a block for a table, in the order of the blocks; of several outputs that of each.
 
     Args:
-        blocks: Address of an output -> entries of ``blocks`` of its report, in any order.
+        blocks: Address of an output -> figures of its blocks, in any order.
     """
     several = len(blocks) > 1
-    rows = [(block_figures(row), output) for output, entries in blocks.items() for row in entries]
+    rows = [(found, output) for output, figures_of in blocks.items() for found in figures_of]
     rows.sort(key=lambda row: row[0].index)
     return [_block_row(found, output_name(output) if several else None) for found, output in rows]
 

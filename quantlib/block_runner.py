@@ -566,7 +566,7 @@ def _log_fallbacks(block: int, rows: Sequence[Mapping[str, Any]]) -> None:
     fallen = [row for row in rows if row["fallback"]]
     if fallen:
         first, more = fallen[0], f", and {len(fallen) - 1} linears more" if len(fallen) > 1 else ""
-        words = "block %d, %s: fallback %s with %d tokens%s"
+        words = "block %d, %s: fallback %s with %s tokens%s"
         _LOG.info(words, block + 1, first["name"], first["fallback"], first["tokens"], more)
 
 

@@ -54,8 +54,12 @@ class LogBuffer(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Keep a record, in place of the oldest where there are too many."""
+        try:
+            message = self.format(record)[:MAX_CHARACTERS]
+        except Exception:  # noqa: BLE001 - whoever logs what cannot be formatted goes on, as with any handler
+            self.handleError(record)
+            return
         self._num_lost += len(self._lines) == MAX_LINES
-        message = self.format(record)[:MAX_CHARACTERS]
         self._lines.append(LogLine(record.created, record.levelno, record.name, message))
 
     def drain(self) -> list[LogLine]:

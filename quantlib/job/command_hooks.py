@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO, Any
 
-from quantlib.errors import HookError
-from quantlib.job.hook import MODEL, OUTPUT, REPORT, command_of, words_of
+from quantlib.errors import HookError, RecipeError
+from quantlib.job.hook import MODEL, OUTPUT, REPORT, command_of, deployment_in, words_of
 from quantlib.job.local_model import LocalPlaces, local_places
 from quantlib.job.staged_output import StagedOutput
 
@@ -39,7 +39,14 @@ class CommandHooks:
 
     def refuse_unknown(self, hook: str) -> None:
         """See `quantlib.job.publishing.Hooks.refuse_unknown`."""
-        words_of(command_of(hook, self._named))
+        command = command_of(hook, self._named)
+        if deployment_in(command) is not None:
+            raise RecipeError(
+                f"hook {command} is a run on a Prefect server, and this command uses none; start the"
+                " conversion through Prefect (runner ray), or name a command",
+                option="hook",
+            )
+        words_of(command)
 
     def run(self, hook: str, timeout_s: int, staged: StagedOutput) -> dict[str, Any]:
         """See `quantlib.job.publishing.Hooks.run`."""

@@ -4,6 +4,7 @@ A hook is a command, split into words as a shell would and started without one; 
 that the operator of this installation wrote down. Forms take names only, as whoever fills them in must not
 choose what runs on a worker. In a command ``{model}`` stands for a local folder that loads as any checkpoint,
 ``{output}`` for the address of the output and ``{report}`` for the report as a local JSON file.
+``deployment:FLOW/NAME`` is a run of a Prefect deployment instead, which flows alone can begin.
 """
 
 import re
@@ -17,6 +18,7 @@ from quantlib.errors import RecipeError
 # Whose value is the path of a TOML file: name -> command.
 HOOKS_VARIABLE = "QUANTMILL_HOOKS"
 NAME_PATTERN = r"^@[A-Za-z0-9][A-Za-z0-9._-]*$"
+_DEPLOYMENT = "deployment:"
 MODEL, OUTPUT, REPORT = "{model}", "{output}", "{report}"
 
 
@@ -45,6 +47,15 @@ def is_name(hook: str) -> bool:
     (True, False)
     """
     return hook.startswith("@")
+
+
+def deployment_in(command: str) -> str | None:
+    """The deployment that a command stands for; None for a command that is one.
+
+    >>> deployment_in("deployment:smoke-test/gpu"), deployment_in("smoke {model}")
+    ('smoke-test/gpu', None)
+    """
+    return command.removeprefix(_DEPLOYMENT) if command.startswith(_DEPLOYMENT) else None
 
 
 def check_hook(hook: str) -> None:

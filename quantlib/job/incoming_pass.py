@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from quantlib.errors import CheckpointError, ObjectNotFoundError, RecipeError, StorageError
+from quantlib.errors import CheckpointError, RecipeError, StorageError, TransientStorageError
 from quantlib.job.bundle import refuse_other_values
 from quantlib.job.conversion_records import Attempt, ConversionRecord, StoredRecord, wanted_digest
 from quantlib.job.conversion_runs import BegunRuns, Runs
@@ -44,7 +44,7 @@ def convert_incoming(incoming: Incoming, runs: Runs, *, now_s: float) -> list[Ro
 
     Raises:
         RecipeError: A recipe is wrong, or the recipes cannot be made from one reading; with ``before_work``.
-        StorageError: The store does not answer, or refuses.
+        StorageError: The store does not answer, or refuses the prefix, the outputs or the records.
     """
     try:
         _refuse_wrong_recipes(incoming)
@@ -104,7 +104,10 @@ class _Pass:
         row = Row(checkpoint=folder.name, state="made", run_id=run_id)
         try:
             source = source_files(self._source_store, folder)
-        except (CheckpointError, ObjectNotFoundError) as error:
+        except TransientStorageError:
+            raise
+        except (CheckpointError, StorageError) as error:
+            # What is wrong with one checkpoint must not keep the others from being looked at.
             return _in_state(row, "incomplete", error.message)
         try:
             requests = _requests(self._incoming.recipes, folder.uri, join_uri(self._outputs, folder.name))

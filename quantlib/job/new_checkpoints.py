@@ -21,7 +21,7 @@ from quantlib.checkpoint.index import (
     shard_files,
 )
 from quantlib.checkpoint.stated_quantization import config_digest, quantization_of, without_quantization
-from quantlib.errors import CheckpointError, ObjectNotFoundError
+from quantlib.errors import CheckpointError, StorageError, TransientStorageError
 from quantlib.job.provenance import PROVENANCE_NAME
 from quantlib.storage import ObjectInfo, Store, uri_name
 
@@ -120,7 +120,7 @@ def source_files(store: Store, folder: CheckpointFolder) -> SourceFiles:
 
     Raises:
         CheckpointError: Its config.json or index is missing or damaged, or a shard is missing.
-        ObjectNotFoundError: It changes while it is looked at.
+        StorageError: An object is gone by now, or may not be read.
 
     Cost: reads config.json and the index.
     """
@@ -140,13 +140,18 @@ def source_files(store: Store, folder: CheckpointFolder) -> SourceFiles:
 
 
 def fault_of(store: Store, folder: CheckpointFolder) -> str | None:
-    """Why a checkpoint is not whole; None of one that is.
+    """Why a checkpoint is not whole, or cannot be read; None of one that is.
+
+    Raises:
+        TransientStorageError: The store does not answer.
 
     Cost: reads config.json, the index and the headers of all shards.
     """
     try:
         open_checkpoint(store, folder.uri)
-    except (CheckpointError, ObjectNotFoundError) as error:
+    except TransientStorageError:
+        raise
+    except (CheckpointError, StorageError) as error:
         return error.message
     return None
 

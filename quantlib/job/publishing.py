@@ -47,7 +47,7 @@ class Hooks(Protocol):
         ...
 
     def stop(self) -> None:
-        """End the hook that is running, with all that it started."""
+        """End the hook that is running, with all that it started; none is begun any more."""
         ...
 
 
@@ -116,6 +116,8 @@ def _passed(staged: StagedOutput) -> StagedOutput:
 def _carried_out(staged: StagedOutput, hooks: Hooks, call: Call) -> dict[str, Any]:
     try:
         return call("hook", hooks.run, staged.options["hook"], staged.options["hook_timeout"], staged)
+    except QuantError:
+        raise
     except BaseException:
         # Whoever interrupts the run is not heard by the thread that waits for the hook.
         hooks.stop()

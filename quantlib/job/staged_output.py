@@ -31,6 +31,8 @@ _WANTED: dict[str, Any] = {
     "evaluation": dict | None,
 }
 WHEN_PASSED, STAGED_ONLY = "when-passed", "staged"
+# Below the work prefix.
+STAGED_FOLDER = "staged"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +71,7 @@ class StagedOutput:
 
     def file_names(self) -> list[str]:
         """Names of the files that wait, without the report."""
-        found = self.work_store.list(join_uri(self.work, "staged"))
+        found = self.work_store.list(join_uri(self.work, STAGED_FOLDER))
         return [name for name in (uri_name(info.uri) for info in found) if name != REPORT_NAME]
 
     def read_file(self, name: str) -> bytes:
@@ -79,7 +81,7 @@ class StagedOutput:
 
 def staged_uri(work: str, name: str) -> str:
     """Where a file waits to be published."""
-    return join_uri(work, "staged", name)
+    return join_uri(work, STAGED_FOLDER, name)
 
 
 def store_staged(

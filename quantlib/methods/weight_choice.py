@@ -26,8 +26,8 @@ def choose_weights(
 
     Shapes:
         weight_RC: floating [R, C], finite.
-        saliency_C: [C], not negative, what a squared error in a column costs; None for the same everywhere. By
-            1 / diag(H^-1) it costs that much after all other columns have made up for it.
+        saliency_C: [C], not negative, what a squared error in a column costs; None for the same everywhere.
+            By 1 / diag(H^-1) it costs that much after all other columns have made up for it.
 
     Args:
         count: M; at most C.

@@ -84,7 +84,12 @@ def running_prefect_server(home: Path) -> Iterator[tuple[PrefectServer, subproce
     """A server with its own home on a free port, and its process."""
     port = _free_port()
     api_url = f"http://127.0.0.1:{port}/api"
-    environment = clean_environment(home) | {"PREFECT_SERVER_UI_API_URL": api_url}
+    settings = {
+        "PREFECT_SERVER_UI_API_URL": api_url,
+        # How often it looks at schedules; by default once a minute.
+        "PREFECT_SERVER_SERVICES_SCHEDULER_LOOP_SECONDS": "5",
+    }
+    environment = clean_environment(home) | settings
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     with (home / "server.log").open("wb") as log:
         process = subprocess.Popen(

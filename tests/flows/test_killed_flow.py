@@ -1,14 +1,18 @@
 """The process of the flow, killed and stopped: the same command finishes the job, to the same bytes."""
 
+import json
 import os
 import random
 import signal
 import subprocess
 import sys
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from prefect.client.orchestration import SyncPrefectClient
 
 from quantlib.inprocess import quantize
 from tests.flows.conftest import PrefectServer, clean_environment, stop, wait_until
@@ -175,3 +179,82 @@ def _worker_pids() -> set[int]:
             if title.startswith(b"ray::BlockWorker"):
                 found.add(int(entry.name))
     return found
+
+
+def test_suspended_run_frees_its_workers_and_goes_on_when_resumed(
+    root, expected, prefect_server: PrefectServer, running_nodes: RayNodes, tmp_path
+):
+    output, log = root / "suspended", tmp_path / "log"
+    given = {"ray_address": running_nodes.address, "workers": 2}
+    others = _worker_pids()
+    process = _start([str(QUANTMILL), "serve"], prefect_server.environment, log)
+    try:
+        wait_until(lambda: _is_served(prefect_server), 120, "the registration")
+        deployment = prefect_server.deployment("on-demand")
+        with prefect_server.client() as client:
+            body = {"parameters": {"params": _values(root, output, **given)}}
+            created = client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body)
+            assert created.status_code == 201, created.text
+            run = f"/flow_runs/{created.json()['id']}"
+
+            def state() -> dict[str, Any]:
+                return client.get(run).json()["state"]
+
+            wait_until(lambda: _records(output) >= 2, _STEPS_S, f"two units, {_last_lines(log)}")
+            workers = _worker_pids() - others
+            assert len(workers) >= 2
+            _suspend(client, created.json()["id"])
+            wait_until(lambda: not (_worker_pids() & workers), 60, f"freeing {workers}, {_last_lines(log)}")
+            done = _records(output)
+            assert not (output / "config.json").exists()
+            assert state()["name"] == "Suspended", _last_lines(log)
+            # Prefect's client asks again where SQLite was busy with the end of the run's tasks.
+            with SyncPrefectClient(prefect_server.api_url) as patient:
+                assert patient.resume_flow_run(created.json()["id"]).status == "ACCEPT"
+            wait_until(lambda: state()["type"] in ("COMPLETED", "FAILED", "CRASHED"), _STEPS_S, "the end")
+            assert state()["type"] == "COMPLETED", _last_lines(log)
+    finally:
+        stop(process)
+    assert shard_digests(output) == expected
+    report = json.loads((output / "quantmill_report.json").read_text())
+    assert len(report["history"]["reused_units"]) >= done
+
+
+def _suspend(client: httpx.Client, run_id: str) -> None:
+    """What the Prefect UI sends for its Pause button."""
+    in_an_hour = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    details = {"pause_reschedule": True, "pause_timeout": in_an_hour}
+    wanted = {"type": "PAUSED", "name": "Suspended", "state_details": details}
+    answer = client.post(f"/flow_runs/{run_id}/set_state", json={"state": wanted, "force": True}).json()
+    assert answer["status"] == "ACCEPT", answer
+
+
+def test_command_whose_run_is_suspended_ends_and_can_be_started_again(
+    root, expected, prefect_server: PrefectServer, running_nodes: RayNodes, tmp_path
+):
+    output, log = root / "suspended-command", tmp_path / "log"
+    given = {"ray_address": running_nodes.address, "workers": 2}
+    others = _worker_pids()
+    process = _start(_command(root, output, **given), prefect_server.environment, log)
+    try:
+        with prefect_server.client() as client:
+
+            def running() -> list[str]:
+                query = {"flow_runs": {"state": {"type": {"any_": ["RUNNING"]}}}}
+                runs = client.post("/flow_runs/filter", json=query).json()
+                found = ((run["id"], run["parameters"].get("params", {}).get("output")) for run in runs)
+                return [run_id for run_id, wanted in found if wanted == str(output)]
+
+            # The workers are being placed; no stage has begun.
+            wait_until(lambda: running() != [] or process.poll() is not None, 120, "the run")
+            (run_id,) = running()
+            _suspend(client, run_id)
+            assert process.wait(120) == 130, _last_lines(log)
+            assert client.get(f"/flow_runs/{run_id}").json()["state"]["name"] == "Suspended"
+    finally:
+        stop(process)
+    assert "quantmill: interrupted" in log.read_text()
+    assert not (output / "config.json").exists()
+    wait_until(lambda: _worker_pids() <= others, 30, "freeing the workers")
+    quantize(tiny_options(root, source=str(root / "deep"), output=str(output)))
+    assert shard_digests(output) == expected

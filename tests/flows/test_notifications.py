@@ -19,12 +19,13 @@ from tests.flows.sample_report import sample_report
 _SAVE = """
 import sys
 from prefect.blocks.notifications import CustomWebhookNotificationBlock
-CustomWebhookNotificationBlock(
-    name="team",
-    url=sys.argv[1],
-    json_data={"subject": "{{subject}}", "body": "{{body}}"},
-    allow_private_urls=True,
-).save("of-the-test", overwrite=True)
+for name, path in (("of-the-test", ""), ("of-the-test-refuses", "a-secret")):
+    CustomWebhookNotificationBlock(
+        name="team",
+        url=sys.argv[1] + path,
+        json_data={"subject": "{{subject}}", "body": "{{body}}"},
+        allow_private_urls=True,
+    ).save(name, overwrite=True)
 """
 
 
@@ -54,8 +55,10 @@ def webhook() -> Iterator[tuple[str, list[dict[str, Any]]]]:
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
-            received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            self.send_response(204)
+            sent = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            if self.path == "/":
+                received.append(sent)
+            self.send_response(204 if self.path == "/" else 403)
             self.end_headers()
 
         def log_message(self, format: str, *args: Any) -> None:
@@ -106,8 +109,10 @@ def test_ended_runs_are_told_with_verdict_or_reason_and_where_to_look(prefect_se
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("slug", ["custom-webhook/nobody", "no-slug", ""])
-def test_run_goes_on_where_nobody_can_be_told(prefect_server, slug):
+@pytest.mark.parametrize(
+    "slug", ["custom-webhook/of-the-test-refuses", "custom-webhook/nobody", "no-slug", ""]
+)
+def test_run_goes_on_where_nobody_can_be_told(prefect_server, block, slug):
     ended = run_program(
         prefect_server,
         "-m",
@@ -117,3 +122,4 @@ def test_run_goes_on_where_nobody_can_be_told(prefect_server, slug):
     assert set(json.loads(ended.stdout)) == {"completed", "failed", "crashed"}
     assert ended.stderr.count("nobody was told") == (3 if slug else 0)
     assert "An error was encountered while running hook" not in ended.stderr
+    assert "a-secret" not in ended.stderr

@@ -7,7 +7,14 @@ import pytest
 from prefect.utilities.collections import visit_collection
 from pydantic import ValidationError
 
-from flows.params import CompareParams, NewCheckpointsParams, QuantizeParams, RecipeParams, params_from
+from flows.params import (
+    CompareParams,
+    NewCheckpointsParams,
+    QuantizeParams,
+    RecipeParams,
+    params_from,
+    read_new_checkpoints,
+)
 from flows.quantize_model import quantize_model
 from quantlib.errors import RecipeError
 from quantlib.job.comparison_request import NOT_COMPARED, OUTPUT_HELP, SCHEMES_HELP, comparison_request
@@ -371,3 +378,44 @@ def test_form_of_one_layout_of_several_holds_its_whole_request():
     for request in requests_of_formats(options_from(values)):
         sent = json.loads(params_from(request).model_dump_json(exclude_unset=True))
         assert QuantizeParams.model_validate(sent).to_options() == request
+
+
+FILE = """
+prefix = "incoming"
+outputs = "made"
+settle_seconds = 0
+
+[[recipes]]
+name = "w4"
+method = "rtn"
+rules = [{ match = "lm_head", keep = true }]
+"""
+
+
+def test_a_pass_is_read_from_a_file(tmp_path):
+    (tmp_path / "incoming.toml").write_text(FILE)
+    params = read_new_checkpoints(tmp_path / "incoming.toml")
+    assert (params.prefix, params.outputs, params.settle_seconds) == ("incoming", "made", 0)
+    assert params.to_incoming().recipes == {
+        "w4": {"method": "rtn", "rules": [{"match": "lm_head", "keep": True}]}
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("prefix = ", "not valid TOML"),
+        (FILE.replace("outputs", "output"), "outputs"),
+        (FILE.replace("settle_seconds = 0", "settle_seconds = -1"), "settle_seconds"),
+        (FILE.replace('method = "rtn"', 'method = "awq"'), r"recipes\.0\.method"),
+        (FILE + '[[recipes]]\nname = "w4"\n', "two recipes have one name"),
+        (None, "cannot be read"),
+    ],
+)
+def test_a_file_that_says_no_pass_is_refused_before_work(tmp_path, text, said):
+    path = tmp_path / "incoming.toml"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(RecipeError, match=said) as raised:
+        read_new_checkpoints(path)
+    assert raised.value.before_work

@@ -2,9 +2,12 @@
 
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +15,14 @@ import pytest
 import yaml
 
 from flows.params import QuantizeParams
+from tests.benchmarks.cpu_seconds import descendants
 from tests.flows.conftest import REPOSITORY, PrefectServer, stop, wait_until
 from tests.support.tiny_jobs import tiny_source
 
 FILE = REPOSITORY / "infra/prefect/prefect.yaml"
 POOL = "pool-of-the-test"
+# The shortest that Prefect allows.
+_HEARTBEAT_S = 30
 DEPLOYMENTS: list[dict[str, Any]] = yaml.safe_load(FILE.read_text())["deployments"]
 NAMES = [deployment["name"] for deployment in DEPLOYMENTS]
 CONVERSIONS = {"quantize-model", "quantize-recipes", "compare-schemes"}
@@ -98,7 +104,6 @@ def test_deployment_is_on_the_pool_with_its_form_and_pulls_nothing(deployed, dep
     assert found["enforce_parameter_schema"] is True
     assert found["parameter_openapi_schema"]["properties"]
     assert not any(schedule["active"] for schedule in found["schedules"])
-    assert found["job_variables"]["env"] == {"PREFECT_LOGGING_EXTRA_LOGGERS": "quantlib,workers"}
 
 
 @pytest.mark.slow
@@ -118,41 +123,128 @@ def test_nightly_schedule_bears_its_own_parameters_and_leaves_the_form_empty(dep
     assert found["parameters"] == {}
 
 
-@pytest.mark.slow
-def test_worker_of_a_process_pool_executes_a_conversion(deployed, tmp_path):
-    tiny_source(tmp_path / "tiny")
+def begin(server: PrefectServer, folder: Path, **more: Any) -> str:
+    """A run of quantize-model on a deep tiny model; gives its id."""
+    source = tiny_source(folder / "tiny", num_hidden_layers=24)
     params = {
-        "source": str(tmp_path / "tiny"),
-        "output": str(tmp_path / "out"),
+        "source": str(source),
+        "output": str(folder / "out"),
         "method": "rtn",
         "group_size": 32,
         "workers": 1,
         "threads_per_worker": 1,
         "device": "cpu",
+        **more,
     }
-    with deployed.client() as client:
-        path = f"/deployments/{stored(deployed, 'quantize-model')['id']}/create_flow_run"
+    with server.client() as client:
+        path = f"/deployments/{stored(server, 'quantize-model')['id']}/create_flow_run"
         created = client.post(path, json={"parameters": {"params": params}})
     assert created.status_code == 201, created.text
-    run_id = created.json()["id"]
+    return created.json()["id"]
 
-    def state() -> dict[str, Any]:
-        with deployed.client() as client:
-            return client.get(f"/flow_runs/{run_id}").json()["state"]
 
-    environment = deployed.environment | {"PYTHONPATH": str(REPOSITORY)}
-    words = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "test"]
-    with (tmp_path / "worker.log").open("wb") as log:
-        worker = subprocess.Popen(
-            words, env=environment, cwd=tmp_path, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+def state_of(server: PrefectServer, run_id: str) -> dict[str, Any]:
+    with server.client() as client:
+        return client.get(f"/flow_runs/{run_id}").json()["state"]
+
+
+def ended(server: PrefectServer, run_id: str, log: Path) -> dict[str, Any]:
+    """The last state of a run that somebody executes."""
+    final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
+    wait_until(lambda: state_of(server, run_id)["type"] in final, 300, f"the run of the worker ({log})")
+    return state_of(server, run_id)
+
+
+def pool_worker(server: PrefectServer, folder: Path) -> subprocess.Popen:
+    """A worker of the pool, and what it starts, in a group of its own; heartbeats come as often as can be."""
+    settings = {"PYTHONPATH": str(REPOSITORY), "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(_HEARTBEAT_S)}
+    words = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", folder.name]
+    with (folder / "worker.log").open("ab") as log:
+        return subprocess.Popen(
+            words,
+            env=server.environment | settings,
+            cwd=folder,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
+
+
+def wait_for_units(folder: Path, count: int) -> None:
+    records = folder / "out.quantmill" / "done"
+    wait_until(lambda: len(list(records.glob("*.json"))) >= count, 300, f"{count} units")
+
+
+@pytest.mark.slow
+def test_worker_of_a_process_pool_executes_a_conversion(deployed, tmp_path):
+    run_id, worker = begin(deployed, tmp_path), pool_worker(deployed, tmp_path)
     try:
-        final = ("COMPLETED", "FAILED", "CRASHED", "CANCELLED")
-        wait_until(lambda: state()["type"] in final, 300, "the run of the worker")
+        state = ended(deployed, run_id, tmp_path / "worker.log")
     finally:
         stop(worker)
-    assert state()["type"] == "COMPLETED", (tmp_path / "worker.log").read_text()[-3000:]
+    assert state["type"] == "COMPLETED", state
     assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.slow
+def test_run_whose_pool_worker_is_killed_is_crashed_and_goes_on_when_it_is_retried(deployed, tmp_path):
+    # The run's own log lines end with it: its terminal was the worker.
+    run_id, worker = begin(deployed, tmp_path), pool_worker(deployed, tmp_path)
+    try:
+        wait_for_units(tmp_path, 2)
+        os.kill(worker.pid, signal.SIGKILL)
+        worker.wait()
+        assert ended(deployed, run_id, tmp_path / "worker.log")["type"] == "CRASHED"
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+    retry_and_finish(deployed, run_id, tmp_path, finished=2)
+
+
+@pytest.mark.slow
+def test_run_whose_machine_dies_is_crashed_and_goes_on_when_it_is_retried(deployed, tmp_path):
+    wanted = yaml.safe_load((FILE.parent / "automations.yaml").read_text())["automations"][:1]
+    wanted[0]["trigger"]["within"] = 2 * _HEARTBEAT_S
+    (tmp_path / "automations.json").write_text(json.dumps({"automations": wanted}))
+    prefect(deployed, tmp_path, "automation", "create", "--from-file", str(tmp_path / "automations.json"))
+    run_id, worker = begin(deployed, tmp_path), pool_worker(deployed, tmp_path)
+    try:
+        wait_for_units(tmp_path, 3)
+    finally:
+        kill_all(worker.pid)
+        worker.wait()
+    assert state_of(deployed, run_id)["type"] == "RUNNING"
+    wait_until(lambda: state_of(deployed, run_id)["type"] == "CRASHED", 8 * _HEARTBEAT_S, "the automation")
+    remove_automations(deployed)
+    retry_and_finish(deployed, run_id, tmp_path, finished=3)
+
+
+def retry_and_finish(server: PrefectServer, run_id: str, folder: Path, *, finished: int) -> None:
+    """Retry a run, as the button of the UI does, and have another worker execute it."""
+    worker = pool_worker(server, folder)
+    try:
+        prefect(server, folder, "flow-run", "retry", run_id)
+        wait_until(lambda: state_of(server, run_id)["type"] != "CRASHED", 60, "the retry")
+        state = ended(server, run_id, folder / "worker.log")
+    finally:
+        stop(worker)
+    assert state["type"] == "COMPLETED", state
+    history = json.loads((folder / "out" / "quantmill_report.json").read_text())["history"]
+    assert len(history["reused_units"]) >= finished
+
+
+def kill_all(pid: int) -> None:
+    """Kill a process and all that it started, as a power cut would."""
+    for one in (*descendants(pid), pid):
+        with suppress(ProcessLookupError):
+            os.kill(one, signal.SIGKILL)
+
+
+def remove_automations(server: PrefectServer) -> None:
+    with server.client() as client:
+        for found in client.post("/automations/filter", json={}).json():
+            if found["name"].startswith("quantmill-"):
+                client.delete(f"/automations/{found['id']}").raise_for_status()
 
 
 @pytest.mark.slow

@@ -243,6 +243,14 @@ def test_the_hook_of_one_output_keeps_no_other_from_being_published(root, tmp_pa
     assert (tmp_path / "b" / CONFIG_NAME).exists()
 
 
+def test_a_hook_that_cannot_be_started_keeps_no_other_from_being_asked(root, tmp_path):
+    first = _options(root, tmp_path / "a", hook="/nowhere/smoke")
+    second = _options(root, tmp_path / "b", scheme="W8A16", hook=f"touch {tmp_path}/asked")
+    with pytest.raises(HookError, match=r"a \(its hook cannot be started: .*published: b"):
+        quantize_all([first, second])
+    assert (tmp_path / "asked").exists()
+
+
 def test_a_hook_is_not_asked_where_a_gate_is_broken_or_publication_is_for_later(root, tmp_path):
     hook = f"touch {tmp_path}/asked"
     with pytest.raises(Exception, match="max_kl allows"):
@@ -302,3 +310,10 @@ def test_a_hook_that_reads_the_address_only_has_nothing_fetched(root, s3_environ
     monkeypatch.setattr(shutil, "disk_usage", lambda _: _Usage(100, 90, 10))
     report = quantize(_options(root, output, hook="echo {output}"))
     assert report["publication"]["hook"]["output_end"] == f"{output}\n"
+
+
+def test_deployment_is_no_hook_without_prefect():
+    hooks = CommandHooks({"elsewhere": "deployment:smoke-test/here"})
+    for hook in ("deployment:smoke-test/here", "@elsewhere"):
+        with pytest.raises(RecipeError, match="a run on a Prefect server"):
+            hooks.refuse_unknown(hook)

@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 
 from quantlib.checkpoint.index import list_folder
-from quantlib.errors import QuantError, RecipeError
+from quantlib.errors import QuantError, RecipeError, StorageError, TransientStorageError
 from quantlib.inprocess import quantize_all
+from quantlib.job import incoming_pass
 from quantlib.job.conversion_runs import Runs
 from quantlib.job.incoming import STATES, Incoming, Row, summary_of
 from quantlib.job.incoming_pass import convert_incoming
@@ -26,6 +27,7 @@ from quantlib.job.new_checkpoints import CheckpointFolder, source_files
 from quantlib.job.options import JobOptions, options_from
 from quantlib.job.planner import build_plan
 from quantlib.storage import open_store
+from quantlib.storage.local_engine import LocalStore
 from tests.support.checkpoints import write_checkpoint
 from tests.support.keyed_runs import COMPLETED, CRASHED, KeyedRuns
 from tests.support.tiny_jobs import tiny_source
@@ -114,6 +116,45 @@ def test_checkpoint_with_a_broken_header_is_not_begun(incoming):
     runs = KeyedRuns()
     assert states(incoming, runs) == {"m": "incomplete"}
     assert not runs.requests
+
+
+class RefusingStore(LocalStore):
+    """A store that may not read some objects."""
+
+    def __init__(self, refused: str, error: type[StorageError]) -> None:
+        super().__init__()
+        self._refused = refused
+        self._error = error
+
+    def read(self, uri):
+        return super().read(self._checked(uri))
+
+    def read_ranges(self, info, ranges):
+        self._checked(info.uri)
+        return super().read_ranges(info, ranges)
+
+    def _checked(self, uri: str) -> str:
+        if uri.endswith(self._refused):
+            raise self._error(f"reading {uri} is refused", uri=uri)
+        return uri
+
+
+@pytest.mark.parametrize("refused", ["/a/config.json", "/a/model-00002-of-00003.safetensors"])
+def test_checkpoint_that_may_not_be_read_keeps_no_other_from_being_converted(incoming, monkeypatch, refused):
+    for name in "ab":
+        checkpoint(incoming, name)
+    monkeypatch.setattr(incoming_pass, "open_store", lambda *_: RefusingStore(refused, StorageError))
+    first, second = rows(incoming, KeyedRuns())
+    assert (first.state, second.state) == ("incomplete", "started")
+    assert f"{refused} is refused" in first.reason
+
+
+@pytest.mark.parametrize("refused", ["/a/config.json", "/a/model-00002-of-00003.safetensors"])
+def test_store_that_does_not_answer_ends_the_pass(incoming, monkeypatch, refused):
+    checkpoint(incoming, "a")
+    monkeypatch.setattr(incoming_pass, "open_store", lambda *_: RefusingStore(refused, TransientStorageError))
+    with pytest.raises(TransientStorageError):
+        rows(incoming, KeyedRuns())
 
 
 def test_no_more_runs_at_a_time_than_allowed(incoming):

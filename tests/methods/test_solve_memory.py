@@ -54,10 +54,11 @@ print(beside(int(sys.argv[1]), eval(sys.argv[2]), dtype, **settings))
         ([TILE_ROWS, TILE_ROWS], {}, "float32"),
         ([64], {"scale_search": "inverse-hessian"}, "float32"),
         ([TILE_ROWS], {"descent_passes": 1, "refits_scales": True}, "float32"),
+        ([2 * TILE_ROWS], {"outlier_weights": 5}, "float32"),
         # Six tiles of weights that fp32 would take twice the room for.
         ([3 * TILE_ROWS, 3 * TILE_ROWS], {}, "bfloat16"),
     ],
-    ids=["a tile", "two tiles", "a stack", "two linears", "inverse", "passes", "wide"],
+    ids=["a tile", "two tiles", "a stack", "two linears", "inverse", "passes", "weights", "wide"],
 )
 def test_solve_memory_is_bounded(rows, settings, dtype):
     """Freed memory goes back at once (MALLOC_MMAP_THRESHOLD_), so that the peak is what is in use."""

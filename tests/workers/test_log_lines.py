@@ -70,6 +70,12 @@ def test_buffer_is_bounded_and_says_what_it_lost():
     assert [line.message for line in buffer.drain()] == ["after"]
 
 
+def test_record_that_cannot_be_formatted_is_no_failure_of_whoever_logs():
+    buffer = LogBuffer()
+    buffer.handle(_record("%d", args=("seven",)))
+    assert buffer.drain() == []
+
+
 def test_line_appears_under_its_logger_with_its_own_time_and_level(heard):
     log_line(3, LogLine(1234.25, logging.WARNING, "quantlib.job.run", "100 % done"))
     log_line(3, LogLine(1234.25, logging.DEBUG, "quantlib.job.run", "too small"))
