@@ -1,4 +1,4 @@
-"""A person in front of the Prefect UI: fills in a form and reads what came of the run."""
+"""A person in front of the Prefect UI: fills in a form, watches a run, cancels one and retries it."""
 
 import json
 from pathlib import Path
@@ -12,7 +12,10 @@ from tests.support.tiny_jobs import tiny_source, tiny_text
 
 pytestmark = pytest.mark.slow
 
-_RUN_S = 300
+_RUN_S = 900
+_CANCEL_S = 90
+# So many that there is time to cancel before the last one is through.
+_BLOCKS = 160
 
 
 @pytest.fixture
@@ -70,3 +73,27 @@ def test_form_refuses_nonsense_and_then_leads_to_a_verdict(
     ui.open_artifact("quantize-blocks")
     ui.wait_for("worst linear", _RUN_S)
     ui.picture("blocks")
+
+
+def test_run_cancelled_and_retried_in_the_page_takes_over_what_was_finished(
+    ui: PrefectUi, request_values, tmp_path
+):
+    source = tiny_source(tmp_path / "deep-model", num_hidden_layers=_BLOCKS)
+    ui.open_form("quantize-model")
+    ui.fill({**request_values, "Source": source})
+    ui.submit()
+    run_id = ui.view_run()
+    ui.open_tab("Artifacts")
+    ui.wait_for(rf"block \d+/{_BLOCKS}: \w+, about .* left", _RUN_S)
+    ui.picture("running")
+    ui.choose("Cancel", "Cancel Flow Run")
+    ui.wait_for("^Cancelled$", _CANCEL_S)
+    assert not (tmp_path / "output" / "config.json").exists()
+    ui.choose("Retry", "Retry")
+    ui.wait_for("^Completed$", _RUN_S)
+    reused = report(tmp_path / "output")["history"]["reused_units"]
+    assert reused
+    ui.back(run_id)
+    ui.open_artifact("quantize-summary")
+    ui.wait_for(f"Found finished from an earlier start and intact: {len(reused)} units", _RUN_S)
+    ui.picture("resumed")
