@@ -11,7 +11,8 @@ from typing import Any
 import httpx
 from prefect.blocks.abstract import NotificationBlock, NotificationError
 from prefect.blocks.core import Block
-from prefect.client.schemas.objects import FlowRun, State
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import FlowRun, State, StateType
 from prefect.exceptions import MissingResult, PrefectException
 from prefect.flows import Flow
 from prefect.logging.loggers import flow_run_logger
@@ -34,6 +35,8 @@ def notify(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
         return
     log = flow_run_logger(flow_run, flow)
     try:
+        if state.is_crashed() and _is_cancelled(flow_run):
+            return
         block = Block.load(slug)
     except (httpx.HTTPError, ValueError, PrefectException) as error:
         log.warning("nobody was told how the run ended: %s=%s cannot be loaded: %r", VARIABLE, slug, error)
@@ -50,6 +53,13 @@ def notify(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
         # What the error says may name the address of a webhook, which is a secret.
         failed = type(error).__name__
         log.warning("nobody was told how the run ended: %s=%s failed: %s", VARIABLE, slug, failed)
+
+
+def _is_cancelled(flow_run: FlowRun) -> bool:
+    """Whether a process only ended as it was told to: it calls that a crash, until the run is cancelled."""
+    with get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(flow_run.id)
+    return any(state.type == StateType.CANCELLING for state in states)
 
 
 NOTIFIED: dict[str, Any] = {

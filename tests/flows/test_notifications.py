@@ -119,7 +119,7 @@ def test_run_goes_on_where_nobody_can_be_told(prefect_server, block, slug):
         "tests.flows.notifying_program",
         QUANTMILL_NOTIFY=slug,
     )
-    assert set(json.loads(ended.stdout)) == {"completed", "failed", "crashed"}
+    assert set(json.loads(ended.stdout)) == {"completed", "failed", "crashed", "told to end"}
     assert ended.stderr.count("nobody was told") == (3 if slug else 0)
     assert "An error was encountered while running hook" not in ended.stderr
     assert "a-secret" not in ended.stderr
