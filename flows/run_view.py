@@ -28,8 +28,8 @@ _TABLE_EVERY_S = 15.0
 _LAST_S = 10.0
 
 _TABLE_DESCRIPTION = (
-    "Blocks gone through, counted as in the names of the tasks: relative error and cosine of the quantized"
-    " stream on evaluation text, the largest error and damping among the linears, fallbacks, seconds"
+    "Errors and seconds by block, counted as in the names of the tasks: relative error and cosine of the"
+    " quantized stream on evaluation text, the largest error and damping among the linears, fallbacks"
 )
 
 

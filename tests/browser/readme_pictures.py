@@ -29,24 +29,26 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         home = Path(scratch) / "prefect"
         home.mkdir()
+        # Served runs begin here: what is typed into the form tells nothing of this machine.
+        (home / ".demo").symlink_to(given.demo.resolve())
         with (
             running_prefect_server(home) as (server, _),
             running_serve(server, home),
             open_page() as page,
         ):
             ui = PrefectUi(page, server.api_url.removesuffix("/api"), given.folder)
-            take(ui, given.demo.resolve(), Path(scratch) / "SmolLM2-135M-Instruct-W4A16")
+            take(ui)
 
 
-def take(ui: PrefectUi, demo: Path, output: Path) -> None:
+def take(ui: PrefectUi) -> None:
     """Fill in the form, watch the run, read its verdict; a picture of each."""
     ui.open_form("quantize-model")
     ui.fill(
         {
-            "Source": demo / "source/SmolLM2-135M-Instruct",
-            "Output": output,
-            "Calibration": demo / "text/calibration.jsonl",
-            "Evaluation": demo / "text/evaluation.jsonl",
+            "Source": ".demo/source/SmolLM2-135M-Instruct",
+            "Output": "quantized/SmolLM2-135M-Instruct-W4A16",
+            "Calibration": ".demo/text/calibration.jsonl",
+            "Evaluation": ".demo/text/evaluation.jsonl",
             "Group size": 64,
             "Sequences": 16,
             "Sequence length": 256,

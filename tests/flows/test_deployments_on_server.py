@@ -1,48 +1,24 @@
 """Deployments on a real server: `quantmill serve`, and what the server refuses."""
 
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import pytest
 
 from quantlib.schemes import CODEBOOK_NAMES, FLOAT_NAMES, ROUNDED_INPUTS_NAMES
-from tests.flows.conftest import PrefectServer, stop, wait_until
+from tests.flows.conftest import PrefectServer
+from tests.support.serving import running_serve
 
 pytestmark = pytest.mark.slow
-QUANTMILL = Path(sys.executable).parent / "quantmill"
 REQUEST = {"source": "s3://models/tiny", "output": "s3://models/out", "method": "rtn"}
-
-
-def is_registered(server: PrefectServer, name: str) -> bool:
-    with server.client() as client:
-        return client.get(f"/deployments/name/quantize-model/{name}").status_code == 200
 
 
 @pytest.fixture(scope="module")
 def served(prefect_server: PrefectServer, tmp_path_factory) -> Iterator[PrefectServer]:
     """A server with which `quantmill serve` has registered, stopped again so that no run is executed."""
     folder = tmp_path_factory.mktemp("serve")
-    with (folder / "serve.log").open("wb") as log:
-        process = subprocess.Popen(
-            [QUANTMILL, "serve"],
-            env=prefect_server.environment,
-            cwd=folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        wait_until(
-            lambda: process.poll() is not None or is_registered(prefect_server, "nightly-example"),
-            120,
-            "the registration",
-        )
-        assert process.poll() is None, (folder / "serve.log").read_text()
-    finally:
-        stop(process)
+    with running_serve(prefect_server, folder):
+        pass
     yield prefect_server
 
 

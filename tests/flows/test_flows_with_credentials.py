@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from tests.flows.conftest import PrefectServer, stop, wait_until
+from tests.flows.conftest import PrefectServer, wait_until
 from tests.support.s3_server import S3Server
+from tests.support.serving import running_serve
 from tests.support.tiny_jobs import tiny_source, tiny_text
 
 pytestmark = pytest.mark.slow
-QUANTMILL = Path(sys.executable).parent / "quantmill"
 BLOCK = "object-storage"
 _RUN_TIMEOUT_S = 400
 _FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
@@ -55,20 +55,8 @@ def serving(prefect_server: PrefectServer, s3_server: S3Server, folder: Path) ->
         "AWS_SHARED_CREDENTIALS_FILE": os.devnull,
         "PREFECT_LOGGING_LEVEL": "DEBUG",
     }
-    log_path = folder / "serve.log"
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [QUANTMILL, "serve"],
-            env=environment,
-            cwd=folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield log_path
-    finally:
-        stop(process)
+    with running_serve(prefect_server, folder, environment=environment) as log:
+        yield log
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +105,6 @@ def runs(prefect_server: PrefectServer, serving: Path, uploaded: str) -> dict[st
 def executed(server: PrefectServer, flow: str, params: dict[str, Any]) -> dict[str, Any]:
     """A run of a served flow, when it has ended."""
 
-    def is_served() -> bool:
-        with server.client() as client:
-            found = client.get(f"/deployments/name/{flow}/{flow}")
-        return found.status_code == 200 and found.json()["status"] == "READY"
-
-    wait_until(is_served, 180, f"the registration of {flow}")
     with server.client() as client:
         deployment = client.get(f"/deployments/name/{flow}/{flow}").json()
         created = client.post(

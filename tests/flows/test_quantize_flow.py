@@ -13,6 +13,7 @@ import pytest
 
 from quantlib.job.report_verdict import verdict
 from tests.flows.conftest import PrefectServer, clean_environment, stop, wait_until
+from tests.support.serving import running_serve
 from tests.support.tiny_jobs import shard_digests, tiny_source, tiny_text
 
 pytestmark = pytest.mark.slow
@@ -205,31 +206,13 @@ def test_without_a_server_a_temporary_one_is_used_and_leaves_nothing(inputs, tmp
 @pytest.fixture
 def serving(prefect_server: PrefectServer, tmp_path: Path) -> Iterator[Path]:
     """`quantmill serve`, executing runs; gives its log."""
-    log_path = tmp_path / "serve.log"
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [QUANTMILL, "serve"],
-            env=prefect_server.environment,
-            cwd=tmp_path,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield log_path
-    finally:
-        stop(process)
+    with running_serve(prefect_server, tmp_path) as log:
+        yield log
 
 
 def test_run_created_through_the_api_is_executed_by_serve(
     prefect_server, serving, inputs, converted, tmp_path
 ):
-    def is_registered() -> bool:
-        with prefect_server.client() as client:
-            found = client.get("/deployments/name/quantize-model/quantize-model")
-            return found.status_code == 200 and found.json()["status"] == "READY"
-
-    wait_until(is_registered, 120, "the registration")
     deployment = prefect_server.deployment("quantize-model")
     with prefect_server.client() as client:
         body = {"parameters": {"params": request(inputs, tmp_path / "out")}}

@@ -13,10 +13,10 @@ import pytest
 from tests.flows.conftest import REPOSITORY, PrefectServer, stop, wait_until
 from tests.support.checkpoints import CONFIG, write_checkpoint
 from tests.support.s3_server import S3Server
+from tests.support.serving import running_serve
 from tests.support.tiny_jobs import tiny_source, tiny_text
 
 pytestmark = pytest.mark.slow
-QUANTMILL = Path(sys.executable).parent / "quantmill"
 _LIMIT_S = 400
 _FINAL = {"COMPLETED", "FAILED", "CRASHED", "CANCELLED"}
 _RECIPE = {
@@ -50,34 +50,15 @@ def serving(prefect_server: PrefectServer, s3_server: S3Server, tmp_path_factory
     (folder / "hooks.toml").write_text("".join(f'{name} = "{words}"\n' for name, words in hooks.items()))
     own = {k: v for k, v in prefect_server.environment.items() if not k.startswith("AWS_")}
     environment = own | s3_server.environment | {"QUANTMILL_HOOKS": os.fspath(folder / "hooks.toml")}
-    log_path = folder / "serve.log"
-    with log_path.open("wb") as log:
-        process = subprocess.Popen(
-            [QUANTMILL, "serve", "--limit", "3"],
-            env=environment,
-            cwd=folder,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    try:
-        yield log_path
-    finally:
-        stop(process)
+    with running_serve(prefect_server, folder, "--limit", "3", environment=environment) as log:
+        yield log
 
 
 @pytest.fixture
 def deployment(prefect_server: PrefectServer, serving: Path) -> str:
     """Id of the served deployment of passes."""
-    path = "/deployments/name/convert-new-checkpoints/convert-new-checkpoints"
-
-    def found() -> dict[str, Any]:
-        with prefect_server.client() as client:
-            answer = client.get(path)
-        return answer.json() if answer.status_code == 200 else {}
-
-    wait_until(lambda: found().get("status") == "READY", 180, "the registration")
-    return found()["id"]
+    with prefect_server.client() as client:
+        return client.get("/deployments/name/convert-new-checkpoints/convert-new-checkpoints").json()["id"]
 
 
 @pytest.fixture

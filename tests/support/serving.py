@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,28 +12,40 @@ QUANTMILL = Path(sys.executable).parent / "quantmill"
 _REGISTRATION_S = 180
 
 
-def _is_ready(server: PrefectServer) -> bool:
+def is_ready(server: PrefectServer, flow: str = "quantize-model") -> bool:
+    """Whether somebody executes the runs of a flow's deployment of that name."""
     with server.client() as client:
-        found = client.get("/deployments/name/quantize-model/quantize-model")
+        found = client.get(f"/deployments/name/{flow}/{flow}")
     return found.status_code == 200 and found.json()["status"] == "READY"
 
 
 @contextmanager
-def running_serve(server: PrefectServer, folder: Path) -> Iterator[Path]:
-    """The deployments, registered and executed while this lasts; gives the log."""
+def running_serve(
+    server: PrefectServer, folder: Path, *words: str, environment: Mapping[str, str] | None = None
+) -> Iterator[Path]:
+    """The deployments, registered and executed while this lasts; gives the log.
+
+    Args:
+        folder: Where runs begin, and where the log is written.
+        words: Further arguments of the command.
+        environment: In place of the server's.
+    """
     log = folder / "serve.log"
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            [QUANTMILL, "serve"],
-            env=server.environment,
+            [QUANTMILL, "serve", *words],
+            env=dict(environment or server.environment),
             cwd=folder,
             stdout=stream,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
+        # The deployment that is registered last.
         wait_until(
-            lambda: process.poll() is not None or _is_ready(server), _REGISTRATION_S, "the registration"
+            lambda: process.poll() is not None or is_ready(server, "clean-work"),
+            _REGISTRATION_S,
+            "the registration",
         )
         assert process.poll() is None, log.read_text()
         yield log
