@@ -67,7 +67,8 @@ def take(ui: PrefectUi) -> None:
     ui.back(run_id)
     ui.open_artifact("quantize-summary")
     ui.wait_for("KL divergence", _RUN_S)
-    ui.picture("verdict")
+    # Below it are the addresses, in a folder that is gone by then.
+    ui.picture("verdict", height=592)
 
 
 if __name__ == "__main__":

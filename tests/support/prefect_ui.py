@@ -122,8 +122,8 @@ class PrefectUi:
         """Scroll until that field is the first one seen."""
         self.field(title).evaluate("found => found.scrollIntoView({block: 'start'})")
 
-    def picture(self, name: str) -> Path:
-        """What is seen now, as a PNG."""
+    def picture(self, name: str, height: int = _SIZE["height"]) -> Path:
+        """What is seen now, down to a height, as a PNG."""
         path = self._folder / f"{name}.png"
-        self._page.screenshot(path=path)
+        self._page.screenshot(path=path, clip={"x": 0, "y": 0, "width": _SIZE["width"], "height": height})
         return path
