@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 from quantlib.block_runner import BlockRunner
 from quantlib.errors import WorkerError
-from quantlib.job.command_hooks import CommandHooks
 from quantlib.job.conversion import convert
 from quantlib.job.crew import Crew
 from quantlib.job.failures import retrying
@@ -153,7 +152,7 @@ def quantize_all(
     transport, stages, waits = LocalTransport(), DirectStages(), True
     try:
         crew = Crew(transport, default_threads(1))
-        return convert(here, crew, stages, on_progress, hooks or CommandHooks())
+        return convert(here, crew, stages, on_progress, hooks)
     except BaseException as error:
         transport.stop()
         # Whoever interrupts does not wait: what is stored can be resumed as it is.

@@ -22,6 +22,7 @@ from quantlib.errors import (
 )
 from quantlib.job.activations import ActivationCheckpoint
 from quantlib.job.cadence import Cadence
+from quantlib.job.command_hooks import CommandHooks
 from quantlib.job.crew import Crew
 from quantlib.job.expert_groups import TokenCounts
 from quantlib.job.failures import delay_s, policy_for
@@ -47,18 +48,21 @@ def convert(
     crew: Crew,
     stages: StageRunner,
     on_progress: Callable[[Progress], None],
-    hooks: Hooks,
+    hooks: Hooks | None = None,
 ) -> list[dict[str, Any]]:
     """Make outputs of one source, or finish them, and publish those that pass; gives the report of each.
 
     The source is read once and runs once for all of them; their options may differ in `OWN_OPTIONS` of
     `quantlib.job.bundle`.
 
+    Args:
+        hooks: Carries out hooks; by default commands, and none by a name.
+
     Raises:
         QuantError: With ``before_work`` set when a request was refused before anything was written. See also
             `quantlib.job.publishing.publish_all`.
     """
-    history = History()
+    history, hooks = History(), hooks or CommandHooks()
     on_progress(Progress(done=0.0, total=1.0, label="plan"))
     with _before_work(QuantError):
         for options in requests:

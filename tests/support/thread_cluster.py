@@ -16,7 +16,6 @@ import pytest
 from quantlib.block_runner import BlockRunner
 from quantlib.errors import RecipeError, WorkerLostError
 from quantlib.inprocess import DirectStages
-from quantlib.job.command_hooks import CommandHooks
 from quantlib.job.conversion import convert
 from quantlib.job.crew import Crew
 from quantlib.job.memory import Room
@@ -209,7 +208,7 @@ def convert_all_on(
 
     def run() -> None:
         try:
-            found["reports"] = convert(requests, Crew(cluster, 1), stages, on_progress, CommandHooks())
+            found["reports"] = convert(requests, Crew(cluster, 1), stages, on_progress)
         except Exception as error:  # noqa: BLE001 - raised again below
             found["error"] = error
 
