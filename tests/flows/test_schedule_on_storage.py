@@ -29,7 +29,7 @@ _RECIPE = {
     "threads_per_worker": 1,
     "device": "cpu",
 }
-# Refuses what has the words `{model}` in it as a folder that lacks a config.
+# Makes sure of what it is given, and refuses it.
 _HOOK = """
 import json, pathlib, sys
 folder, report = map(pathlib.Path, sys.argv[1:])
