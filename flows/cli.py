@@ -42,7 +42,7 @@ _SERVE = Command(
             {
                 "metavar": "FILE.toml",
                 "help": "What passes over a prefix look for and make: the fields of the form of"
-                " convert-new-checkpoints. With it the schedule is on.",
+                " convert-new-checkpoints. Makes the deployment convert-new-checkpoints/scheduled.",
             },
         ),
         (
@@ -192,7 +192,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     from flows.deployments import Passes, serve_deployments
 
     passes = None if params is None else Passes(params=params, every_s=60 * arguments.every)
-    serve_deployments(arguments.limit, passes)
+
+    def registered(count: int) -> None:
+        runs = "one run" if arguments.limit == 1 else f"{arguments.limit} runs"
+        # Whoever writes this to a file reads it at once.
+        print(f"serving {count} deployments, {runs} at a time; Ctrl-C ends it", flush=True)
+
+    serve_deployments(arguments.limit, passes, registered)
     return 0
 
 

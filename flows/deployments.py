@@ -3,11 +3,18 @@
 For work pools (Kubernetes, several hosts) there is `infra/prefect/prefect.yaml`, with the same names.
 """
 
-from dataclasses import dataclass, field, replace
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
 from typing import Any
 
-from prefect import Flow, serve
+from prefect import Flow
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.deployments.runner import RunnerDeployment
+from prefect.exceptions import ObjectNotFound, TerminationSignal
+from prefect.runner import Runner
 from prefect.schedules import Cron, Interval
 from prefect.types.entrypoint import EntrypointType
 
@@ -39,11 +46,16 @@ class Passes:
     params: NewCheckpointsParams
     every_s: int
 
-    @property
-    def further(self) -> dict[str, Any]:
-        """What Prefect is told of their deployment."""
+    def served(self) -> "Served":
+        """Their deployment: what it does is decided by whoever serves it, at each start."""
         values = self.params.model_dump(mode="json", exclude_unset=True)
-        return {"parameters": {"params": values}, "schedules": [Interval(self.every_s)]}
+        return Served(
+            flow=convert_new_checkpoints,
+            name="scheduled",
+            description="Passes as the file says that `quantmill serve` was started with.",
+            further={"parameters": {"params": values}, "schedules": [Interval(self.every_s)]},
+            is_edited=False,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,12 +67,14 @@ class Served:
         description: Shown above its form.
         name: Of the deployment, where the flow has several.
         further: What else Prefect is told: parameters, schedules, tags.
+        is_edited: Whether people set its schedules and parameters; those given here are a start then.
     """
 
     flow: Flow[..., Any]
     description: str
     name: str | None = None
     further: dict[str, Any] = field(default_factory=dict)
+    is_edited: bool = True
 
     def deployment(self) -> RunnerDeployment:
         """As Prefect takes it."""
@@ -102,18 +116,51 @@ SERVED = (
 )
 
 
-def deployments(passes: Passes | None = None) -> list[RunnerDeployment]:
-    """All of them, as Prefect takes them; that of passes with what they look for, if that is known."""
-    known = {} if passes is None else {convert_new_checkpoints.name: passes.further}
-    given = [replace(served, further=known.get(served.flow.name, served.further)) for served in SERVED]
-    return [served.deployment() for served in given]
+def served_here(passes: Passes | None = None) -> tuple[Served, ...]:
+    """All that one host offers.
+
+    Args:
+        passes: What passes over a prefix look for; without it none is made by itself.
+    """
+    return SERVED if passes is None else (*SERVED, passes.served())
 
 
-def serve_deployments(limit: int, passes: Passes | None = None) -> None:
+def serve_deployments(limit: int, passes: Passes | None, registered: Callable[[int], None]) -> None:
     """Register the deployments and execute their runs until interrupted.
+
+    Schedules are paused while nobody serves them, so that no runs pile up, and go on with the next start.
 
     Args:
         limit: Runs at a time; one already uses the whole machine.
-        passes: What passes over a prefix look for; without it none is made by itself.
+        passes: As of `served_here`.
+        registered: Told how many deployments there are once the server knows them all.
     """
-    serve(*deployments(passes), limit=limit, print_starting_message=False)
+    runner = Runner(limit=limit, pause_on_shutdown=True)
+    offered = served_here(passes)
+    with get_client(sync_client=True) as client:
+        for served in offered:
+            deployment = served.deployment()
+            if served.is_edited:
+                _keep_edits(deployment, client)
+            runner.add_deployment(deployment)
+    registered(len(offered))
+    with suppress(KeyboardInterrupt, TerminationSignal):
+        asyncio.run(runner.start())
+
+
+def _keep_edits(deployment: RunnerDeployment, client: SyncPrefectClient) -> None:
+    """Give a deployment that the server knows already the schedules and parameters it has there.
+
+    Prefect replaces both whenever a deployment is registered.
+    """
+    try:
+        known = client.read_deployment_by_name(f"{deployment.flow_name}/{deployment.name}")
+    except ObjectNotFound:
+        return
+    deployment.parameters = known.parameters
+    deployment.schedules = [
+        DeploymentScheduleCreate(
+            schedule=found.schedule, active=found.active, parameters=found.parameters, slug=found.slug
+        )
+        for found in known.schedules
+    ]

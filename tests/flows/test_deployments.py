@@ -4,7 +4,7 @@ from datetime import timedelta
 
 import yaml
 
-from flows.deployments import SERVED, Passes, deployments
+from flows.deployments import SERVED, Passes, served_here
 from flows.params import NewCheckpointsParams
 from tests.flows.conftest import REPOSITORY
 
@@ -16,14 +16,18 @@ PARAMS = NewCheckpointsParams.model_validate(
 def test_pools_offer_the_same_flows_by_the_same_names():
     listed = yaml.safe_load((REPOSITORY / "infra/prefect/prefect.yaml").read_text())["deployments"]
     on_pools = {entry["name"]: entry["entrypoint"] for entry in listed}
-    here = {found.name: found.entrypoint for found in deployments() if found.name == found.flow_name}
+    offered = [served.deployment() for served in served_here()]
+    here = {found.name: found.entrypoint for found in offered if found.name == found.flow_name}
     assert here == on_pools
 
 
 def test_nothing_runs_by_itself_unless_passes_are_asked_for():
-    assert not [schedule for found in deployments() for schedule in found.schedules or () if schedule.active]
-    by_itself = [found for found in deployments(Passes(params=PARAMS, every_s=900)) if found.parameters]
-    passes = next(found for found in by_itself if found.name == "convert-new-checkpoints")
+    offered = [served.deployment() for served in served_here()]
+    assert not [schedule for found in offered for schedule in found.schedules or () if schedule.active]
+    *others, added = served_here(Passes(params=PARAMS, every_s=900))
+    assert tuple(others) == SERVED
+    passes = added.deployment()
+    assert (passes.flow_name, passes.name) == ("convert-new-checkpoints", "scheduled")
     (schedule,) = passes.schedules or ()
     assert schedule.active
     assert schedule.schedule.interval == timedelta(minutes=15)

@@ -1,6 +1,9 @@
 """Deployments on a real server: `quantmill serve`, and what the server refuses."""
 
+import tomllib
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -72,6 +75,34 @@ def test_wrong_run_is_refused_before_it_exists(served, wrong, field):
     answer = submit(served, {**REQUEST, **wrong})
     assert answer.status_code == 409
     assert field in answer.json()["detail"]
+
+
+def passes(server: PrefectServer, name: str) -> dict[str, Any]:
+    with server.client() as client:
+        return client.get(f"/deployments/name/convert-new-checkpoints/{name}").json()
+
+
+def test_schedules_and_parameters_that_people_set_outlive_who_serves(served, tmp_path: Path):
+    file = 'prefix = "in"\noutputs = "out"\n[[recipes]]\nname = "w4"\nmethod = "rtn"\n'
+    (tmp_path / "incoming.toml").write_text(file)
+    given = {"params": {**tomllib.loads(file), "prefix": "elsewhere"}}
+    weekly = {"schedule": {"cron": "0 3 * * 1"}, "active": True, "parameters": given}
+    with served.client() as client:
+        path = f"/deployments/{passes(served, 'convert-new-checkpoints')['id']}"
+        client.post(f"{path}/schedules", json=[weekly]).raise_for_status()
+        path = f"/deployments/{served.deployment('nightly-example')['id']}"
+        client.patch(path, json={"parameters": {"params": REQUEST}}).raise_for_status()
+    with running_serve(served, tmp_path, "--new-checkpoints", "incoming.toml", "--every", "600"):
+        found = passes(served, "convert-new-checkpoints")
+        assert not found["paused"]
+        by_file = passes(served, "scheduled")
+        assert by_file["parameters"]["params"]["prefix"] == "in"
+        assert [schedule["active"] for schedule in by_file["schedules"]] == [True]
+    assert passes(served, "scheduled")["paused"]
+    kept = {schedule["schedule"]["cron"]: schedule for schedule in found["schedules"]}
+    assert (kept["0 3 * * 1"]["active"], kept["0 3 * * 1"]["parameters"]) == (True, given)
+    assert not kept["*/15 * * * *"]["active"]
+    assert served.deployment("nightly-example")["parameters"] == {"params": REQUEST}
 
 
 def test_right_run_is_accepted(served):

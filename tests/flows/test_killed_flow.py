@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import subprocess
-import sys
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,11 @@ from prefect.client.orchestration import SyncPrefectClient
 from quantlib.inprocess import quantize
 from tests.flows.conftest import PrefectServer, clean_environment, stop, wait_until
 from tests.support.ray_nodes import RayNodes
+from tests.support.serving import QUANTMILL, running_serve
 from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source
 
 pytestmark = pytest.mark.slow
 
-QUANTMILL = Path(sys.executable).parent / "quantmill"
 SEED = 20261122
 KILLS = 5
 _STEPS_S = 300
@@ -133,38 +132,33 @@ def test_flow_that_is_cancelled_frees_its_workers_and_can_be_resumed(
     assert len(report["history"]["reused_units"]) >= 2
 
 
-def _is_served(server: PrefectServer) -> bool:
-    with server.client() as client:
-        found = client.get("/deployments/name/quantize-model/quantize-model")
-    return found.status_code == 200 and found.json()["status"] == "READY"
-
-
 def test_run_cancelled_in_prefect_frees_its_workers_and_can_be_resumed(
     root, expected, prefect_server: PrefectServer, running_nodes: RayNodes, tmp_path
 ):
-    output, log = root / "cancelled-in-prefect", tmp_path / "log"
+    output = root / "cancelled-in-prefect"
     given = {"ray_address": running_nodes.address, "workers": 2}
     others = _worker_pids()
-    process = _start([str(QUANTMILL), "serve"], prefect_server.environment, log)
-    try:
-        wait_until(lambda: _is_served(prefect_server), 120, "the registration")
-        deployment = prefect_server.deployment("quantize-model")
-        with prefect_server.client() as client:
-            body = {"parameters": {"params": _values(root, output, **given)}}
-            created = client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body)
-            assert created.status_code == 201, created.text
-            wait_until(lambda: _records(output) >= 2, _STEPS_S, f"two units, {_last_lines(log)}")
-            workers = _worker_pids() - others
-            assert len(workers) >= 2
-            wanted = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
-            client.post(f"/flow_runs/{created.json()['id']}/set_state", json=wanted).raise_for_status()
+    with running_serve(prefect_server, tmp_path) as log, prefect_server.client() as client:
+        run = _submit(prefect_server, _values(root, output, **given))
+        wait_until(lambda: _records(output) >= 2, _STEPS_S, f"two units, {log}")
+        workers = _worker_pids() - others
+        assert len(workers) >= 2
+        wanted = {"state": {"type": "CANCELLING", "name": "Cancelling"}}
+        client.post(f"/flow_runs/{run}/set_state", json=wanted).raise_for_status()
         # Prefect's runner asks the server for runs to cancel every ten seconds.
         wait_until(lambda: not (_worker_pids() & workers), 20, f"freeing {workers}, {_last_lines(log)}")
-    finally:
-        stop(process)
     report = quantize(tiny_options(root, source=str(root / "deep"), output=str(output)))
     assert shard_digests(output) == expected
     assert len(report["history"]["reused_units"]) >= 2
+
+
+def _submit(server: PrefectServer, values: dict[str, Any]) -> str:
+    """Id of a run of the served deployment."""
+    with server.client() as client:
+        path = f"/deployments/{server.deployment('quantize-model')['id']}/create_flow_run"
+        created = client.post(path, json={"parameters": {"params": values}})
+    assert created.status_code == 201, created.text
+    return created.json()["id"]
 
 
 def _worker_pids() -> set[int]:
@@ -184,37 +178,28 @@ def _worker_pids() -> set[int]:
 def test_suspended_run_frees_its_workers_and_goes_on_when_resumed(
     root, expected, prefect_server: PrefectServer, running_nodes: RayNodes, tmp_path
 ):
-    output, log = root / "suspended", tmp_path / "log"
+    output = root / "suspended"
     given = {"ray_address": running_nodes.address, "workers": 2}
     others = _worker_pids()
-    process = _start([str(QUANTMILL), "serve"], prefect_server.environment, log)
-    try:
-        wait_until(lambda: _is_served(prefect_server), 120, "the registration")
-        deployment = prefect_server.deployment("on-demand")
-        with prefect_server.client() as client:
-            body = {"parameters": {"params": _values(root, output, **given)}}
-            created = client.post(f"/deployments/{deployment['id']}/create_flow_run", json=body)
-            assert created.status_code == 201, created.text
-            run = f"/flow_runs/{created.json()['id']}"
+    with running_serve(prefect_server, tmp_path) as log, prefect_server.client() as client:
+        run = _submit(prefect_server, _values(root, output, **given))
 
-            def state() -> dict[str, Any]:
-                return client.get(run).json()["state"]
+        def state() -> dict[str, Any]:
+            return client.get(f"/flow_runs/{run}").json()["state"]
 
-            wait_until(lambda: _records(output) >= 2, _STEPS_S, f"two units, {_last_lines(log)}")
-            workers = _worker_pids() - others
-            assert len(workers) >= 2
-            _suspend(client, created.json()["id"])
-            wait_until(lambda: not (_worker_pids() & workers), 60, f"freeing {workers}, {_last_lines(log)}")
-            done = _records(output)
-            assert not (output / "config.json").exists()
-            assert state()["name"] == "Suspended", _last_lines(log)
-            # Prefect's client asks again where SQLite was busy with the end of the run's tasks.
-            with SyncPrefectClient(prefect_server.api_url) as patient:
-                assert patient.resume_flow_run(created.json()["id"]).status == "ACCEPT"
-            wait_until(lambda: state()["type"] in ("COMPLETED", "FAILED", "CRASHED"), _STEPS_S, "the end")
-            assert state()["type"] == "COMPLETED", _last_lines(log)
-    finally:
-        stop(process)
+        wait_until(lambda: _records(output) >= 2, _STEPS_S, f"two units, {log}")
+        workers = _worker_pids() - others
+        assert len(workers) >= 2
+        _suspend(client, run)
+        wait_until(lambda: not (_worker_pids() & workers), 60, f"freeing {workers}, {_last_lines(log)}")
+        done = _records(output)
+        assert not (output / "config.json").exists()
+        assert state()["name"] == "Suspended", _last_lines(log)
+        # Prefect's client asks again where SQLite was busy with the end of the run's tasks.
+        with SyncPrefectClient(prefect_server.api_url) as patient:
+            assert patient.resume_flow_run(run).status == "ACCEPT"
+        wait_until(lambda: state()["type"] in ("COMPLETED", "FAILED", "CRASHED"), _STEPS_S, "the end")
+        assert state()["type"] == "COMPLETED", _last_lines(log)
     assert shard_digests(output) == expected
     report = json.loads((output / "quantmill_report.json").read_text())
     assert len(report["history"]["reused_units"]) >= done

@@ -123,6 +123,27 @@ def test_nightly_schedule_bears_its_own_parameters_and_leaves_the_form_empty(dep
     assert found["parameters"] == {}
 
 
+@pytest.mark.slow
+def test_event_of_an_upload_starts_a_pass(deployed, tmp_path):
+    params = {"prefix": "s3://in", "outputs": "s3://out", "recipes": [{"name": "w4", "method": "rtn"}]}
+    found = stored(deployed, "convert-new-checkpoints")
+    query = {"deployments": {"id": {"any_": [found["id"]]}}}
+    with deployed.client() as client:
+        changed = client.patch(f"/deployments/{found['id']}", json={"parameters": {"params": params}})
+        changed.raise_for_status()
+
+        def runs() -> list[dict[str, Any]]:
+            return client.post("/flow_runs/filter", json=query).json()
+
+        # Events are looked at in their order: a run for the first would be there before that for the second.
+        for event in ("quantmill.checkpoint.deleted", "quantmill.checkpoint.uploaded"):
+            prefect(deployed, tmp_path, "event", "emit", event, "--resource-id", "s3://in/model")
+        wait_until(lambda: runs() != [], 60, "the run")
+        (run,) = runs()
+    assert run["parameters"]["params"] == params
+    assert run["state"]["type"] == "SCHEDULED"
+
+
 def begin(server: PrefectServer, folder: Path, **more: Any) -> str:
     """A run of quantize-model on a deep tiny model; gives its id."""
     source = tiny_source(folder / "tiny", num_hidden_layers=24)

@@ -12,13 +12,6 @@ QUANTMILL = Path(sys.executable).parent / "quantmill"
 _REGISTRATION_S = 180
 
 
-def is_ready(server: PrefectServer, flow: str = "quantize-model") -> bool:
-    """Whether somebody executes the runs of a flow's deployment of that name."""
-    with server.client() as client:
-        found = client.get(f"/deployments/name/{flow}/{flow}")
-    return found.status_code == 200 and found.json()["status"] == "READY"
-
-
 @contextmanager
 def running_serve(
     server: PrefectServer, folder: Path, *words: str, environment: Mapping[str, str] | None = None
@@ -41,9 +34,9 @@ def running_serve(
             start_new_session=True,
         )
     try:
-        # The deployment that is registered last.
+        # The server calls deployments ready for a minute after whoever served them before has gone.
         wait_until(
-            lambda: process.poll() is not None or is_ready(server, "clean-work"),
+            lambda: process.poll() is not None or "serving " in log.read_text(),
             _REGISTRATION_S,
             "the registration",
         )
