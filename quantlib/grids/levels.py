@@ -86,12 +86,15 @@ class FloatLevels:
 
     Args:
         format_: Which float.
+
+    Attributes:
+        format: The same.
     """
 
     is_uniform = False
 
     def __init__(self, format_: FloatFormat) -> None:
-        self._format = format_
+        self.format = format_
         self._sign = 1 << (format_.bits - 1)
         self._magnitudes = torch.tensor(format_.magnitudes)
         # Codes that mean no number decode to NaN.
@@ -114,7 +117,7 @@ class FloatLevels:
         kind, exponent_bits = _EXPONENTS[quotient.dtype]
         # The power of two at or below every magnitude: its bits without sign and mantissa.
         step = quotient.view(kind).bitwise_and(exponent_bits).view(quotient.dtype)
-        step.clamp_min_(2.0**self._format.smallest_exponent).mul_(2.0**-self._format.mantissa_bits)
+        step.clamp_min_(2.0**self.format.smallest_exponent).mul_(2.0**-self.format.mantissa_bits)
         torch.div(quotient, step, out=out)
         return out.round_().mul_(step).clamp_(*self.bounds)
 
@@ -134,6 +137,10 @@ class CodebookLevels:
 
     Args:
         values: In the order of their codes. Of equal ones, as 0 and -0, the first is chosen.
+
+    Attributes:
+        ascending: fp32, the different values in order.
+        middles: fp32, between each and the next.
     """
 
     is_uniform = False
@@ -143,11 +150,11 @@ class CodebookLevels:
         by_value = sorted(range(len(values)), key=lambda code: (values[code], code))
         chosen = [code for place, code in enumerate(by_value) if values[code] != values[by_value[place - 1]]]
         self._codes = torch.tensor(chosen)
-        self._ascending = self._values[self._codes]
-        self._middles = (self._ascending[1:] + self._ascending[:-1]) / 2
+        self.ascending = self._values[self._codes]
+        self.middles = (self.ascending[1:] + self.ascending[:-1]) / 2
         self.bounds: tuple[float, float] = (min(values), max(values))
         self.reach = max(values)
-        self.half_step = self._ascending.diff().max().item() / 2
+        self.half_step = self.ascending.diff().max().item() / 2
 
     def nearest(
         self,
@@ -158,7 +165,7 @@ class CodebookLevels:
         out: torch.Tensor,
     ) -> torch.Tensor:
         """Of two values as near the smaller; see `Levels`."""
-        return out.copy_(self._like(self._ascending, quotient)[self._places(quotient)])
+        return out.copy_(self._like(self.ascending, quotient)[self._places(quotient)])
 
     def encode(self, offset: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - it has none
         """Looked up; see `Levels`."""
@@ -169,7 +176,7 @@ class CodebookLevels:
         return out.copy_(self._values.to(out.device)[codes.int()])
 
     def _places(self, offset: torch.Tensor) -> torch.Tensor:
-        return torch.bucketize(offset, self._like(self._middles, offset), out_int32=True)
+        return torch.bucketize(offset, self._like(self.middles, offset), out_int32=True)
 
     def _like(self, values: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         return values.to(device=other.device, dtype=other.dtype)

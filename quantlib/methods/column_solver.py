@@ -11,10 +11,12 @@ inputs: for small ones the calls cost more than the arithmetic.
 """
 
 from collections.abc import Sequence
+from types import EllipsisType
 
 import torch
 
 from quantlib.grids.affine import AffineGrid, whole_vectors
+from quantlib.kernels.contracts import ColumnKernel
 from quantlib.linalg import Factor
 from quantlib.methods import column_tile
 from quantlib.methods.column_tile import Chosen, ColumnTile
@@ -56,11 +58,13 @@ def solve_codes_of_batch(
     factors: Sequence[Factor],
     *,
     kept: Kept = NOTHING_KEPT,
+    kernel: ColumnKernel | None | EllipsisType = ...,
 ) -> list[Chosen]:
     """`solve_codes` of several row tiles of one shape and scheme, each with a factor of its own.
 
     Args:
         kept: Columns at the factors' first positions, or single weights, that are kept.
+        kernel: As of `column_tile.ColumnTile`.
 
     Numerics: on a CPU the codes of each are those that it has alone.
     """
@@ -72,9 +76,10 @@ def solve_codes_of_batch(
             [grid.rows(filled_rows) for grid in grids],
             factors,
             kept=kept.rows(filled_rows),
+            kernel=kernel,
         )
         return [found.first_rows(num_rows) for found in filled]
-    tile = ColumnTile(weights, grids, [factor.order_C for factor in factors], kept)
+    tile = ColumnTile(weights, grids, [factor.order_C for factor in factors], kept, kernel)
     for end in range(columns, 0, -column_tile.BATCH_COLUMNS):
         _solve_batch(tile, factors, max(0, end - column_tile.BATCH_COLUMNS), end)
     return tile.found()

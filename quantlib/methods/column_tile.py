@@ -15,12 +15,14 @@ position of an order, the last being solved first, except in ``codes_ECR``, whic
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import EllipsisType
 from typing import Any
 
 import torch
 
 from quantlib.grids.affine import AffineGrid, nearest_offsets, num_clipped_, offset_bounds
 from quantlib.grids.levels import levels_of
+from quantlib.kernels.contracts import ColumnKernel, GroupScales, KeptEntries, column_kernel
 from quantlib.methods.kept_weights import NOTHING_KEPT, Kept, SingleWeights
 
 # Part of what the output bits depend on (floating point sums are grouped by them): never tuned per machine.
@@ -60,6 +62,8 @@ class ColumnTile:
         grids: Of one scheme; scales of these rows, in their stored dtype.
         orders: E of int64 [C], position -> column.
         kept: Columns or single weights that are kept.
+        kernel: What goes through the columns of a batch; None for one operation after the other. By default
+            what suits device and dtype.
 
     Attributes:
         error_ECR: Weight minus level by position; the weight itself where no code was chosen yet.
@@ -73,10 +77,12 @@ class ColumnTile:
         grids: Sequence[AffineGrid],
         orders: Sequence[torch.Tensor],
         kept: Kept = NOTHING_KEPT,
+        kernel: ColumnKernel | None | EllipsisType = ...,
     ) -> None:
         (rows, columns), count = weights[0].shape, len(weights)
         kind = {"dtype": weights[0].dtype, "device": weights[0].device}
         self._scheme, self._orders = grids[0].scheme, orders
+        self._kernel = column_kernel(**kind) if kernel is ... else kernel
         self._levels = levels_of(self._scheme)
         self.error_ECR = torch.empty(count, columns, rows, **kind)
         for error_CR, weight_RC, order_C in zip(self.error_ECR, weights, orders, strict=True):
@@ -97,11 +103,12 @@ class ColumnTile:
         bounds = [offset_bounds(grid, kind["dtype"]) for grid in grids]
         self._lowest_GR = torch.cat([lowest_RG.T for lowest_RG, _ in bounds])
         self._highest_GR = torch.cat([highest_RG.T for _, highest_RG in bounds])
+        self._scales = GroupScales(self._scale_GR, self._lowest_GR, self._highest_GR)
         first_group_E1 = torch.arange(0, len(self._scale_GR), len(self._scale_GR) // count)[:, None]
         self._group_EC = torch.stack(list(orders)) // self._scheme.columns_per_group(columns)
         self._group_EC += first_group_E1.to(self._group_EC.device)
         # Of one linear a position's group is looked up among views: nothing is copied.
-        self._groups = self._group_EC[0].tolist() if count == 1 else None
+        self._groups = self._group_EC[0].tolist() if count == 1 and self._kernel is None else None
         # Views made once: making them in the loop would cost as much as the arithmetic of a small linear.
         self._errors = self.error_ECR.split(1, 1)
         self._targets = self._target_EBR.split(1, 1)
@@ -141,24 +148,15 @@ class ColumnTile:
                 the target at start + i. All other errors are in the targets already, and ``error_ECR`` holds
                 the weights of these positions.
         """
-        batch = slice(start, end)
-        scales = self._columns(self._scale_GR, batch)
-        bounds = self._bounds(batch)
         if self._singles is not None:
             self._singles.open(start, end)
-        for leaf_end in range(end - start, 0, -LEAF_COLUMNS):
-            leaf = slice(max(0, leaf_end - LEAF_COLUMNS), leaf_end)
-            if start + leaf_end < end:
-                solved = slice(start + leaf_end, end)
-                for number, feedback_BB in enumerate(feedback):
-                    self._target_EBR[number, leaf].addmm_(
-                        feedback_BB[leaf_end:, leaf].T, self.error_ECR[number, solved]
-                    )
-            feedback_ELL = torch.stack([feedback_BB[leaf, leaf] for feedback_BB in feedback])
-            self._solve_leaf(start, leaf, feedback_ELL, scales, bounds)
+        if self._kernel is None:
+            self._solve_leaves(start, end, feedback)
+        else:
+            self._solve_on_chip(self._kernel, start, end, feedback)
         if self._singles is not None:
             self._singles.close()
-        self._keep(batch)
+        self._keep(slice(start, end))
 
     def found(self) -> list[Chosen]:
         """Of each linear what was chosen."""
@@ -169,6 +167,50 @@ class ColumnTile:
                 self.codes_ECR, self.num_clipped_ER, kept_EKR, strict=True
             )
         ]
+
+    def _solve_on_chip(
+        self, kernel: ColumnKernel, start: int, end: int, feedback: Sequence[torch.Tensor]
+    ) -> None:
+        count = end - start
+        kept = self._kept_entries(start, end)
+        kernel(
+            self._target_EBR[:, :count],
+            self.error_ECR[:, start:end],
+            self._offset_EBR[:, :count],
+            feedback[0][None] if len(feedback) == 1 else torch.stack(list(feedback)),
+            self._scales,
+            self._group_EC[:, start:end],
+            self._levels,
+            kept,
+        )
+        if kept is not None and self._singles is None:
+            held = slice(start, min(end, self._num_kept))
+            self._kept_EKR[:, held] = kept.value_EBR[:, : held.stop - start]
+
+    def _kept_entries(self, start: int, end: int) -> KeptEntries | None:
+        if self._singles is not None:
+            return self._singles.entries
+        if start >= self._num_kept:
+            return None
+        is_kept_EBR = torch.zeros_like(self._offset_EBR[:, : end - start], dtype=torch.bool)
+        is_kept_EBR[:, : self._num_kept - start] = True
+        values_EBR = torch.empty_like(is_kept_EBR, dtype=self._offset_EBR.dtype)
+        return KeptEntries(is_kept_EBR, values_EBR, self._kept_dtype)
+
+    def _solve_leaves(self, start: int, end: int, feedback: Sequence[torch.Tensor]) -> None:
+        batch = slice(start, end)
+        scales = self._columns(self._scale_GR, batch)
+        bounds = self._bounds(batch)
+        for leaf_end in range(end - start, 0, -LEAF_COLUMNS):
+            leaf = slice(max(0, leaf_end - LEAF_COLUMNS), leaf_end)
+            if start + leaf_end < end:
+                solved = slice(start + leaf_end, end)
+                for number, feedback_BB in enumerate(feedback):
+                    self._target_EBR[number, leaf].addmm_(
+                        feedback_BB[leaf_end:, leaf].T, self.error_ECR[number, solved]
+                    )
+            feedback_ELL = torch.stack([feedback_BB[leaf, leaf] for feedback_BB in feedback])
+            self._solve_leaf(start, leaf, feedback_ELL, scales, bounds)
 
     def _solve_leaf(
         self,

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
+from quantlib.kernels.contracts import KeptEntries
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kept:
@@ -43,6 +45,7 @@ class SingleWeights:
 
     Attributes:
         weight_EMR: What is kept, in the dtype of the arithmetic.
+        entries: Those of the open batch.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class SingleWeights:
         # Of the open batch: where in ``weight_EMR`` its weights are, and their places, rows and targets.
         self._here: tuple[torch.Tensor, ...] = ()
         self._place = self._target_EBR = torch.empty(0)
+        self.entries: KeptEntries | None = None
         self._are_kept: Sequence[torch.Tensor] = ()
         self._has_any: Sequence[bool] = ()
 
@@ -80,6 +84,7 @@ class SingleWeights:
         self._target_EBR = self.weight_EMR.new_empty(shape)
         is_kept_EBR = torch.zeros_like(self._target_EBR, dtype=torch.bool)
         is_kept_EBR[linear, self._place, row] = True
+        self.entries = KeptEntries(is_kept_EBR, self._target_EBR, self._dtype)
         self._are_kept, self._has_any = is_kept_EBR.split(1, 1), is_kept_EBR.any(2).any(0).tolist()
 
     def take(self, place: int, target_E1R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
