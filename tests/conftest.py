@@ -1,6 +1,7 @@
 """Fixtures that every test may use."""
 
 import os
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,8 @@ RAY_NODES = 3
 # How long an example takes says how busy the machine is.
 settings.register_profile("quantmill", deadline=None)
 settings.load_profile("quantmill")
+# Whoever starts the tests in the background of a script has them ignore it, and so all that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,20 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 _START_TIMEOUT_S = 180
 _STOP_TIMEOUT_S = 30
+_BUSY_S = 60
+
+
+class _Patient(httpx.HTTPTransport):
+    """Asks again while the server is too busy with its database, as Prefect's own client does."""
+
+    def handle_request(self, request: httpx.Request) -> httpx.Response:
+        deadline = time.monotonic() + _BUSY_S
+        while True:
+            response = super().handle_request(request)
+            if response.status_code != 503 or time.monotonic() > deadline:
+                return response
+            response.close()
+            time.sleep(0.5)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +41,7 @@ class PrefectServer:
     environment: dict[str, str]
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.api_url, timeout=60)
+        return httpx.Client(base_url=self.api_url, timeout=60, transport=_Patient())
 
     def deployment(self, name: str) -> dict:
         with self.client() as client:

@@ -12,7 +12,7 @@ from tests.flows.conftest import running_prefect_server, wait_until
 from tests.support.tiny_jobs import tiny_source, tiny_text
 
 pytestmark = pytest.mark.slow
-_START_S, _END_S = 300, 120
+_START_S, _END_S = 300, 300
 _SETTINGS = {
     "--group-size": "32",
     "--sequences": "6",

@@ -1,0 +1,92 @@
+"""The loop over columns on a GPU: codes of the CPU, no wait for the host."""
+
+import pytest
+import torch
+
+from quantlib.grids.affine import AffineGrid
+from quantlib.linalg import Factor, factor_hessian
+from quantlib.methods.column_solver import solve_codes_of_batch
+from quantlib.methods.column_tile import ColumnTile
+from quantlib.schemes import scheme_from_name
+from tests.support.any_grid import any_grid
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with CUDA")
+NAMES = ["W2A16", "W4A16", "W4A16_ASYM", "W8A16", "FP8A16", "NVFP4A16", "MXFP4A16", "NF4"]
+
+
+def problem(name: str, rows: int, columns: int, seed: int) -> tuple[torch.Tensor, AffineGrid, Factor]:
+    """On the CPU: a random linear whose inputs have a steep spectrum."""
+    made = torch.Generator().manual_seed(seed)
+    x = torch.randn(2 * columns, columns, generator=made) / torch.arange(1, columns + 1).sqrt()
+    mixing = torch.linalg.qr(torch.randn(columns, columns, generator=made))[0]
+    x = x @ mixing
+    weight_RC = torch.randn(rows, columns, generator=made) * 0.02
+    scheme = scheme_from_name(name, 128 if name.startswith("W") else None)
+    grid = any_grid(weight_RC, scheme, scale_dtype=torch.bfloat16, search="minmax")
+    factor = factor_hessian(x.T @ x, num_tokens=2 * columns)
+    assert factor is not None
+    return weight_RC, grid, factor
+
+
+def on_gpu(grid: AffineGrid, factor: Factor) -> tuple[AffineGrid, Factor]:
+    zero_RG = None if grid.zero_RG is None else grid.zero_RG.cuda()
+    moved = AffineGrid(
+        scheme=grid.scheme,
+        scale_RG=grid.scale_RG.cuda(),
+        zero_RG=zero_RG,
+        is_bounded_RG=grid.is_bounded_RG.cuda(),
+        divisor_R1=None if grid.divisor_R1 is None else grid.divisor_R1.cuda(),
+    )
+    return moved, Factor(
+        order_C=factor.order_C.cuda(),
+        feedback_CC=factor.feedback_CC.cuda(),
+        pivots_C=factor.pivots_C.cuda(),
+        damping=factor.damping,
+        damping_fraction=factor.damping_fraction,
+        num_attempts=factor.num_attempts,
+        rung=factor.rung,
+        num_dead_columns=factor.num_dead_columns,
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_codes_are_those_of_the_cpu_but_for_rounding(name):
+    """Products are added up in another order: a target near the middle of two levels may go the other way.
+
+    Whatever comes after it in its row then differs too, so that first differences of rows are counted.
+    """
+    rows, columns = 256, 2048
+    weight_RC, grid, factor = problem(name, rows, columns, seed=1)
+    (expected,) = solve_codes_of_batch([weight_RC], [grid], [factor])
+    there, moved = on_gpu(grid, factor)
+    (found,) = solve_codes_of_batch([weight_RC.cuda()], [there], [moved])
+    differs_RC = (found.codes_RC.cpu() != expected.codes_RC)[:, factor.order_C]
+    # In the order of the solve, the last position first; differences behind the first one follow from it.
+    is_first_RC = differs_RC & (differs_RC.flip(1).cumsum(1).flip(1) == 1)
+    assert is_first_RC.sum() <= rows * columns * 1e-5, "more ties than rounding explains"
+    assert differs_RC.float().mean() <= 1e-3
+
+
+def test_no_host_synchronization_between_the_columns():
+    weight_RC, grid, factor = problem("W4A16", 512, 1024, seed=2)
+    there, moved = on_gpu(grid, factor)
+    tile = ColumnTile([weight_RC.cuda()], [there], [moved.order_C])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for end in range(1024, 0, -128):
+            tile.targets(end - 128, end).copy_(tile.error_ECR[:, end - 128 : end])
+            tile.solve_batch(end - 128, end, [moved.feedback_CC[end - 128 : end, end - 128 : end]])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(tile.found()[0].codes_RC.unique()) > 2
+
+
+def test_experts_in_a_batch_have_the_codes_they_have_alone():
+    made = [problem("W4A16", 512, 1024, seed) for seed in range(4)]
+    weights = [weight_RC.cuda() for weight_RC, _, _ in made]
+    grids, factors = zip(*(on_gpu(grid, factor) for _, grid, factor in made), strict=True)
+    together = solve_codes_of_batch(weights, grids, factors)
+    for found, weight_RC, grid, factor in zip(together, weights, grids, factors, strict=True):
+        (alone,) = solve_codes_of_batch([weight_RC], [grid], [factor])
+        assert torch.equal(found.codes_RC, alone.codes_RC)
