@@ -29,6 +29,8 @@ class SolverSettings:
             the end without one.
         outlier_columns: How many columns of a linear are kept as they are beside the codes.
         outlier_weights: How many of a thousand weights of a row are.
+        tf32_feedback: Whether a GPU may round to TF32 what errors are multiplied with on their way to columns
+            solved later.
     """
 
     scale_search: str = "hessian"
@@ -37,6 +39,7 @@ class SolverSettings:
     refits_scales: bool = False
     outlier_columns: int = 0
     outlier_weights: int = 0
+    tf32_feedback: bool = False
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> "SolverSettings":
@@ -48,6 +51,7 @@ class SolverSettings:
             refits_scales=options["refit_scales"],
             outlier_columns=options["outlier_columns"],
             outlier_weights=options["outlier_weights"],
+            tf32_feedback=options["tf32_feedback"],
         )
 
 

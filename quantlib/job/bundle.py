@@ -37,6 +37,7 @@ OWN_OPTIONS = (
     "refit_scales",
     "outlier_columns",
     "outlier_weights",
+    "tf32_feedback",
     "rules",
     *PUBLICATION_OPTIONS,
 )

@@ -21,6 +21,7 @@ from quantlib.linalg import Factor
 from quantlib.methods import column_tile
 from quantlib.methods.column_tile import Chosen, ColumnTile
 from quantlib.methods.kept_weights import NOTHING_KEPT, Kept
+from quantlib.methods.product_precision import carrying_products
 
 
 def solve_codes(
@@ -41,8 +42,8 @@ def solve_codes(
         half a step outside the grid.
 
     Numerics: what is fed back is the exact level that the file will mean. All arithmetic in the weight's
-        dtype; on CUDA the caller keeps TF32 off for fp32 products (torch's default). On a CPU a row's codes
-        do not depend on the rows stacked with it.
+        dtype; on CUDA the caller keeps TF32 off (torch's default). On a CPU a row's codes do not depend on
+        the rows stacked with it.
 
     Cost: R * C**2 / 2 multiply-adds; memory of one and a half times the weight, the codes included.
 
@@ -59,12 +60,14 @@ def solve_codes_of_batch(
     *,
     kept: Kept = NOTHING_KEPT,
     kernel: ColumnKernel | None | EllipsisType = ...,
+    in_tf32: bool = False,
 ) -> list[Chosen]:
     """`solve_codes` of several row tiles of one shape and scheme, each with a factor of its own.
 
     Args:
         kept: Columns at the factors' first positions, or single weights, that are kept.
         kernel: As of `column_tile.ColumnTile`.
+        in_tf32: As of `product_precision.carrying_products`.
 
     Numerics: on a CPU the codes of each are those that it has alone.
     """
@@ -77,17 +80,21 @@ def solve_codes_of_batch(
             factors,
             kept=kept.rows(filled_rows),
             kernel=kernel,
+            in_tf32=in_tf32,
         )
         return [found.first_rows(num_rows) for found in filled]
     tile = ColumnTile(weights, grids, [factor.order_C for factor in factors], kept, kernel)
     for end in range(columns, 0, -column_tile.BATCH_COLUMNS):
-        _solve_batch(tile, factors, max(0, end - column_tile.BATCH_COLUMNS), end)
+        start = max(0, end - column_tile.BATCH_COLUMNS)
+        with carrying_products(weights[0].device, in_tf32=in_tf32):
+            _carry_errors(tile, factors, start, end)
+        batch = slice(start, end)
+        tile.solve_batch(start, end, [factor.feedback_CC[batch, batch] for factor in factors])
     return tile.found()
 
 
-def _solve_batch(tile: ColumnTile, factors: Sequence[Factor], start: int, end: int) -> None:
-    """Solve positions [start, end), given that all from ``end`` on are solved."""
+def _carry_errors(tile: ColumnTile, factors: Sequence[Factor], start: int, end: int) -> None:
+    """Make the targets of positions [start, end), given that all from ``end`` on are solved."""
     batch = slice(start, end)
     for factor, error_CR, target_BR in zip(factors, tile.error_ECR, tile.targets(start, end), strict=True):
         torch.addmm(error_CR[batch], factor.feedback_CC[end:, batch].T, error_CR[end:], out=target_BR)
-    tile.solve_batch(start, end, [factor.feedback_CC[batch, batch] for factor in factors])

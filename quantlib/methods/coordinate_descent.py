@@ -14,6 +14,7 @@ from quantlib.grids.affine import AffineGrid, whole_vectors
 from quantlib.methods import column_tile
 from quantlib.methods.column_tile import Chosen, ColumnTile
 from quantlib.methods.kept_weights import NOTHING_KEPT, Kept
+from quantlib.methods.product_precision import carrying_products
 
 
 def descend(
@@ -61,12 +62,14 @@ def descend_in_batch(
     orders: Sequence[torch.Tensor],
     kept: Kept = NOTHING_KEPT,
     kept_weights: Sequence[torch.Tensor] = (),
+    in_tf32: bool = False,
 ) -> list[Chosen]:
     """`descend` of several row tiles of one shape and scheme, each with a Hessian of its own.
 
     Args:
         kept: Columns at the first positions, or single weights, that are kept; they are chosen anew as well.
         kept_weights: Of each what they were before, as `Chosen.kept_RK`.
+        in_tf32: As of `product_precision.carrying_products`.
 
     Numerics: on a CPU the codes of each are those that it has alone.
     """
@@ -82,6 +85,7 @@ def descend_in_batch(
             orders=orders,
             kept=kept.rows(filled_rows),
             kept_weights=[kept_RK[filled_rows] for kept_RK in kept_weights],
+            in_tf32=in_tf32,
         )
         return [found.first_rows(num_rows) for found in filled]
     tile = ColumnTile(weights, grids, orders, kept)
@@ -93,7 +97,9 @@ def descend_in_batch(
             _feedback(hessian_CC, damping, order_C, start, end)
             for hessian_CC, damping, order_C in zip(hessians, dampings, orders, strict=True)
         ]
-        _solve_batch(tile, weight_ECR, feedback, start, end)
+        with carrying_products(weights[0].device, in_tf32=in_tf32):
+            _carry_errors(tile, weight_ECR, feedback, start, end)
+        tile.solve_batch(start, end, [feedback_CB[start:end] for feedback_CB in feedback])
     return tile.found()
 
 
@@ -106,10 +112,10 @@ def _feedback(
     return feedback_CB.div_(hessian_CC.diagonal()[chosen_B] + damping)
 
 
-def _solve_batch(
+def _carry_errors(
     tile: ColumnTile, weight_ECR: torch.Tensor, feedback: Sequence[torch.Tensor], start: int, end: int
 ) -> None:
-    """Solve positions [start, end) again, given the weights by position and the errors of all positions."""
+    """Make the targets of positions [start, end) anew, given weights by position and errors of all others."""
     batch = slice(start, end)
     for feedback_CB, weight_CR, error_CR, target_BR in zip(
         feedback, weight_ECR, tile.error_ECR, tile.targets(start, end), strict=True
@@ -119,4 +125,3 @@ def _solve_batch(
         # Within the batch errors of an earlier pass count for targets that are solved before them.
         target_BR.addmm_(feedback_CB[batch].triu(1).T, error_CR[batch])
         error_CR[batch] = weight_CR[batch]
-    tile.solve_batch(start, end, [feedback_CB[batch] for feedback_CB in feedback])

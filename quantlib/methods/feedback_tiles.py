@@ -164,6 +164,7 @@ def _solved(tiles: Sequence[FeedbackTile], fitted: Sequence[_Fitted]) -> list[_S
         [before.grid for before in fitted],
         factors,
         kept=_kept(tiles, [before.without_RM for before in fitted]),
+        in_tf32=tiles[0].problem.settings.tf32_feedback,
     )
     solved = [
         _Solved(found, before.grid, tile.problem.kept_K, before.without_RM, tile.kept_dtype)
@@ -203,6 +204,7 @@ def _descend_(solved: Sequence[_Solved], tiles: Sequence[FeedbackTile]) -> None:
         orders=[tile.problem.factor.order_C for tile in tiles],
         kept=_kept(tiles, [found.single_RM for found in solved]),
         kept_weights=[found.chosen.kept_RK for found in solved],
+        in_tf32=tiles[0].problem.settings.tf32_feedback,
     )
     for found, chosen in zip(solved, passed, strict=True):
         found.chosen = chosen

@@ -6,7 +6,7 @@ import torch
 from quantlib.grids.affine import AffineGrid
 from quantlib.linalg import Factor, factor_hessian
 from quantlib.methods.column_solver import solve_codes_of_batch
-from quantlib.methods.column_tile import ColumnTile
+from quantlib.methods.column_tile import Chosen, ColumnTile
 from quantlib.schemes import scheme_from_name
 from tests.support.any_grid import any_grid
 
@@ -90,3 +90,26 @@ def test_experts_in_a_batch_have_the_codes_they_have_alone():
     for found, weight_RC, grid, factor in zip(together, weights, grids, factors, strict=True):
         (alone,) = solve_codes_of_batch([weight_RC], [grid], [factor])
         assert torch.equal(found.codes_RC, alone.codes_RC)
+
+
+def test_tf32_changes_few_codes_and_hardly_the_error():
+    weight_RC, grid, factor = problem("W4A16", 512, 2048, seed=3)
+    there, moved = on_gpu(grid, factor)
+    precision = torch.get_float32_matmul_precision()
+    (exact,), (rounded,) = (
+        solve_codes_of_batch([weight_RC.cuda()], [there], [moved], in_tf32=in_tf32)
+        for in_tf32 in (False, True)
+    )
+    assert torch.get_float32_matmul_precision() == precision
+    differing = (exact.codes_RC != rounded.codes_RC).float().mean().item()
+    assert 0 < differing < 0.02
+    root_CC = (factor.feedback_CC * factor.pivots_C).double()
+    place_C = factor.order_C.argsort()
+    hessian_CC = (root_CC @ root_CC.T)[place_C][:, place_C]
+
+    def error(found: Chosen) -> float:
+        scale_RC = grid.scale_RG.double().repeat_interleave(128, 1)
+        left_RC = weight_RC.double() - (found.codes_RC.cpu().double() - 8) * scale_RC
+        return float(((left_RC @ hessian_CC) * left_RC).sum())
+
+    assert error(rounded) == pytest.approx(error(exact), rel=0.005)
