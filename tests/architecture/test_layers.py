@@ -37,6 +37,8 @@ LAYERS = {
     "quantlib.checkpoint.layout": 2,
     "quantlib.checkpoint.stated_quantization": 2,
     "quantlib.checkpoint.dtypes": 3,
+    "quantlib.cholesky": 3,
+    "quantlib.cholesky_check": 3,
     "quantlib.column_order": 3,
     "quantlib.linalg": 3,
     "quantlib.fresh_bytes": 3,
