@@ -20,6 +20,8 @@ from quantlib.block_statistics import BlockStatistics
 from quantlib.calibration.totals import BandSum, Total
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
+from quantlib.cholesky import CHOLESKYS
+from quantlib.cholesky_check import CholeskyCheck, checked_choleskys
 from quantlib.errors import WorkerError
 from quantlib.group_solver import TileRows
 from quantlib.job import activations, planner
@@ -39,6 +41,7 @@ from quantlib.memory_watch import (
     peak_memory_bytes,
     watch_memory,
 )
+from quantlib.methods import METHODS, methods_with
 from quantlib.model.late_weights import LateWeight, stored_weight
 from quantlib.model.skeleton import Skeleton, load_skeleton
 from quantlib.rounded_ends import Ends, live_ends
@@ -122,6 +125,7 @@ class BlockRunner:
 
         Raises:
             PlanMismatchError: This worker's device is of another kind than the plan's, which is not allowed.
+            DeviceError: A GPU does not make right factors in any way.
         """
         plan = bundle.shared
         kind = refuse_other_device(plan.device_kind, mixed_gpus=plan.options["mixed_gpus"])
@@ -133,6 +137,10 @@ class BlockRunner:
         self._has_late_weights = has_late_weights
         self._plan = plan
         self._device = torch.device("cuda" if plan.device_kind.startswith("cuda") else "cpu")
+        self._cholesky_check = _checked_choleskys(bundle, self._device)
+        methods = METHODS
+        if self._cholesky_check is not None:
+            methods = methods_with(CHOLESKYS[self._cholesky_check.way])
         self._dtype: torch.dtype = getattr(torch, plan.compute_dtype)
         engine = plan.options["storage_engine"]
         self._source_store = open_store(plan.source, engine)
@@ -152,6 +160,7 @@ class BlockRunner:
                 source_store=self._source_store,
                 device=self._device,
                 height=height,
+                methods=methods,
                 clock=self._clock,
                 working=self._working,
             )
@@ -362,7 +371,7 @@ class BlockRunner:
             mine, totals = self._outputs[output], [_totals(sums) for sums in statistics]
             planned = mine.plan.blocks[block]
             made = mine.solver.solve_batch(planned, groups, _merged(parts), totals, tokens)
-            _log_fallbacks(block, [row for _, rows in made for row in rows])
+            _log_solved(block, [row for _, rows in made for row in rows])
             found = [
                 self._offered(block, output, group, others, packed, rows)
                 for group, (packed, rows) in zip(groups, made, strict=True)
@@ -412,7 +421,7 @@ class BlockRunner:
         with self._working("solve", output):
             mine = self._outputs[output]
             packed, rows = mine.solver.pack(mine.plan.blocks[block], group, tiles, tokens)
-            _log_fallbacks(block, rows)
+            _log_solved(block, rows)
             return self._offered(block, output, group, others, packed, rows)
 
     def write(
@@ -497,6 +506,7 @@ class BlockRunner:
             "peak_device_bytes": torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None,
             "waiting_on_disk_bytes": self._shelf.file_bytes,
             "device_kinds": device_kinds(self._work_store, self._plan),
+            "cholesky_check": None if self._cholesky_check is None else self._cholesky_check.to_dict(),
         }
 
     def _offered(
@@ -561,13 +571,29 @@ class BlockRunner:
         return module
 
 
-def _log_fallbacks(block: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a call, however many linears were solved in it."""
+def _checked_choleskys(bundle: Bundle, device: torch.device) -> CholeskyCheck | None:
+    """Of the largest factor that a GPU will be asked for; a CPU's LAPACK has given no reason to ask it first."""
+    linears = [linear for plan in bundle.outputs for block in plan.blocks for linear in block.linears]
+    columns = max((linear.columns for linear in linears if linear.method == "gptq"), default=0)
+    if device.type == "cpu" or not columns:
+        return None
+    found = checked_choleskys(columns, device)
+    for way, problem in found.problems.items():
+        words = "factors of %d columns: %s is wrong (%s), %s is right and is used"
+        _LOG.warning(words, columns, way, problem, found.way)
+    return found
+
+
+def _log_solved(block: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line of a kind a call, however many linears were solved in it."""
     fallen = [row for row in rows if row["fallback"]]
     if fallen:
         first, more = fallen[0], f", and {len(fallen) - 1} linears more" if len(fallen) > 1 else ""
         words = "block %d, %s: fallback %s with %s tokens%s"
         _LOG.info(words, block + 1, first["name"], first["fallback"], first["tokens"], more)
+    if short := [row for row in rows if row["memory_step"]]:
+        words = "block %d: memory of the device did not suffice for %d linears, as %s: %s"
+        _LOG.warning(words, block + 1, len(short), short[0]["name"], short[0]["memory_step"])
 
 
 def _merged(parts: Sequence[Tensors]) -> dict[str, torch.Tensor]:

@@ -72,6 +72,7 @@ LAYERS = {
     "quantlib.block_runner": 6,
     "quantlib.block_statistics": 6,
     "quantlib.group_solver": 6,
+    "quantlib.memory_ladder": 6,
     "quantlib.unit_converter": 6,
     "quantlib.rounded_ends": 6,
     "quantlib.worker_cells": 6,
