@@ -572,7 +572,7 @@ class BlockRunner:
 
 
 def _checked_choleskys(bundle: Bundle, device: torch.device) -> CholeskyCheck | None:
-    """Of the largest factor that a GPU will be asked for; a CPU's LAPACK has given no reason to ask it first."""
+    """Of the largest factor that a GPU will be asked for; LAPACK has given no reason to doubt it."""
     linears = [linear for plan in bundle.outputs for block in plan.blocks for linear in block.linears]
     columns = max((linear.columns for linear in linears if linear.method == "gptq"), default=0)
     if device.type == "cpu" or not columns:

@@ -3,9 +3,9 @@
 Plans leave room for every solve, so this is for what no plan knows: others on the same device, memory in
 pieces, workspaces of libraries. A step that was taken is told of every linear that it concerns.
 
-Rows know nothing of each other, so that smaller tiles are the same problem. On a CPU they give the same codes;
-on a GPU products of other shapes may be summed in another order, and a target that lies in the middle between
-two levels may then get the other code. What a CPU makes of a factor differs in last bits too. So bytes repeat
+Rows know nothing of each other, so that smaller tiles are the same problem. On a CPU they give the same
+codes. On a GPU products of other shapes may be summed in another order, and a target in the middle between
+two levels may then get the other code; what a CPU makes of a factor differs in last bits too. So bytes repeat
 from run to run where no step after `EMPTIED_CACHE` was taken.
 """
 

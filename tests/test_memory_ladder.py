@@ -17,7 +17,6 @@ from quantlib.job.report_verdict import concerns
 from quantlib.memory_ladder import RUNGS, MemoryLadder, descend
 from quantlib.methods import METHODS
 from quantlib.packing import FORMATS
-from quantlib.packing.outliers import pack_linear
 from quantlib.row_tiles import RowRun, cut_tile
 from quantlib.schemes import has_own_groups, scheme_from_name
 from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
@@ -141,7 +140,6 @@ def test_factor_is_made_again_or_on_the_cpu(num_failures, step, has_tiles):
     ladder = _ladder(factoring_in(shortage))
     if has_tiles:
         packed, rows = _in_tiles(ladder, block)
-        # Once there is a factor, the tiles that follow have nothing to tell, unless they stay with smaller ones.
         assert rows[0]["memory_step"] == step
         _assert_same_but(None, (packed, [{**row, "memory_step": None} for row in rows]), _wanted(block))
     else:
@@ -193,7 +191,6 @@ def test_codes_are_packed_on_the_cpu_at_last():
     found = _in_tiles(_ladder(packer=packer), block)
     _assert_same_but("cpu", found, _wanted(block))
     assert shortage.num_failures == 2
-    assert pack_linear  # what packs codes here
 
 
 def test_failed_attempt_holds_nothing_when_the_next_begins():
