@@ -70,6 +70,7 @@ class BlockRunner:
         share: Makes a value available to other workers; in one process the value itself.
         host: Address of this machine that the other workers' machines reach.
         memory_in_use: Tells bytes that this worker takes; of its process unless it shares that with others.
+        check_choleskys: Finds a way to make factors of so many columns on a GPU.
     """
 
     def __init__(
@@ -77,8 +78,9 @@ class BlockRunner:
         share: Callable[[Any], Any] = lambda value: value,
         host: str = "127.0.0.1",
         memory_in_use: Callable[[], int] = memory_bytes,
+        check_choleskys: Callable[[int, torch.device], CholeskyCheck] = checked_choleskys,
     ) -> None:
-        self._share, self._memory_in_use = share, memory_in_use
+        self._share, self._memory_in_use, self._check_choleskys = share, memory_in_use, check_choleskys
         self._sums = SumExchange(share, host)
         self._stopped = threading.Event()
         self._clock = StageClock()
@@ -137,10 +139,9 @@ class BlockRunner:
         self._has_late_weights = has_late_weights
         self._plan = plan
         self._device = torch.device("cuda" if plan.device_kind.startswith("cuda") else "cpu")
-        self._cholesky_check = _checked_choleskys(bundle, self._device)
-        methods = METHODS
-        if self._cholesky_check is not None:
-            methods = methods_with(CHOLESKYS[self._cholesky_check.way])
+        self._cholesky_check = self._checked_choleskys(bundle)
+        check = self._cholesky_check
+        methods = METHODS if check is None else methods_with(CHOLESKYS[check.way])
         self._dtype: torch.dtype = getattr(torch, plan.compute_dtype)
         engine = plan.options["storage_engine"]
         self._source_store = open_store(plan.source, engine)
@@ -531,6 +532,18 @@ class BlockRunner:
         if self._stopped.is_set():
             raise WorkerError("the job was stopped; the same command continues it")
 
+    def _checked_choleskys(self, bundle: Bundle) -> CholeskyCheck | None:
+        """Of the largest factor that a GPU will be asked for; LAPACK has given no reason to doubt it."""
+        linears = [linear for plan in bundle.outputs for block in plan.blocks for linear in block.linears]
+        columns = max((linear.columns for linear in linears if linear.method == "gptq"), default=0)
+        if self._device.type == "cpu" or not columns:
+            return None
+        found = self._check_choleskys(columns, self._device)
+        for way, problem in found.problems.items():
+            words = "factors of %d columns are made in the way %s, as %s failed: %s"
+            _LOG.warning(words, columns, found.way, way, problem)
+        return found
+
     @contextmanager
     def _working(self, stage: str, output: int | None = None) -> Iterator[None]:
         self._refuse_if_stopped()
@@ -569,19 +582,6 @@ class BlockRunner:
         loaded, module = self._modules[kind]
         assert loaded == block, f"block {loaded} is loaded, not {block}"
         return module
-
-
-def _checked_choleskys(bundle: Bundle, device: torch.device) -> CholeskyCheck | None:
-    """Of the largest factor that a GPU will be asked for; LAPACK has given no reason to doubt it."""
-    linears = [linear for plan in bundle.outputs for block in plan.blocks for linear in block.linears]
-    columns = max((linear.columns for linear in linears if linear.method == "gptq"), default=0)
-    if device.type == "cpu" or not columns:
-        return None
-    found = checked_choleskys(columns, device)
-    for way, problem in found.problems.items():
-        words = "factors of %d columns: %s is wrong (%s), %s is right and is used"
-        _LOG.warning(words, columns, way, problem, found.way)
-    return found
 
 
 def _log_solved(block: int, rows: Sequence[Mapping[str, Any]]) -> None:

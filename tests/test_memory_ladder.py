@@ -247,6 +247,6 @@ def test_run_tells_of_every_linear_and_counts_them(tmp_path, monkeypatch):
     assert report["fallbacks"] == plain["fallbacks"] and concerns(report) == concerns(plain)
     stored = json.loads((tmp_path / "short" / "output" / "quantmill_report.json").read_text())
     assert stored["memory"]["steps"] == report["memory"]["steps"]
-    words = f"memory of a device did not suffice for {len(short)} linears, which were solved in smaller tiles"
+    words = f"memory of a device did not suffice for linears that were solved in smaller tiles: {len(short)}"
     assert words in format_report(report) and words not in format_report(plain)
     assert words[1:] in (tmp_path / "short" / "output" / "quantmill_report.html").read_text()

@@ -19,7 +19,7 @@ LANES = ("compute", "storage")
 _PLAIN = "safetensors"
 # What `LinearReport.memory_step` says.
 _MEMORY_STEPS = {
-    "emptied_cache": "once more with an empty cache",
+    "emptied_cache": "once more",
     "smaller_tiles": "in smaller tiles",
     "cpu": "on the CPU",
 }
@@ -416,10 +416,10 @@ def history_sentences(report: Mapping[str, Any]) -> list[str]:
 def _device_sentences(report: Mapping[str, Any]) -> Iterator[str]:
     for step, linears in (part(report.get("memory"), "steps") or {}).items():
         how = _MEMORY_STEPS.get(step, step)
-        yield f"Memory of a device did not suffice for {count(linears)} linears, which were solved {how}"
+        yield f"Memory of a device did not suffice for linears that were solved {how}: {count(linears)}"
     for worker, check in enumerate(report.get("cholesky_checks") or ()):
         for way, problem in (part(check, "problems") or {}).items():
             yield (
-                f"Worker {worker} makes factors in the way {check['way']}, as {way} is wrong at"
+                f"Worker {worker} made factors in the way {check['way']}, as {way} failed at"
                 f" {count(check['columns'])} columns: {problem}"
             )

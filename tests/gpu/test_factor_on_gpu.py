@@ -153,6 +153,7 @@ def group() -> tuple:
         columns=COLUMNS,
         method="gptq",
         scheme=scheme_from_name("W4A16", 128),
+        corrects_bias=False,
         weight=StoredPart(tensor="q.weight"),
         weight_dtype="BF16",
     )
