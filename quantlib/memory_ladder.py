@@ -10,6 +10,7 @@ from run to run where no step after `EMPTIED_CACHE` was taken.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -103,10 +104,9 @@ class MemoryLadder:
         self, block: BlockPlan, group: int, tensors: Tensors, statistics: Statistics, tokens: GroupTokens
     ) -> Packed:
         """Quantize and pack the linears of one group."""
-        columns = next(x.columns for x in block.linears if x.name in block.input_groups[group])
 
         def attempt(rung: Rung) -> Packed:
-            solver = self._on_cpu if rung.on_cpu else self._with_lower_tiles(columns, rung.pieces)
+            solver = self._on_cpu if rung.on_cpu else self._with_lower_tiles(block, group, rung.pieces)
             try:
                 return solver.solve(block, group, tensors, statistics, tokens)
             finally:
@@ -124,15 +124,20 @@ class MemoryLadder:
     ) -> list[Packed]:
         """Quantize and pack groups that are alike as one batch; where that takes too much, one by one."""
 
-        def attempt(rung: Rung) -> list[Packed]:
-            if rung in (_PLAIN, _AGAIN) and len(groups) > 1:
-                return self._plain.solve_batch(block, groups, tensors, statistics, tokens)
+        def one_by_one() -> list[Packed]:
             return [
                 self.solve(block, group, tensors, sums, behind)
                 for group, sums, behind in zip(groups, statistics, tokens, strict=True)
             ]
 
-        found, rung = descend(attempt, RUNGS if len(groups) > 1 else (_PLAIN,))
+        def attempt(rung: Rung) -> list[Packed]:
+            if rung.pieces > 1:
+                return one_by_one()
+            return self._plain.solve_batch(block, groups, tensors, statistics, tokens)
+
+        if len(groups) == 1:
+            return one_by_one()
+        found, rung = descend(attempt, RUNGS[:3])
         return [_told(made, rung) for made in found]
 
     def solve_tile(
@@ -180,11 +185,13 @@ class MemoryLadder:
         self._plain.forget()
         self._on_cpu.forget()
 
-    def _with_lower_tiles(self, columns: int, pieces: int) -> GroupSolver:
+    def _with_lower_tiles(self, block: BlockPlan, group: int, pieces: int) -> GroupSolver:
         if pieces == 1:
             return self._plain
-        height = self._height or tile_height(columns, self._device.type)
-        return self._solver(max(1, height // pieces))
+        linears = [linear for linear in block.linears if linear.name in block.input_groups[group]]
+        height = self._height or tile_height(linears[0].columns, self._device.type)
+        highest = min(height, sum(linear.rows for linear in linears))
+        return self._solver(math.ceil(highest / pieces))
 
     def _solver(self, height: int | None) -> GroupSolver:
         return GroupSolver(self._packer, self._settings, self._device, height, self._methods)

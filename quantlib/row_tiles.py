@@ -109,10 +109,7 @@ def cut_tile(tile: Tile, pieces: int) -> list[Tile]:
     >>> [[(run.name, run.start, run.end) for run in cut] for cut in cut_tile((RowRun("k", 32, 64),), 2)]
     [[('k', 32, 48)], [('k', 48, 64)]]
     """
-    if pieces == 1:
-        return [tile]
-    # A power of two, as where scales of whole squares are shared no cut may go through one.
-    height = 1 << max(0, math.ceil(math.log2(tile_rows(tile) / pieces)))
+    height = math.ceil(tile_rows(tile) / pieces)
     first = {run.name: run.start for run in tile}
     return [
         tuple(RowRun(run.name, first[run.name] + run.start, first[run.name] + run.end) for run in cut)
