@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from quantlib.calibration.totals import Total, exponent_for
+from quantlib.cholesky import library_cholesky_
 from quantlib.group_solver import GroupSolver
 from quantlib.inprocess import quantize
 from quantlib.job.expert_groups import GroupTokens
@@ -16,7 +17,7 @@ from quantlib.job.plan import BlockPlan
 from quantlib.job.report_text import format_report
 from quantlib.job.report_verdict import concerns
 from quantlib.memory_ladder import RUNGS, MemoryLadder, descend
-from quantlib.methods import METHODS
+from quantlib.methods import METHODS, methods_with
 from quantlib.packing import FORMATS
 from quantlib.row_tiles import RowRun, cut_tile
 from quantlib.schemes import has_own_groups, scheme_from_name
@@ -147,6 +148,22 @@ def test_factor_is_made_again_or_on_the_cpu(num_failures, step, has_tiles):
         found = ladder.solve(block, 0, _tensors(block), _statistics(), COUNTED)
         _assert_same_but(step, found, _wanted(block))
     assert shortage.num_failures == num_failures
+
+
+def test_what_is_forgotten_is_made_again():
+    block, made = _block(), []
+
+    def cholesky_(matrix_CC: torch.Tensor) -> torch.Tensor:
+        made.append(len(matrix_CC))
+        return library_cholesky_(matrix_CC)
+
+    ladder = _ladder(methods_with(cholesky_))
+    tile = ladder.tiles(block)[0][0]
+    for num_factors in (1, 1, 2):
+        if num_factors == 2:
+            ladder.forget()
+        ladder.solve_tile(block, tile, _tensors(block), _statistics(), COUNTED)
+        assert made == [COLUMNS] * num_factors
 
 
 @pytest.mark.parametrize("options", [{"descent_passes": 1, "refits_scales": True}, {"outlier_weights": 50}])

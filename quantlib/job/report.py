@@ -217,12 +217,12 @@ def _memory(
     named = ("pipelines", "has_late_weights", "worker", "device", "store", "unsliced_bytes")
     measured = ("peak_memory_bytes", "peak_device_bytes", "waiting_on_disk_bytes")
     # Rows of units that an earlier release finished have no step.
-    steps = Counter(row.get("memory_step") for rows in linears.values() for row in rows)
+    steps = Counter(step for rows in linears.values() for row in rows if (step := row.get("memory_step")))
     return {
         "planned": {name: planned[name] for name in named},
         "most_slices": max((len(passes) for passes in planned["slices"]), default=1),
         **{f"worker_{name}": [worker[name] for worker in telemetry] for name in measured},
-        "steps": {step: count for step, count in sorted(steps.items(), key=str) if step is not None},
+        "steps": dict(sorted(steps.items())),
     }
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from quantlib.cholesky import CHOLESKYS, blocked_cholesky_, library_cholesky_
+from quantlib.errors import NumericsError
 from quantlib.linalg import factor_hessian
 from quantlib.methods.target_correction import target_change
 from tests.support.reference_solver import correlated_inputs
@@ -74,6 +75,12 @@ def test_targets_are_corrected_alike_in_every_way():
     wanted = target_change(hessian_CC, cross_CC)
     found = target_change(hessian_CC, cross_CC, WAYS["panels of 7"])
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
+def test_targets_are_not_corrected_without_a_factor():
+    moments_CC = torch.from_numpy(symmetric(20))
+    with pytest.raises(NumericsError, match="positive definite"):
+        target_change(moments_CC, moments_CC, lambda matrix_CC: torch.tensor(3, dtype=torch.int32))
 
 
 def test_library_is_preferred():
