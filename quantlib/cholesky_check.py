@@ -80,7 +80,10 @@ def check_choleskys(
 @functools.cache
 def checked_choleskys(columns: int, device: torch.device) -> CholeskyCheck:
     """`check_choleskys`, once in a process for a size and device."""
-    return check_choleskys(columns, device)
+    found = check_choleskys(columns, device)
+    # Else small tensors would settle where it had its matrix, and the first Hessian would find no such room.
+    torch.cuda.empty_cache()
+    return found
 
 
 def _problem(cholesky_: Cholesky, columns: int, device: torch.device) -> str | None:
