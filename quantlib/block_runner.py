@@ -20,6 +20,8 @@ from quantlib.block_statistics import BlockStatistics
 from quantlib.calibration.totals import BandSum, Total
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
+from quantlib.cholesky import CHOLESKYS
+from quantlib.cholesky_check import CholeskyCheck, checked_choleskys
 from quantlib.errors import WorkerError
 from quantlib.group_solver import TileRows
 from quantlib.job import activations, planner
@@ -39,6 +41,7 @@ from quantlib.memory_watch import (
     peak_memory_bytes,
     watch_memory,
 )
+from quantlib.methods import METHODS, methods_with
 from quantlib.model.late_weights import LateWeight, stored_weight
 from quantlib.model.skeleton import Skeleton, load_skeleton
 from quantlib.rounded_ends import Ends, live_ends
@@ -67,6 +70,7 @@ class BlockRunner:
         share: Makes a value available to other workers; in one process the value itself.
         host: Address of this machine that the other workers' machines reach.
         memory_in_use: Tells bytes that this worker takes; of its process unless it shares that with others.
+        check_choleskys: Finds a way to make factors of so many columns on a GPU.
     """
 
     def __init__(
@@ -74,8 +78,9 @@ class BlockRunner:
         share: Callable[[Any], Any] = lambda value: value,
         host: str = "127.0.0.1",
         memory_in_use: Callable[[], int] = memory_bytes,
+        check_choleskys: Callable[[int, torch.device], CholeskyCheck] = checked_choleskys,
     ) -> None:
-        self._share, self._memory_in_use = share, memory_in_use
+        self._share, self._memory_in_use, self._check_choleskys = share, memory_in_use, check_choleskys
         self._sums = SumExchange(share, host)
         self._stopped = threading.Event()
         self._clock = StageClock()
@@ -122,6 +127,7 @@ class BlockRunner:
 
         Raises:
             PlanMismatchError: This worker's device is of another kind than the plan's, which is not allowed.
+            DeviceError: A GPU does not make right factors in any way.
         """
         plan = bundle.shared
         kind = refuse_other_device(plan.device_kind, mixed_gpus=plan.options["mixed_gpus"])
@@ -133,6 +139,9 @@ class BlockRunner:
         self._has_late_weights = has_late_weights
         self._plan = plan
         self._device = torch.device("cuda" if plan.device_kind.startswith("cuda") else "cpu")
+        self._cholesky_check = self._checked_choleskys(bundle)
+        check = self._cholesky_check
+        methods = METHODS if check is None else methods_with(CHOLESKYS[check.way])
         self._dtype: torch.dtype = getattr(torch, plan.compute_dtype)
         engine = plan.options["storage_engine"]
         self._source_store = open_store(plan.source, engine)
@@ -152,6 +161,7 @@ class BlockRunner:
                 source_store=self._source_store,
                 device=self._device,
                 height=height,
+                methods=methods,
                 clock=self._clock,
                 working=self._working,
             )
@@ -362,7 +372,7 @@ class BlockRunner:
             mine, totals = self._outputs[output], [_totals(sums) for sums in statistics]
             planned = mine.plan.blocks[block]
             made = mine.solver.solve_batch(planned, groups, _merged(parts), totals, tokens)
-            _log_fallbacks(block, [row for _, rows in made for row in rows])
+            _log_solved(block, [row for _, rows in made for row in rows])
             found = [
                 self._offered(block, output, group, others, packed, rows)
                 for group, (packed, rows) in zip(groups, made, strict=True)
@@ -412,7 +422,7 @@ class BlockRunner:
         with self._working("solve", output):
             mine = self._outputs[output]
             packed, rows = mine.solver.pack(mine.plan.blocks[block], group, tiles, tokens)
-            _log_fallbacks(block, rows)
+            _log_solved(block, rows)
             return self._offered(block, output, group, others, packed, rows)
 
     def write(
@@ -497,6 +507,7 @@ class BlockRunner:
             "peak_device_bytes": torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None,
             "waiting_on_disk_bytes": self._shelf.file_bytes,
             "device_kinds": device_kinds(self._work_store, self._plan),
+            "cholesky_check": None if self._cholesky_check is None else self._cholesky_check.to_dict(),
         }
 
     def _offered(
@@ -520,6 +531,18 @@ class BlockRunner:
     def _refuse_if_stopped(self) -> None:
         if self._stopped.is_set():
             raise WorkerError("the job was stopped; the same command continues it")
+
+    def _checked_choleskys(self, bundle: Bundle) -> CholeskyCheck | None:
+        """Of the largest factor that a GPU will be asked for; LAPACK has given no reason to doubt it."""
+        linears = [linear for plan in bundle.outputs for block in plan.blocks for linear in block.linears]
+        columns = max((linear.columns for linear in linears if linear.method == "gptq"), default=0)
+        if self._device.type == "cpu" or not columns:
+            return None
+        found = self._check_choleskys(columns, self._device)
+        for way, problem in found.problems.items():
+            words = "factors of %d columns are made in the way %s, as %s failed: %s"
+            _LOG.warning(words, columns, found.way, way, problem)
+        return found
 
     @contextmanager
     def _working(self, stage: str, output: int | None = None) -> Iterator[None]:
@@ -561,13 +584,16 @@ class BlockRunner:
         return module
 
 
-def _log_fallbacks(block: int, rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a call, however many linears were solved in it."""
+def _log_solved(block: int, rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line of a kind a call, however many linears were solved in it."""
     fallen = [row for row in rows if row["fallback"]]
     if fallen:
         first, more = fallen[0], f", and {len(fallen) - 1} linears more" if len(fallen) > 1 else ""
         words = "block %d, %s: fallback %s with %s tokens%s"
         _LOG.info(words, block + 1, first["name"], first["fallback"], first["tokens"], more)
+    if short := [row for row in rows if row["memory_step"]]:
+        words = "block %d: memory of the device did not suffice for %d linears, as %s: %s"
+        _LOG.warning(words, block + 1, len(short), short[0]["name"], short[0]["memory_step"])
 
 
 def _merged(parts: Sequence[Tensors]) -> dict[str, torch.Tensor]:

@@ -103,3 +103,7 @@ class WorkerLostError(WorkerError):
 
     Not retryable by calling the stage again: activations are gone with the worker. The job rebuilds them.
     """
+
+
+class DeviceError(QuantError):
+    """A device gives wrong results for what is known, or cannot do what every job needs."""

@@ -30,7 +30,7 @@ from quantlib.methods.contracts import (
     SolvedRows,
 )
 from quantlib.methods.fitted_scales import cuts_half_step
-from quantlib.methods.whole_solve import given_to, merged_rows
+from quantlib.methods.whole_solve import Method, given_to, merged_rows
 from quantlib.packing.contracts import PackingFormat
 from quantlib.packing.outliers import pack_linear
 from quantlib.schemes import WeightScheme
@@ -70,6 +70,7 @@ class GroupSolver:
 
     Args:
         height: Most rows of a tile; by default from columns and device.
+        methods: Name -> method, on the device.
     """
 
     def __init__(
@@ -78,9 +79,10 @@ class GroupSolver:
         settings: SolverSettings,
         device: torch.device,
         height: int | None = None,
+        methods: Mapping[str, Method] = METHODS,
     ) -> None:
         self._packer, self._settings, self._device = packer, settings, device
-        self._height = height
+        self._height, self._methods = height, methods
         self._shared: _Shared | None = None
 
     def tiles(self, block: BlockPlan) -> dict[int, list[GroupTile]]:
@@ -141,7 +143,9 @@ class GroupSolver:
         ]
         scale_dtype = self._scale_dtype(weights[0])
         given = [self._given(here, scheme, scale_dtype) for here in weights]
-        solved = METHODS[method].solve_batch(prepared, weights, scheme, scale_dtype=scale_dtype, given=given)
+        solved = self._methods[method].solve_batch(
+            prepared, weights, scheme, scale_dtype=scale_dtype, given=given
+        )
         return [
             self._packed(block, _merged(block, group, [rows]), behind)
             for group, rows, behind in zip(groups, solved, tokens, strict=True)
@@ -237,7 +241,7 @@ class GroupSolver:
         return shared.prepared[method]
 
     def _prepare(self, method: str, moments: Moments | None, tokens: GroupTokens) -> Prepared:
-        return METHODS[method].prepare(
+        return self._methods[method].prepare(
             hessian_CC=None if moments is None else moments.hessian_CC,
             cross_CC=None if moments is None else moments.cross_CC,
             num_tokens=tokens.total,
@@ -333,7 +337,7 @@ class GroupSolver:
                 for linear in linears
                 if linear.method == method and linear.scheme is not None
             }
-            results |= METHODS[method](
+            results |= self._methods[method](
                 {name: weights[name] for name in schemes},
                 schemes,
                 hessian_CC=None if moments is None else moments.hessian_CC,

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantlib.cholesky import Cholesky, library_cholesky_
 from quantlib.column_order import activation_order
 from quantlib.errors import NumericsError
 
@@ -75,7 +76,11 @@ def damping_fraction_for(columns: int, num_tokens: int) -> float:
 
 
 def factor_hessian(
-    hessian_CC: torch.Tensor, *, num_tokens: int, order_C: torch.Tensor | None = None
+    hessian_CC: torch.Tensor,
+    *,
+    num_tokens: int,
+    order_C: torch.Tensor | None = None,
+    cholesky_: Cholesky = library_cholesky_,
 ) -> Factor | None:
     """Damp, order and factor a Hessian for error feedback.
 
@@ -89,6 +94,7 @@ def factor_hessian(
     Args:
         num_tokens: Tokens it was summed over; they decide the damping.
         order_C: int64 [C], position -> column; `activation_order` by default.
+        cholesky_: Makes the factors.
 
     Returns:
         The factor in the dtype of ``hessian_CC``; None when every rung failed.
@@ -101,22 +107,27 @@ def factor_hessian(
         they end up rounded to nearest. Multiplying the Hessian by a power of two changes no bit of the
         feedback.
 
-    Cost: C**3 / 3 multiply-adds; one buffer of C x C beside the input.
+    Cost: C**3 / 3 floating point operations an attempt; one buffer of C x C beside the input, and what
+        ``cholesky_`` takes. A device is waited for twice, where columns are dead three times, and once an
+        attempt.
     """
     diagonal_C = hessian_CC.diagonal()
-    _check(hessian_CC, diagonal_C)
-    is_live_C = diagonal_C > 0
-    mean_live = diagonal_C[is_live_C].double().mean().item()
+    num_dead = _num_dead_columns(hessian_CC, diagonal_C)
+    live_C = diagonal_C[diagonal_C > 0] if num_dead else diagonal_C.contiguous()
+    mean_live = live_C.double().mean().item()
     # Factored in units of a power of two near the mean: no size of H over- or underflows, and equal problems
     # in other units meet the same bits (the square root of an odd power of two would not be exact).
     unit = 2.0 ** math.frexp(mean_live)[1]
     if order_C is None:
         order_C = activation_order(diagonal_C)
     for num_attempts, attempt in enumerate(_ladder(hessian_CC, num_tokens), start=1):
-        matrix_CC = _prepared(hessian_CC, order_C, attempt)
+        matrix_CC = _prepared(hessian_CC, order_C, attempt, num_dead)
         matrix_CC.mul_(1.0 / unit).diagonal().add_(attempt.damping_fraction * mean_live / unit)
-        pivots_C = _factor_(matrix_CC)
-        if pivots_C is None:
+        # Stored transposed: ``matrix.mT`` has contiguous columns.
+        status = cholesky_(matrix_CC.mT)
+        pivots_C = matrix_CC.diagonal().clone()
+        if not bool(torch.isfinite(pivots_C).all() & (status == 0)):
+            del matrix_CC  # or it would stand beside the one of the next attempt
             continue
         return Factor(
             order_C=order_C,
@@ -126,7 +137,7 @@ def factor_hessian(
             damping_fraction=attempt.damping_fraction,
             num_attempts=num_attempts,
             rung=attempt.rung,
-            num_dead_columns=int((~is_live_C).sum()),
+            num_dead_columns=num_dead,
         )
     return None
 
@@ -168,18 +179,22 @@ def _first_columns_of_inverse(lower_CC: torch.Tensor) -> torch.Tensor:
     return inverse_CB
 
 
-def _check(hessian_CC: torch.Tensor, diagonal_C: torch.Tensor) -> None:
-    lowest, highest = (bound.item() for bound in torch.aminmax(hessian_CC))
+def _num_dead_columns(hessian_CC: torch.Tensor, diagonal_C: torch.Tensor) -> int:
+    """How many columns are zero, of a Hessian that may be factored."""
+    bounds = [*torch.aminmax(hessian_CC), *torch.aminmax(diagonal_C), (diagonal_C == 0).sum()]
+    # All at once: each would be waited for. In float64 a count stays what it is.
+    lowest, highest, least, most, num_dead = torch.stack([bound.double() for bound in bounds]).tolist()
     if not (math.isfinite(lowest) and math.isfinite(highest)):
         raise NumericsError(
             f"a Hessian must be finite, found entries from {lowest} to {highest}; look for the calibration"
             " row whose activations are not finite"
         )
-    if diagonal_C.min().item() < 0 or diagonal_C.max().item() <= 0:
+    if least < 0 or most <= 0:
         raise NumericsError(
             "the diagonal of a Hessian must be zero or positive with at least one positive entry, found"
-            f" {diagonal_C.min().item()} to {diagonal_C.max().item()}; it is not a sum of squares"
+            f" {least} to {most}; it is not a sum of squares"
         )
+    return int(num_dead)
 
 
 def _ladder(hessian_CC: torch.Tensor, num_tokens: int) -> Iterator[_Attempt]:
@@ -195,28 +210,17 @@ def _ladder(hessian_CC: torch.Tensor, num_tokens: int) -> Iterator[_Attempt]:
         yield _Attempt(rung=SHRINKAGE, damping_fraction=fraction, shrinkage=shrinkage, dtype=dtype)
 
 
-def _prepared(hessian_CC: torch.Tensor, order_C: torch.Tensor, attempt: _Attempt) -> torch.Tensor:
+def _prepared(
+    hessian_CC: torch.Tensor, order_C: torch.Tensor, attempt: _Attempt, num_dead: int
+) -> torch.Tensor:
     """A new matrix: ordered, dead columns cut loose, shrunk; not damped yet."""
     matrix_CC = hessian_CC[order_C[:, None], order_C[None, :]].to(attempt.dtype)
     diagonal_C = matrix_CC.diagonal().clone()
-    is_dead_C = diagonal_C == 0
-    # Zero already where the columns are truly dead; a fixed-point sum may have lost a diagonal that was tiny.
-    matrix_CC[is_dead_C] = 0.0
-    matrix_CC[:, is_dead_C] = 0.0
+    if num_dead:
+        is_dead_C = diagonal_C == 0
+        # Zero already where the columns are truly dead; a fixed-point sum may have lost a tiny diagonal.
+        matrix_CC[is_dead_C] = 0.0
+        matrix_CC[:, is_dead_C] = 0.0
     if attempt.shrinkage:
         matrix_CC.mul_(1.0 - attempt.shrinkage).diagonal().copy_(diagonal_C)
     return matrix_CC
-
-
-def _factor_(matrix_CC: torch.Tensor) -> torch.Tensor | None:
-    """Turn a symmetric matrix into its Cholesky factor, stored transposed; returns the factor's diagonal.
-
-    None when the matrix is not positive definite. LAPACK wants columns contiguous: ``matrix.mT`` is, and as
-    output over its own input it makes the factorization happen in place.
-    """
-    status = torch.empty((), dtype=torch.int32, device=matrix_CC.device)
-    factor_CC, status = torch.linalg.cholesky_ex(matrix_CC.mT, out=(matrix_CC.mT, status))
-    pivots_C = factor_CC.diagonal().clone()
-    if status.item() != 0 or not bool(torch.isfinite(pivots_C).all()):
-        return None
-    return pivots_C

@@ -6,6 +6,7 @@ Small tiles of one shape that read unlike inputs cannot be stacked, yet they are
 saves calls, and changes no bit on a CPU.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -100,6 +101,20 @@ def row_tiles(rows: Mapping[str, int], height: int) -> list[Tile]:
             tiles += [(run,) for run in runs]
             is_open = len(runs) == 1
     return tiles
+
+
+def cut_tile(tile: Tile, pieces: int) -> list[Tile]:
+    """Tiles of so many times fewer rows, of the same rows; each linear's are in order.
+
+    >>> [[(run.name, run.start, run.end) for run in cut] for cut in cut_tile((RowRun("k", 32, 64),), 2)]
+    [[('k', 32, 48)], [('k', 48, 64)]]
+    """
+    height = math.ceil(tile_rows(tile) / pieces)
+    first = {run.name: run.start for run in tile}
+    return [
+        tuple(RowRun(run.name, first[run.name] + run.start, first[run.name] + run.end) for run in cut)
+        for cut in row_tiles({run.name: run.rows for run in tile}, height)
+    ]
 
 
 def tile_rows(tile: Tile) -> int:

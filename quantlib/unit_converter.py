@@ -20,9 +20,9 @@ from quantlib.checkpoint.reader import read_tensors
 from quantlib.checkpoint.shard_forms import ShardForms
 from quantlib.checkpoint.writer import ShardReceipt, ShardWriter
 from quantlib.errors import PackingError
-from quantlib.group_solver import GroupSolver
 from quantlib.job.expert_groups import GroupTokens
 from quantlib.job.plan import BlockPlan, UnitPlan
+from quantlib.memory_ladder import MemoryLadder
 from quantlib.rounded_ends import rounded_blocks
 from quantlib.stage_clock import StageClock
 from quantlib.steps import split_biases
@@ -104,7 +104,7 @@ class UnitConverter:
         source_store: Store,
         output_store: Store,
         forms: ShardForms,
-        solver: GroupSolver,
+        solver: MemoryLadder,
         clock: StageClock,
         working: Callable[[str], AbstractContextManager[None]],
     ) -> None:

@@ -11,13 +11,14 @@ from quantlib.checkpoint.dtypes import torch_dtype
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.shard_forms import ShardForms
 from quantlib.checkpoint.writer import ShardReceipt, write_shard
-from quantlib.group_solver import GroupSolver
 from quantlib.job.finished import check_unit, read_unit
 from quantlib.job.lease import refuse_taken_over
 from quantlib.job.manifest import DoneRecord, remove_record, store_record
 from quantlib.job.plan import Plan, UnitPlan
 from quantlib.job.report_figures import size
 from quantlib.job.staging import stage
+from quantlib.memory_ladder import MemoryLadder
+from quantlib.methods.whole_solve import Method
 from quantlib.model.late_weights import LateWeight
 from quantlib.packing import FORMATS
 from quantlib.packing.outliers import all_packed_names
@@ -43,6 +44,7 @@ class WorkerOutput:
         source_store: Where it lies.
         device: Of the worker.
         height: Most rows of a tile; by default from columns and device.
+        methods: Name -> method, on the device.
         clock: Is told what reading and writing take.
         working: A context for what a stage computes; it raises when the job was stopped.
 
@@ -61,6 +63,7 @@ class WorkerOutput:
         source_store: Store,
         device: torch.device,
         height: int | None,
+        methods: Mapping[str, Method],
         clock: StageClock,
         working: Callable[[str], AbstractContextManager[None]],
     ) -> None:
@@ -72,7 +75,7 @@ class WorkerOutput:
         self._output_store, self._work_store = open_store(plan.output, engine), open_store(plan.work, engine)
         self.stores = (self._output_store, self._work_store)
         settings = SolverSettings.from_options(plan.options)
-        self.solver = GroupSolver(self.packer, settings, device, height)
+        self.solver = MemoryLadder(self.packer, settings, device, height, methods)
         self._forms = ShardForms(plan, checkpoint, source_store)
         self._converter = UnitConverter(
             checkpoint, source_store, self._output_store, self._forms, self.solver, clock, working

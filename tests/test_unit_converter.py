@@ -11,9 +11,9 @@ from quantlib import unit_converter
 from quantlib.checkpoint.index import Checkpoint, open_checkpoint
 from quantlib.checkpoint.shard_forms import ShardForms
 from quantlib.errors import NumericsError, TransientStorageError
-from quantlib.group_solver import GroupSolver
 from quantlib.job.plan import Plan
 from quantlib.job.planner import build_plan, open_planned_source
+from quantlib.memory_ladder import MemoryLadder
 from quantlib.packing import FORMATS
 from quantlib.solver_settings import SolverSettings
 from quantlib.stage_clock import StageClock
@@ -63,7 +63,7 @@ def job(tmp_path) -> tuple[Plan, Checkpoint]:
 
 def _convert(job, store, folder: Path):
     plan, checkpoint = job
-    solver = GroupSolver(
+    solver = MemoryLadder(
         FORMATS["compressed-tensors"], SolverSettings.from_options(plan.options), torch.device("cpu")
     )
     forms = ShardForms(plan, checkpoint, store)

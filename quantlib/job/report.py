@@ -5,6 +5,7 @@
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -49,7 +50,9 @@ def build_report(
     of quantized linears and ``size_bytes`` of the tensors that stand for them: codes, scales and whatever
     else the format wants, without biases. ``packed_with`` are those among ``made_with`` that have the same
     codes: they were solved once, which is in the ``own_stages`` of one of them. ``publication`` is for
-    `quantlib.job.publishing` to fill in: what the output was held to, and what came of it.
+    `quantlib.job.publishing` to fill in: what the output was held to, and what came of it. ``memory.steps``
+    counts the linears of a `quantlib.methods.contracts.LinearReport.memory_step`. ``cholesky_checks`` has of
+    every worker a `quantlib.cholesky_check.CholeskyCheck`, None where none was made.
 
     ``timeline.workers`` holds for every worker the second it ``began`` and for each of its lanes the
     [stage, start, end] of what it did, to the millisecond and in seconds from ``started``: planning comes
@@ -102,7 +105,8 @@ def build_report(
         ),
         "timeline": _timeline(telemetry, started, seconds),
         "cpu_seconds": sum(worker["cpu_seconds"] for worker in telemetry),
-        "memory": _memory(memory, telemetry),
+        "memory": _memory(memory, telemetry, linears),
+        "cholesky_checks": [worker["cholesky_check"] for worker in telemetry],
         "fallbacks": [
             {"linear": row["name"], "kind": row["fallback"], "detail": f"{row['tokens']} tokens"}
             for rows in linears.values()
@@ -204,14 +208,21 @@ def _calibration(plan: Plan, excluded_rows: Sequence[int]) -> dict[str, Any] | N
     }
 
 
-def _memory(planned: Mapping[str, Any], telemetry: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What was planned beside what every worker took at most."""
+def _memory(
+    planned: Mapping[str, Any],
+    telemetry: Sequence[Mapping[str, Any]],
+    linears: Mapping[str, Sequence[Mapping[str, Any]]],
+) -> dict[str, Any]:
+    """What was planned beside what every worker took at most, and where it did not suffice."""
     named = ("pipelines", "has_late_weights", "worker", "device", "store", "unsliced_bytes")
     measured = ("peak_memory_bytes", "peak_device_bytes", "waiting_on_disk_bytes")
+    # Rows of units that an earlier release finished have no step.
+    steps = Counter(step for rows in linears.values() for row in rows if (step := row.get("memory_step")))
     return {
         "planned": {name: planned[name] for name in named},
         "most_slices": max((len(passes) for passes in planned["slices"]), default=1),
         **{f"worker_{name}": [worker[name] for worker in telemetry] for name in measured},
+        "steps": dict(sorted(steps.items())),
     }
 
 

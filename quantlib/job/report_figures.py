@@ -17,6 +17,12 @@ NOTHING = "-"
 LANES = ("compute", "storage")
 # What `source_format` says of weights that are no codes.
 _PLAIN = "safetensors"
+# What `LinearReport.memory_step` says.
+_MEMORY_STEPS = {
+    "emptied_cache": "once more",
+    "smaller_tiles": "in smaller tiles",
+    "cpu": "on the CPU",
+}
 _BLOCK_PREFIX = re.compile(r"^.*?\.\d+\.")
 _REPEATED_MODULE = re.compile(r"(?<=\.)\d+(?=\.|$)")
 
@@ -399,8 +405,21 @@ def history_sentences(report: Mapping[str, Any]) -> list[str]:
         f"Statistics went from node to node through the object store: {reason}"
         for reason in history.get("exchange_fallbacks", ())
     ]
+    found += _device_sentences(report)
     if history.get("renewals"):
         found.append("What lost workers spent and moved is not in the figures: CPU seconds, bytes, memory")
     if aborted := history.get("aborted_uploads"):
         found.append(f"Unfinished uploads of processes that died, given up: {aborted}")
     return found
+
+
+def _device_sentences(report: Mapping[str, Any]) -> Iterator[str]:
+    for step, linears in (part(report.get("memory"), "steps") or {}).items():
+        how = _MEMORY_STEPS.get(step, step)
+        yield f"Memory of a device did not suffice for linears that were solved {how}: {count(linears)}"
+    for worker, check in enumerate(report.get("cholesky_checks") or ()):
+        for way, problem in (part(check, "problems") or {}).items():
+            yield (
+                f"Worker {worker} made factors in the way {check['way']}, as {way} failed at"
+                f" {count(check['columns'])} columns: {problem}"
+            )

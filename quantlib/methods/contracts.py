@@ -6,7 +6,7 @@ tiles*.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +23,19 @@ RTN_CONSTANT_INPUTS = "rtn_constant_inputs"
 RTN_NOT_FACTORED = "rtn_not_factored"
 NO_ROUTED_TOKENS = "no_routed_tokens"
 COARSE_BIAS = "coarse_bias"
+
+# Kinds of `LinearReport.memory_step`, each tried where the one before did not do.
+EMPTIED_CACHE, SMALLER_TILES, ON_CPU = "emptied_cache", "smaller_tiles", "cpu"
+_MEMORY_STEPS = (None, EMPTIED_CACHE, SMALLER_TILES, ON_CPU)
+
+
+def deepest_step(steps: Iterable[str | None]) -> str | None:
+    """What reports of linears say whose parts took these steps.
+
+    >>> deepest_step([None, "smaller_tiles", "emptied_cache"])
+    'smaller_tiles'
+    """
+    return max(steps, key=_MEMORY_STEPS.index, default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +69,8 @@ class LinearReport:
         outlier_columns: Columns of the input with a magnitude of 6 or more in some token (LLM.int8's outlier
             features); None where no token was seen.
         kept_weights: Weights that are kept in 16 bits beside their codes, of columns or single ones.
+        memory_step: None, or how it was solved after all when memory of the device had not sufficed:
+            ``emptied_cache`` (once more), ``smaller_tiles`` (fewer rows at a time), ``cpu`` (elsewhere).
     """
 
     name: str
@@ -75,6 +90,7 @@ class LinearReport:
     dropped_tokens: int | None = None
     outlier_columns: int | None = None
     kept_weights: int = 0
+    memory_step: str | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """JSON values under the attribute names."""
@@ -115,6 +131,7 @@ class SolvedRows:
             steps are unequal.
         num_clipped: Weights (after feedback) more than half a step outside the grid.
         num_bounded: Groups whose scale did not fit the stored dtype.
+        memory_step: As in `LinearReport`.
     """
 
     quantized: QuantizedLinear
@@ -124,6 +141,7 @@ class SolvedRows:
     expected_energy: float | None
     num_clipped: int
     num_bounded: int
+    memory_step: str | None = None
 
     def to(self, device: torch.device | str) -> "SolvedRows":
         """The same with its tensors on a device."""

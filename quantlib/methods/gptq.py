@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
+from quantlib.cholesky import Cholesky, library_cholesky_
 from quantlib.column_order import activation_order, group_aware_order, natural_order, with_last
 from quantlib.errors import NumericsError
 from quantlib.grids.given_scales import NOTHING_GIVEN, GivenScales
@@ -40,11 +41,15 @@ def prepare(
     cross_CC: torch.Tensor | None,
     num_tokens: int,
     solver: SolverSettings,
+    cholesky_: Cholesky = library_cholesky_,
 ) -> Prepared:
-    """Error feedback for the linears of an input group (see `contracts.Prepare` for arguments).
+    """Error feedback for the linears of an input group (see `contracts.Prepare` for other arguments).
 
     Without a single token (an expert nobody was routed to), without any signal, or when no rung of the ladder
     in `linalg` gives a factor, rows are rounded to nearest and their reports say so.
+
+    Args:
+        cholesky_: Makes all factors.
 
     Raises:
         NumericsError: The Hessian is not finite, or tokens were counted but no Hessian is given.
@@ -58,9 +63,10 @@ def prepare(
         return _rounding(None, num_tokens, solver, fallback)
     return _Feedback(
         hessian_CC=hessian_CC,
-        change_CC=None if cross_CC is None else target_change(hessian_CC, cross_CC),
+        change_CC=None if cross_CC is None else target_change(hessian_CC, cross_CC, cholesky_),
         num_tokens=num_tokens,
         settings=solver,
+        cholesky_=cholesky_,
     )
 
 
@@ -97,9 +103,10 @@ class _Feedback:
         change_CC: torch.Tensor | None,
         num_tokens: int,
         settings: SolverSettings,
+        cholesky_: Cholesky,
     ) -> None:
         self._hessian_CC, self._change_CC = hessian_CC, change_CC
-        self._num_tokens, self._settings = num_tokens, settings
+        self._num_tokens, self._settings, self._cholesky_ = num_tokens, settings, cholesky_
         # By the width of a group where the order of columns depends on it, else under None.
         self._problems: dict[int | None, Problem | None] = {}
 
@@ -151,7 +158,9 @@ class _Feedback:
         kept_K = strongest_columns(self._hessian_CC.diagonal(), self._settings.outlier_columns)
         if len(kept_K):
             order_C = with_last(order_C, kept_K)
-        factor = factor_hessian(self._hessian_CC, num_tokens=self._num_tokens, order_C=order_C)
+        factor = factor_hessian(
+            self._hessian_CC, num_tokens=self._num_tokens, order_C=order_C, cholesky_=self._cholesky_
+        )
         if factor is None:
             return None
         settings, saliency_C = self._settings, None

@@ -9,6 +9,7 @@ Source: QEP (quantization error propagation), whose published strength and dampi
 
 import torch
 
+from quantlib.cholesky import Cholesky, library_cholesky_
 from quantlib.errors import NumericsError
 
 _STRENGTH = 0.5
@@ -16,18 +17,23 @@ _STRENGTH = 0.5
 _DAMPING = 1.0
 
 
-def target_change(hessian_CC: torch.Tensor, cross_CC: torch.Tensor) -> torch.Tensor:
+def target_change(
+    hessian_CC: torch.Tensor, cross_CC: torch.Tensor, cholesky_: Cholesky = library_cholesky_
+) -> torch.Tensor:
     """What weights are multiplied by to find how far they must move.
 
     Shapes:
         hessian_CC: fp32 [C, C], X^T X. Not changed.
         cross_CC: fp32 [C, C], X_ref^T X over the same tokens. Not changed.
 
+    Args:
+        cholesky_: Makes the factor.
+
     Returns:
         fp32 [C, C].
 
     Raises:
-        NumericsError: An entry of either matrix is not finite.
+        NumericsError: An entry of either matrix is not finite, or the Hessian is far from a sum of squares.
 
     Cost: C**3 * 4 / 3 multiply-adds; memory of four more matrices C x C.
     """
@@ -37,10 +43,16 @@ def target_change(hessian_CC: torch.Tensor, cross_CC: torch.Tensor) -> torch.Ten
                 f"the {name} of an input must be finite, found NaN or infinity; look for the calibration row"
                 " whose activations are not finite"
             )
-    damped_CC = hessian_CC.clone()
+    # With contiguous columns, as the factor takes their place.
+    damped_CC = torch.empty_like(hessian_CC, memory_format=torch.contiguous_format).mT.copy_(hessian_CC)
     damped_CC.diagonal().add_(_DAMPING * hessian_CC.diagonal().double().mean().item())
     # (X^T X + l)^-1 applied from the right; both sides transposed, as the left one is symmetric.
-    return torch.cholesky_solve((cross_CC - hessian_CC).T, torch.linalg.cholesky(damped_CC)).T
+    if int(cholesky_(damped_CC)):
+        raise NumericsError(
+            "X^T X with its mean diagonal added must be positive definite, found that it is not; it is no sum"
+            " of squares, so look at the statistics of this input"
+        )
+    return torch.cholesky_solve((cross_CC - hessian_CC).T, damped_CC).T
 
 
 def corrected_weight(weight_RC: torch.Tensor, change_CC: torch.Tensor) -> torch.Tensor:

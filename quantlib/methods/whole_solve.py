@@ -17,6 +17,7 @@ from quantlib.methods.contracts import (
     Prepared,
     SolveBatch,
     SolvedRows,
+    deepest_step,
 )
 from quantlib.methods.fitted_scales import cuts_half_step
 from quantlib.methods.measures import check_weights, share
@@ -118,28 +119,44 @@ def given_to(tile: Tile, given: Mapping[str, GivenScales]) -> dict[str, GivenSca
     return {run.name: given[run.name].rows(slice(run.start, run.end)) for run in tile if run.name in given}
 
 
-def merged_rows(name: str, parts: Sequence[SolvedRows]) -> LinearResult:
-    """A linear and its report from its rows, in order.
+def joined_parts(parts: Sequence[SolvedRows]) -> SolvedRows:
+    """Rows of a linear from parts of them, in order; of one part that part itself.
 
     Numerics: energies are added in that order, in float64.
     """
-    quantized = joined_rows([part.quantized for part in parts])
-    energy = sum(part.weight_energy for part in parts)
+    if len(parts) == 1:
+        return parts[0]
     expected = [part.expected_energy for part in parts if part.expected_energy is not None]
-    first = parts[0].circumstances
+    return SolvedRows(
+        quantized=joined_rows([part.quantized for part in parts]),
+        circumstances=parts[0].circumstances,
+        weight_energy=sum(part.weight_energy for part in parts),
+        error_energy=sum(part.error_energy for part in parts),
+        expected_energy=sum(expected) if expected else None,
+        num_clipped=sum(part.num_clipped for part in parts),
+        num_bounded=sum(part.num_bounded for part in parts),
+        memory_step=deepest_step(part.memory_step for part in parts),
+    )
+
+
+def merged_rows(name: str, parts: Sequence[SolvedRows]) -> LinearResult:
+    """A linear and its report from its rows, in order; see `joined_parts`."""
+    rows = joined_parts(parts)
+    quantized, circumstances, expected = rows.quantized, rows.circumstances, rows.expected_energy
     report = LinearReport(
         name=name,
-        method=first.method,
+        method=circumstances.method,
         bits=quantized.scheme.bits,
-        predicted_error=share(sum(expected), energy) if expected else None,
-        relative_error=share(sum(part.error_energy for part in parts), energy),
-        damping_fraction=first.damping_fraction,
-        damping_attempts=first.damping_attempts,
-        tokens=first.tokens,
-        dead_columns=first.dead_columns,
-        clipped_fraction=sum(part.num_clipped for part in parts) / quantized.codes_RC.numel(),
-        bounded_scales=sum(part.num_bounded for part in parts),
-        fallback=first.fallback,
+        predicted_error=None if expected is None else share(expected, rows.weight_energy),
+        relative_error=share(rows.error_energy, rows.weight_energy),
+        damping_fraction=circumstances.damping_fraction,
+        damping_attempts=circumstances.damping_attempts,
+        tokens=circumstances.tokens,
+        dead_columns=circumstances.dead_columns,
+        clipped_fraction=rows.num_clipped / quantized.codes_RC.numel(),
+        bounded_scales=rows.num_bounded,
+        fallback=circumstances.fallback,
         kept_weights=0 if quantized.outliers is None else quantized.outliers.num_weights,
+        memory_step=rows.memory_step,
     )
     return LinearResult(quantized=quantized, report=report)

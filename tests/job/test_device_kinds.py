@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from quantlib.block_runner import BlockRunner
+from quantlib.cholesky_check import CholeskyCheck
 from quantlib.errors import PlanMismatchError
 from quantlib.inprocess import quantize
 from quantlib.job.bundle import bundle_of
 from quantlib.job.manifest import device_kinds, record_device_kind
+from quantlib.job.plan import Plan
 from quantlib.job.planner import begin, prepare
 from quantlib.job.provenance import PROVENANCE_NAME
 from quantlib.job.report_text import format_report
@@ -87,6 +89,43 @@ def test_worker_on_another_gpu_takes_part_only_where_they_may_be_mixed_and_is_no
     gpu[H100]()
     with pytest.raises(PlanMismatchError, match=f"several kinds of device took part .*{A100}, {H100}"):
         prepare(options, 1)
+
+
+def _begun(root: Path, **others) -> Plan:
+    prepared = prepare(tiny_options(root, evaluation=None, **others), 1)
+    begin([prepared])
+    return prepared.plan
+
+
+def test_worker_on_a_gpu_checks_the_largest_factor_before_work_and_tells(tmp_path, gpu):
+    gpu[H100]()
+    asked = []
+
+    def check(columns: int, device: torch.device) -> CholeskyCheck:
+        asked.append((columns, device.type))
+        return CholeskyCheck(way="blocked", columns=columns, problems={"library": "3 wrong entries"})
+
+    worker = BlockRunner(check_choleskys=check)
+    worker.open(bundle_of([_begun(tmp_path, device="cuda")]))
+    assert asked == [(96, "cuda")]
+    assert worker.telemetry()["cholesky_check"] == {
+        "way": "blocked",
+        "columns": 96,
+        "problems": {"library": "3 wrong entries"},
+    }
+
+
+def test_worker_without_a_factor_to_make_on_a_gpu_checks_none(tmp_path, gpu):
+    def check(columns: int, device: torch.device) -> CholeskyCheck:
+        raise AssertionError("nobody needs it")
+
+    plans = [_begun(tmp_path)]
+    gpu[H100]()
+    plans.append(_begun(tmp_path, device="cuda", method="rtn", output=str(tmp_path / "rounded")))
+    for plan in plans:
+        worker = BlockRunner(check_choleskys=check)
+        worker.open(bundle_of([plan]))
+        assert worker.telemetry()["cholesky_check"] is None
 
 
 def test_worker_on_another_cpu_is_refused_in_any_case(tmp_path, monkeypatch):

@@ -4,7 +4,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantlib.job.report_figures import busy_share, headlines, hidden_storage_share, lanes_sentence
+from quantlib.job.report_figures import (
+    busy_share,
+    headlines,
+    hidden_storage_share,
+    history_sentences,
+    lanes_sentence,
+)
 from tests.support.report_example import example_report
 
 
@@ -103,3 +109,16 @@ def test_size_says_which_of_the_two_is_the_smaller(source, output, source_format
     report = {"source_format": source_format, "bytes": {"source": source, "output": output}}
     (found,) = (headline for headline in headlines(report) if headline.name == "Size")
     assert (found.value, found.note) == (f"{source} B -> {output} B", note)
+
+
+def test_history_tells_of_failed_factors_and_of_too_little_memory():
+    report = example_report()
+    assert history_sentences(report) == []
+    failed = {"way": "blocked", "columns": 53248, "problems": {"library": "7 wrong entries"}}
+    report["cholesky_checks"] = [None, {"way": "library", "columns": 53248, "problems": {}}, failed]
+    report["memory"]["steps"] = {"cpu": 1, "emptied_cache": 1200}
+    assert history_sentences(report) == [
+        "Memory of a device did not suffice for linears that were solved on the CPU: 1",
+        "Memory of a device did not suffice for linears that were solved once more: 1,200",
+        "Worker 2 made factors in the way blocked, as library failed at 53,248 columns: 7 wrong entries",
+    ]

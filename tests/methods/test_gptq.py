@@ -96,6 +96,7 @@ def test_gptq_report_states_what_was_used():
         "dropped_tokens": None,
         "outlier_columns": None,
         "kept_weights": 0,
+        "memory_step": None,
     }
 
 

@@ -1,0 +1,27 @@
+"""Tests of what runs on a GPU: collected everywhere, skipped as a whole where PyTorch finds none.
+
+They need pytest, numpy, torch, triton and this repository, and no fixture of the tests above: a machine that
+has no more runs them with ``pytest --confcutdir tests/gpu tests/gpu``.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).resolve().parent
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA device")
+    for item in items:
+        if item.path.is_relative_to(FOLDER):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """The GPU."""
+    return torch.device("cuda")
