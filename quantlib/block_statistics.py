@@ -150,11 +150,21 @@ class BlockStatistics:
                 for shape, exponent in zip(sums.shapes, exponents, strict=True)
             ]
         for cell, partials in sums.pending:
-            for shape, total, partial in zip(sums.shapes, sums.totals, partials, strict=True):
-                with _naming(cell, sums.plan, sums.readers[shape.reader].name):
-                    if partial is not None:
-                        total.add_(partial.panels)
+            self._add(sums, cell, partials)
         sums.pending.clear()
+
+    def _add(self, sums: "_Sums", cell: Cell, partials: Sequence[Partial | None]) -> None:
+        """Add what a cell gave to all totals, and wait for the device only then."""
+        refused = torch.zeros(len(partials), dtype=torch.int32, device=self._device)
+        for number, partial in enumerate(partials):
+            if partial is not None:
+                sums.totals[number].add_noting_(partial.panels, refused[number])
+        for shape, total, partial, is_refused in zip(
+            sums.shapes, sums.totals, partials, refused.tolist(), strict=True
+        ):
+            if partial is not None and is_refused:
+                with _naming(cell, sums.plan, sums.readers[shape.reader].name):
+                    total.refuse(partial.panels)
 
     def _observe(
         self, module: nn.Module, sums: "_Sums", cell: Cell, excluded_rows: Sequence[int]
