@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quantlib.calibration.partials import Partial
-from quantlib.calibration.totals import EXPERT_HEADROOM_BITS, Total, exponent_for
+from quantlib.calibration.totals import EXPERT_HEADROOM_BITS, Total, add_cell_, exponent_for
 from quantlib.cells import Cell
 from quantlib.errors import NumericsError
 from quantlib.job.activations import CALIBRATION, cells_of
@@ -150,21 +150,16 @@ class BlockStatistics:
                 for shape, exponent in zip(sums.shapes, exponents, strict=True)
             ]
         for cell, partials in sums.pending:
-            self._add(sums, cell, partials)
+            given = [
+                (shape.reader, total, partial.panels)
+                for shape, total, partial in zip(sums.shapes, sums.totals, partials, strict=True)
+                if partial is not None
+            ]
+            for number in add_cell_([(total, panels) for _, total, panels in given]):
+                reader, total, panels = given[number]
+                with _naming(cell, sums.plan, sums.readers[reader].name):
+                    total.refuse(panels)
         sums.pending.clear()
-
-    def _add(self, sums: "_Sums", cell: Cell, partials: Sequence[Partial | None]) -> None:
-        """Add what a cell gave to all totals, and wait for the device only then."""
-        refused = torch.zeros(len(partials), dtype=torch.int32, device=self._device)
-        for number, partial in enumerate(partials):
-            if partial is not None:
-                sums.totals[number].add_noting_(partial.panels, refused[number])
-        for shape, total, partial, is_refused in zip(
-            sums.shapes, sums.totals, partials, refused.tolist(), strict=True
-        ):
-            if partial is not None and is_refused:
-                with _naming(cell, sums.plan, sums.readers[shape.reader].name):
-                    total.refuse(partial.panels)
 
     def _observe(
         self, module: nn.Module, sums: "_Sums", cell: Cell, excluded_rows: Sequence[int]

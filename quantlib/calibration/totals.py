@@ -88,9 +88,7 @@ class Total:
 
         Cost: as `add_fixed_point_`.
         """
-        refused = torch.zeros((), dtype=torch.int32, device=self.panels[0].device)
-        self.add_noting_(partials, refused)
-        if refused.item():
+        if add_cell_([(self, partials)]):
             self.refuse(partials)
 
     def add_noting_(self, partials: Sequence[torch.Tensor], refused: torch.Tensor) -> None:
@@ -137,6 +135,23 @@ class BandSum:
     def with_panels(self, panels: Sequence[torch.Tensor]) -> "BandSum":
         """Other numbers in the same place."""
         return BandSum(panels=tuple(panels), exponent=self.exponent, is_whole=self.is_whole)
+
+
+def add_cell_(pairs: Sequence[tuple[Total, Sequence[torch.Tensor]]]) -> list[int]:
+    """Add one cell's partial sums, and wait only once for the device that they are on.
+
+    Args:
+        pairs: Totals, and of each what `Total.add_` takes.
+
+    Returns:
+        Numbers of the pairs that `Total.add_` would have refused: `Total.refuse` tells why.
+    """
+    if not pairs:
+        return []
+    refused = torch.zeros(len(pairs), dtype=torch.int32, device=pairs[0][0].panels[0].device)
+    for number, (total, panels) in enumerate(pairs):
+        total.add_noting_(panels, refused[number])
+    return [number for number, is_refused in enumerate(refused.tolist()) if is_refused]
 
 
 def added(bands: Sequence[BandSum]) -> BandSum:
