@@ -77,7 +77,7 @@ def test_product_of_two_streams_equals_float64_product(columns, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("columns", [300, 2300])
+@pytest.mark.parametrize("columns", [1, 300, 2049, 2300])
 def test_batches_add_up_and_a_column_of_ones_counts(columns, dtype):
     x_NC = normal(700, columns, dtype=dtype)
     partial = Partial(columns, has_sums=True, device=DEVICE)
