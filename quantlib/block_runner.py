@@ -33,7 +33,7 @@ from quantlib.job.group_tiles import GroupTile
 from quantlib.job.manifest import DoneRecord, device_kinds, record_device_kind
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import Groups
-from quantlib.machine import device_bytes, refuse_other_device
+from quantlib.machine import device_bytes, keep_fp32_products, refuse_other_device
 from quantlib.memory_watch import (
     give_back_free_memory,
     give_back_what_is_freed,
@@ -134,6 +134,7 @@ class BlockRunner:
         # One thread rounds as fast as a client reads; more would spin on the cores that storage needs.
         is_light = not bundle.has_streams and plan.options["scale_search"] in FROM_EXTREMES
         torch.set_num_threads(1 if is_light else plan.threads)
+        keep_fp32_products()
         if plan.options["worker_memory"] is not None:
             give_back_what_is_freed()
         self._has_late_weights = has_late_weights

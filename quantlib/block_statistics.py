@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from quantlib.calibration.partials import Partial
-from quantlib.calibration.totals import EXPERT_HEADROOM_BITS, Total, exponent_for
+from quantlib.calibration.totals import EXPERT_HEADROOM_BITS, Total, add_cell_, exponent_for
 from quantlib.cells import Cell
 from quantlib.errors import NumericsError
 from quantlib.job.activations import CALIBRATION, cells_of
@@ -150,10 +150,15 @@ class BlockStatistics:
                 for shape, exponent in zip(sums.shapes, exponents, strict=True)
             ]
         for cell, partials in sums.pending:
-            for shape, total, partial in zip(sums.shapes, sums.totals, partials, strict=True):
-                with _naming(cell, sums.plan, sums.readers[shape.reader].name):
-                    if partial is not None:
-                        total.add_(partial.panels)
+            given = [
+                (shape.reader, total, partial.panels)
+                for shape, total, partial in zip(sums.shapes, sums.totals, partials, strict=True)
+                if partial is not None
+            ]
+            for number in add_cell_([(total, panels) for _, total, panels in given]):
+                reader, total, panels = given[number]
+                with _naming(cell, sums.plan, sums.readers[reader].name):
+                    total.refuse(panels)
         sums.pending.clear()
 
     def _observe(

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
-from quantlib.calibration.totals import LIMIT, BandSum
+from quantlib.calibration.fixed_point import LIMIT
+from quantlib.calibration.totals import BandSum
 from quantlib.errors import NumericsError
 
 # All members are asked at once; what keeps one is at most a cell that it gives to another worker.

@@ -1,7 +1,7 @@
 """Second moments of a linear's input, some tokens at a time, as fp32 products.
 
-C columns (in features), N tokens, P rows of a panel, L its columns. Of X^T X only the lower triangle is
-computed, in panels of rows; of the product of two streams' inputs, X_ref^T X, all. How cells are summed is
+C columns (in features), N tokens, S rows of a strip, L its columns. Of X^T X only the lower triangle is
+computed, in strips of rows; of the product of two streams' inputs, X_ref^T X, all. How cells are summed is
 `totals`.
 """
 
@@ -15,25 +15,28 @@ from quantlib.panels import panels_of
 _CONVERTED_TOKENS = 1024
 
 
-def add_gram_(panels: Sequence[torch.Tensor], x_NC: torch.Tensor) -> None:
+def add_gram_(strips: Sequence[torch.Tensor], x_NC: torch.Tensor) -> None:
     """Add X^T X of some tokens to the lower triangle of a sum.
 
     Shapes:
-        panels: fp32 [P, L] as `panels.panel_shapes` has them, of C columns or more: what is beyond them is
+        strips: fp32 [S, L] as `panels.strip_shapes` has them, of C columns or more: what is beyond them is
             left alone. Above the diagonal some entries are not added to.
         x_NC: fp32, bf16 or fp16 [N, C].
 
     Numerics: products of bf16 or fp16 inputs are exact in fp32; sums are taken in fp32 on every device. On a
         CPU torch would return a product rounded to 16 bits: such inputs are converted, some tokens at a time.
+        On a GPU products of fp32 inputs are in fp32 where `quantlib.machine.keep_fp32_products` was called.
 
-    Cost: N * C**2 * (1/2 + 1/32) multiply-adds from 2048 columns up; on a CPU memory of 1024 tokens in fp32.
+    Cost: N * C**2 * (1/2 + 1/32) multiply-adds on a CPU from 2048 columns up, and memory of 1024 tokens in
+        fp32; on a GPU N * C * (C + 2048) / 2 below 32768 columns, and no memory.
     """
     columns = x_NC.shape[1]
     for part_NC in _multipliable(x_NC):
-        for (start, end), panel_PL in zip(panels_of(panels[-1].shape[1]), panels, strict=True):
-            stop = min(end, columns)
+        for strip_SL in strips:
+            rows, end = strip_SL.shape
+            start, stop = end - rows, min(end, columns)
             if start < stop:
-                _add_product_(panel_PL[: stop - start, :stop], part_NC[:, start:stop], part_NC[:, :stop])
+                _add_product_(strip_SL[: stop - start, :stop], part_NC[:, start:stop], part_NC[:, :stop])
 
 
 def add_cross_product_(sum_CC: torch.Tensor, reference_NC: torch.Tensor, x_NC: torch.Tensor) -> None:
@@ -55,7 +58,7 @@ def _add_product_(sum_LC: torch.Tensor, left_NL: torch.Tensor, right_NC: torch.T
     if left_NL.dtype == torch.float32:
         sum_LC.addmm_(left_NL.T, right_NC)
     else:
-        sum_LC += torch.mm(left_NL.T, right_NC, out_dtype=torch.float32)
+        torch.addmm(sum_LC, left_NL.T, right_NC, out_dtype=torch.float32, out=sum_LC)
 
 
 def mirror_(matrix_CC: torch.Tensor) -> None:

@@ -9,16 +9,15 @@ symmetric total is nowhere.
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
+from quantlib.calibration.fixed_point import LIMIT, TOTAL_BITS, add_fixed_point_, largest
 from quantlib.calibration.hessian import mirror_
 from quantlib.errors import NumericsError
 from quantlib.panels import panel_shapes, panels_of
 
-# Totals stay below 2**62: two of them added still fit an int64 and can be checked afterwards.
-_TOTAL_BITS = 62
-LIMIT = 2**_TOTAL_BITS
 # By this many bits all cells together may exceed num_cells times the first one.
 _HEADROOM_BITS = 10
 # The same of an expert: it may be the first cell's least used one, and later the most used.
@@ -87,22 +86,32 @@ class Total:
 
         Numerics: round(partial * 2**exponent), half to even, exact in fp64.
 
-        Cost: temporary memory of two panels in 64 bits.
+        Cost: as `add_fixed_point_`.
         """
-        scale = 2.0**self.exponent
+        if add_cell_([(self, partials)]):
+            self.refuse(partials)
+
+    def add_noting_(self, partials: Sequence[torch.Tensor], refused: torch.Tensor) -> None:
+        """Add one cell's partial sum without waiting for the device that it is on.
+
+        Shapes:
+            partials: fp32 [P, L], panels like its own.
+            refused: int32 []; becomes 1 where `add_` would raise, and `refuse` then tells why.
+        """
         for panel_PL, partial_PL in zip(self.panels, partials, strict=True):
-            scaled_PL = partial_PL.double().mul_(scale)
-            lowest, highest = (bound.item() for bound in torch.aminmax(scaled_PL))
-            if not (math.isfinite(lowest) and math.isfinite(highest)):
+            add_fixed_point_(panel_PL, partial_PL, self.exponent, refused)
+
+    def refuse(self, partials: Sequence[torch.Tensor]) -> NoReturn:
+        """Raise what `add_` would have raised of a partial sum that was refused."""
+        for panel_PL, partial_PL in zip(self.panels, partials, strict=True):
+            found = largest(partial_PL.double().mul_(2.0**self.exponent))
+            if not math.isfinite(found):
                 raise NumericsError(
                     "a cell's second moments must be finite, found NaN or infinity; look for the calibration"
                     " row whose activations are not finite"
                 )
-            # Both terms are below 2**62, so their sum cannot wrap around before it is checked.
-            if max(-lowest, highest) < LIMIT:
-                panel_PL += scaled_PL.round_().to(torch.int64)
-                lowest, highest = (bound.item() for bound in torch.aminmax(panel_PL))
-            _check_range(max(-lowest, highest), self.exponent)
+            _check_range(found if found >= LIMIT else largest(panel_PL), self.exponent)
+        raise AssertionError("a sum that was refused holds nothing to refuse")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,11 +130,28 @@ class BandSum:
 
     def largest(self) -> int:
         """Of all entries without their signs."""
-        return max(_largest(panel_PL) for panel_PL in self.panels)
+        return max(int(largest(panel_PL)) for panel_PL in self.panels)
 
     def with_panels(self, panels: Sequence[torch.Tensor]) -> "BandSum":
         """Other numbers in the same place."""
         return BandSum(panels=tuple(panels), exponent=self.exponent, is_whole=self.is_whole)
+
+
+def add_cell_(pairs: Sequence[tuple[Total, Sequence[torch.Tensor]]]) -> list[int]:
+    """Add one cell's partial sums, and wait only once for the device that they are on.
+
+    Args:
+        pairs: Totals, and of each what `Total.add_` takes.
+
+    Returns:
+        Numbers of the pairs that `Total.add_` would have refused: `Total.refuse` tells why.
+    """
+    if not pairs:
+        return []
+    refused = torch.zeros(len(pairs), dtype=torch.int32, device=pairs[0][0].panels[0].device)
+    for number, (total, panels) in enumerate(pairs):
+        total.add_noting_(panels, refused[number])
+    return [number for number, is_refused in enumerate(refused.tolist()) if is_refused]
 
 
 def added(bands: Sequence[BandSum]) -> BandSum:
@@ -159,7 +185,7 @@ def exponent_for(max_diagonal: float, num_cells: int, headroom_bits: int = _HEAD
             " look for the calibration row whose activations are not finite"
         )
     diagonal_bits = math.ceil(math.log2(max_diagonal or _DEFAULT_DIAGONAL))
-    return _TOTAL_BITS - math.ceil(math.log2(num_cells)) - headroom_bits - diagonal_bits
+    return TOTAL_BITS - math.ceil(math.log2(num_cells)) - headroom_bits - diagonal_bits
 
 
 def merged_panels(
@@ -234,20 +260,15 @@ def _added(panels: Sequence[torch.Tensor], exponent: int, device: torch.device |
     for place, panel_PL in enumerate(panels[1:]):
         its_PL = panel_PL.to(device)
         sum_PL = sum_PL + its_PL if place == 0 else sum_PL.add_(its_PL)
-        _check_range(_largest(sum_PL), exponent)
+        _check_range(largest(sum_PL), exponent)
     return sum_PL
 
 
-def _largest(panel_PL: torch.Tensor) -> int:
-    lowest, highest = (int(bound.item()) for bound in torch.aminmax(panel_PL))
-    return max(-lowest, highest)
-
-
-def _check_range(largest: float, exponent: int) -> None:
-    if largest >= LIMIT:
+def _check_range(found: float, exponent: int) -> None:
+    if found >= LIMIT:
         raise NumericsError(
             f"the sum of second moments may reach {math.ldexp(LIMIT, -exponent):.3g}, found"
-            f" {math.ldexp(largest, -exponent):.3g}: later cells exceed the first more than"
+            f" {math.ldexp(found, -exponent):.3g}: later cells exceed the first more than"
             " a thousand times on average; look for calibration rows with outliers beyond measure",
             exponent=exponent,
         )

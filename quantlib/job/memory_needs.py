@@ -17,7 +17,7 @@ from quantlib.job.bundle import Bundle
 from quantlib.job.expert_groups import readers_of
 from quantlib.job.group_tiles import group_tiles
 from quantlib.job.plan import BlockPlan, LinearPlan, Plan, TensorSpec
-from quantlib.panels import WEIGHT_ROWS, panel_shapes
+from quantlib.panels import WEIGHT_ROWS, panel_shapes, strip_shapes
 from quantlib.row_tiles import device_type_of, tile_height, tile_rows
 
 _WIDE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -357,7 +357,8 @@ def _group_needs(
     """Of linears that are solved in tiles of so many rows."""
     columns, rows = linears[0].columns, sum(linear.rows for linear in linears)
     codes = rows * columns * (len(tiles) > 1)
-    highest = min(max(tiles), tile_height(columns, device_type_of(plan.device_kind)))
+    device_type = device_type_of(plan.device_kind)
+    highest = min(max(tiles), tile_height(columns, device_type))
     solve = (1 + _TILE_BUFFERS) * 4 * highest * columns + 2 * rows * columns
     if is_centered:
         # The weights once more in fp32, from which a bias is found.
@@ -372,14 +373,16 @@ def _group_needs(
             codes=codes,
             likeness=likeness,
         )
-    square = (columns + is_centered) ** 2
-    lower = sum(math.prod(shape) for shape in panel_shapes(columns + is_centered, is_whole=False))
+    size = columns + is_centered
+    square = size**2
+    lower = sum(math.prod(shape) for shape in panel_shapes(size, is_whole=False))
+    strips = sum(math.prod(shape) for shape in strip_shapes(size, device_type))
     crosses: bool = plan.options["correct_targets"] and linears[0].experts is None
     return GroupNeeds(
         pool=pool,
         # int64, and fp32: of X^T X a little more than the lower triangle, of X_ref^T X all.
         total=8 * (lower + square * crosses),
-        partial=4 * (lower + square * crosses),
+        partial=4 * (strips + square * crosses),
         source=rows * columns * stored,
         # Corrected targets need a factor of their own, and the product that they are corrected by.
         solve=solve + int((1 + _FACTOR_SIZES) * 4 * square) + 8 * square * crosses,

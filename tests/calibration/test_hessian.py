@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from quantlib.calibration.partials import Partial
+from quantlib.calibration.hessian import add_gram_
+from quantlib.calibration.partials import Partial, panels_in
+from quantlib.panels import panel_shapes, panels_of, strip_shapes
 from tests.support.partials import cross_product, gram_lower, matrix_of
 
 
@@ -58,3 +60,30 @@ def test_partial_of_a_symmetric_sum_holds_little_above_the_diagonal(columns, pan
     assert sum(panel.numel() for panel in gram.panels) <= max(
         columns * (columns + 128) / 2, columns**2 / panels
     )
+
+
+@pytest.mark.parametrize("columns", [1, 300, 2048, 2049, 2300, 5120])
+@pytest.mark.parametrize("has_sums", [False, True])
+def test_panels_in_the_strips_of_a_gpu_hold_the_product(columns, has_sums):
+    """Fewer and larger products, and the same sums where totals look for them."""
+    x_NC = torch.randn(20, columns, generator=torch.Generator().manual_seed(2))
+    exact_CC = x_NC.double().T @ x_NC.double()
+    strips = [torch.zeros(shape) for shape in strip_shapes(columns + has_sums, "cuda")]
+    for batch_NC in x_NC.split(12):
+        add_gram_(strips, batch_NC)
+    found = list(panels_in(strips, is_whole=False))
+    assert [tuple(panel_PL.shape) for panel_PL in found] == panel_shapes(columns + has_sums, is_whole=False)
+    for (start, end), panel_PL in zip(panels_of(columns + has_sums), found, strict=True):
+        expected_PL = exact_CC[start:end, :end].tril(start)
+        there_PL = panel_PL.tril(start)[: len(expected_PL), : expected_PL.shape[1]]
+        torch.testing.assert_close(there_PL.double(), expected_PL, rtol=0, atol=1e-4)
+        # What is beyond the inputs is not theirs.
+        assert panel_PL.tril(start).count_nonzero() == there_PL.count_nonzero()
+
+
+@pytest.mark.parametrize("columns", [2048, 2049, 4096, 5120, 7168, 16384, 32768])
+def test_strips_of_a_gpu_are_few_and_hold_little_above_the_diagonal(columns):
+    strips = strip_shapes(columns, "cuda")
+    assert sum(rows for rows, _ in strips) == columns
+    assert sum(rows * length for rows, length in strips) <= columns * (columns + 2048) / 2
+    assert all(rows > 1536 for rows, _ in strips[:-1])

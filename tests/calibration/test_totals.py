@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantlib.calibration.totals import Total, exponent_for, matrix_from, merged_panels
+from quantlib.calibration.totals import Total, add_cell_, exponent_for, matrix_from, merged_panels
 from quantlib.errors import NumericsError
 from tests.support.partials import cross_product, gram_lower, panels_from
 from tests.support.reference_solver import correlated_inputs
@@ -133,6 +133,18 @@ def test_totals_of_workers_beyond_the_headroom_raise():
     for number in (2, 8):  # eight of them would wrap around
         with pytest.raises(NumericsError, match="a thousand times"):
             matrix_from([half] * number)
+
+
+def test_cell_is_added_to_all_totals_and_what_is_refused_is_told_apart():
+    ones_CC = torch.ones(3, 3)
+    pairs = [(Total.zeros(3, 0), [ones_CC * factor]) for factor in (1.0, torch.nan, 2.0**62, 5.0)]
+    assert add_cell_(pairs) == [1, 2]
+    assert [int(total.panels[0][1, 1]) for total, _ in pairs] == [1, 0, 0, 5]
+    for number, said in ((1, "finite"), (2, "a thousand times")):
+        total, panels = pairs[number]
+        with pytest.raises(NumericsError, match=said):
+            total.refuse(panels)
+    assert add_cell_([]) == []
 
 
 def test_negative_products_round_like_positive_ones():

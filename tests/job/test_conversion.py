@@ -22,7 +22,7 @@ from quantlib.evaluation import evaluate_checkpoint
 from quantlib.inprocess import quantize
 from quantlib.job.stages import Progress
 from quantlib.storage import normalize_uri, open_store
-from tests.support.tiny_jobs import shard_digests, tiny_options, tiny_source, tiny_text
+from tests.support.tiny_jobs import WORDS, shard_digests, tiny_options, tiny_source, tiny_text
 from tests.support.tiny_models import read_all_tensors
 
 
@@ -301,6 +301,27 @@ def test_conversion_of_inputs_whose_squares_overflow_names_block_cell_and_linear
     with pytest.raises(NumericsError, match=wanted) as caught:
         quantize(options)
     assert (caught.value.facts["block"], caught.value.facts["cell"]) == (1, 0)
+
+
+def test_conversion_of_a_later_cell_beyond_the_headroom_of_the_first_names_cell_and_linear(tmp_path):
+    options = tiny_options(tmp_path, sequences=40, sequence_length=128, evaluation=None)
+    # A channel that only the last word has, and that is strong in what attention reads.
+    for shard in Path(options.source).glob("*.safetensors"):
+        tensors = load_file(shard)
+        for name, tensor in tensors.items():
+            if name == "model.embed_tokens.weight":
+                tensor[:, 5] = 0.0
+                tensor[-1, 5] = 1.0
+            elif name == "model.layers.0.input_layernorm.weight":
+                tensor[5] = 1e5
+        save_file(tensors, shard, metadata={"format": "pt"})
+    # 32 sequences make a cell.
+    words = (WORDS[:-1] * 50)[: 32 * 128] + [WORDS[-1]] * 2000
+    (tmp_path / "calibration.jsonl").write_text(json.dumps({"text": " ".join(words)}))
+    with pytest.raises(NumericsError, match="a thousand times on average") as caught:
+        quantize(options)
+    assert (caught.value.facts["block"], caught.value.facts["cell"]) == (0, 1)
+    assert caught.value.facts["linear"] == "model.layers.0.self_attn.q_proj"
 
 
 def test_conversion_refuses_gptq_without_calibration_text(tmp_path):

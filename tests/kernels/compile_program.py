@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from quantlib.kernels import column_batch
+from quantlib.kernels import column_batch, fixed_point
 
 _ASSEMBLER = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
@@ -47,18 +47,25 @@ def column_types(constants: dict[str, Any]) -> dict[str, str]:
     return types | dict(zip(("is_kept", "kept"), kept, strict=True))
 
 
-def compiled(constants: dict[str, Any], capability: int) -> dict[str, int]:
+def total_types() -> dict[str, str]:
+    """Arguments of `fixed_point._add`."""
+    types = dict.fromkeys(fixed_point._add.arg_names, "i32") | {"ENTRIES": "constexpr"}
+    return types | {"total": "*i64", "partial": "*fp32", "refused": "*i32"}
+
+
+def compiled(
+    kernel: Any, types: dict[str, str], constants: dict[str, Any], capability: int, num_warps: int
+) -> dict[str, int]:
     """Registers, and bytes that did not fit them."""
-    types = column_types(constants)
     values = {(place,): constants.get(name) for place, name in enumerate(types) if types[name] == "constexpr"}
     aligned = {
         (place,): [["tt.divisibility", 16]] for place, name in enumerate(types) if types[name].startswith("*")
     }
-    source = ASTSource(fn=column_batch._columns, signature=types, constexprs=values, attrs=aligned)
+    source = ASTSource(fn=kernel, signature=types, constexprs=values, attrs=aligned)
     made = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": 1, "enable_fp_fusion": False},
+        options={"num_warps": num_warps, "enable_fp_fusion": False},
     )
     with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
         file.write(made.asm["ptx"])
@@ -71,14 +78,27 @@ def compiled(constants: dict[str, Any], capability: int) -> dict[str, int]:
     return {
         "registers": int(used[1]),
         "spilled": int(spilled[1]),
-        "fused": made.asm["ptx"].count("fma.rn.f32"),
+        "fused": len(re.findall(r"fma\.rn\.f(?:32|64)", made.asm["ptx"])),
     }
+
+
+def all_compiled(capability: int) -> dict[str, dict[str, int]]:
+    """Of every variant of every kernel."""
+    found = {
+        name: compiled(column_batch._columns, column_types(constants), constants, capability, num_warps=1)
+        for name, constants in column_variants().items()
+    }
+    for entries in (1, 1024):
+        found[f"total-{entries}"] = compiled(
+            fixed_point._add, total_types(), {"ENTRIES": entries}, capability, num_warps=4
+        )
+    return found
 
 
 if __name__ == "__main__":
     found = {
-        f"{name}-sm{capability}": compiled(constants, capability)
-        for name, constants in column_variants().items()
+        f"{name}-sm{capability}": said
         for capability in (80, 90)
+        for name, said in all_compiled(capability).items()
     }
     json.dump(found, sys.stdout)

@@ -22,5 +22,5 @@ def test_kernels_compile_into_registers_and_fuse_nothing(tmp_path):
     )
     assert ended.returncode == 0, ended.stderr[-3000:]
     found = json.loads(ended.stdout)
-    assert len(found) == 12
+    assert len(found) == 16
     assert {name: said for name, said in found.items() if said["spilled"] or said["fused"]} == {}
