@@ -107,11 +107,7 @@ def traffic(block: BlockShape, num_cells: int, rates: Rates) -> dict[str, float]
 def measured_rates(device: torch.device) -> Rates:
     """Medians of a few products and copies of random data."""
     side, size = _GEMM_SIDE[device.type], _COPIED_BYTES[device.type]
-    flops = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        found = torch.empty_like(left)
-        flops[dtype] = 2 * side**3 / _seconds(device, lambda: torch.mm(left, right, out=found))
+    bf16, fp32 = (_product_rate(device, dtype, side) for dtype in (torch.bfloat16, torch.float32))
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
     copied = 2 * size / _seconds(device, lambda: target.copy_(source))
@@ -121,12 +117,18 @@ def measured_rates(device: torch.device) -> Rates:
         from_host = size / _seconds(device, lambda: target.copy_(pinned, non_blocking=True))
         to_host = size / _seconds(device, lambda: pinned.copy_(source, non_blocking=True))
     return Rates(
-        bf16=flops[torch.bfloat16],
-        fp32=flops[torch.float32],
+        bf16=bf16,
+        fp32=fp32,
         copied=copied,
         from_host=from_host,
         to_host=to_host,
     )
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    found = torch.empty_like(left)
+    return 2 * side**3 / _seconds(device, lambda: torch.mm(left, right, out=found))
 
 
 def synchronize(device: torch.device) -> None:

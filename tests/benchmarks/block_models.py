@@ -21,15 +21,28 @@ _SMOLLM2 = {
     "num_key_value_heads": 3,
     "tie_word_embeddings": True,
 }
-# For a warm-up: every width is a power of two of its own.
-_TINY = _SMOLLM2 | {
-    "hidden_size": 512,
-    "intermediate_size": 1024,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
+# For a warm-up: what is compiled for the blocks of that family, in seconds.
+_TINY = {
+    "llama": {
+        "hidden_size": 512,
+        "intermediate_size": 1024,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    },
+    "deepseek_v3": {
+        "hidden_size": 512,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 256,
+        "kv_lora_rank": 128,
+        "n_routed_experts": 16,
+        "moe_intermediate_size": 256,
+    },
 }
 NAMES = ("llama-3.1-70b", "llama-3.1-405b", "deepseek-v3-experts", "smollm2")
 _TRAINED_STD = 0.02
+# DeepSeek-V3 routes to groups of experts first, each of two at least.
+_EXPERT_GROUPS = 8
 # So many different tokens for every feature of the hidden state: else the first Hessian would be singular.
 _TOKENS_PER_FEATURE = 2
 
@@ -53,35 +66,56 @@ def block_model(name: str, *, inner: int | None = None, experts: int | None = No
     """The model of a name.
 
     Args:
-        name: One of `NAMES`, or ``tiny``.
+        name: One of `NAMES`.
         inner: Of a Llama: features inside attention and MLP at most; the hidden size stays.
         experts: Of DeepSeek-V3: routed experts at most.
     """
     if name == "deepseek-v3-experts":
-        config = shipped_config("deepseek-v3")
-        found = min(experts or config["n_routed_experts"], config["n_routed_experts"])
+        config, said = _with_experts(shipped_config("deepseek-v3"), experts)
         num_alike = config["num_hidden_layers"] - config["first_k_dense_replace"]
-        is_cut = found < config["n_routed_experts"]
-        said = f", {found} of {config['n_routed_experts']} experts" if is_cut else ""
-        config |= {"first_k_dense_replace": 0, "n_routed_experts": found}
     else:
-        config = {"smollm2": _SMOLLM2, "tiny": _TINY}.get(name) or shipped_config(name)
-        size = config["hidden_size"] // config["num_attention_heads"]
-        config = config | {"head_dim": size}
+        config, said = _with_inner(_SMOLLM2 if name == "smollm2" else shipped_config(name), inner)
         num_alike = config["num_hidden_layers"]
-        is_cut = inner is not None and inner < config["intermediate_size"]
-        said = f", inner features cut to {inner}" if is_cut else ""
-        if is_cut and inner is not None:
-            heads = max(1, min(config["num_attention_heads"], inner // size))
-            config |= {"intermediate_size": inner, "num_attention_heads": heads}
-            config["num_key_value_heads"] = min(config["num_key_value_heads"], heads)
-    config |= {
+    return BlockModel(name=name + said, config=_one_block(config), num_alike=None if said else num_alike)
+
+
+def tiny_model(like: BlockModel) -> BlockModel:
+    """A small block of the same family."""
+    small = like.config | _TINY[like.config["model_type"]]
+    if "head_dim" in small:
+        small["head_dim"] = small["hidden_size"] // small["num_attention_heads"]
+    return BlockModel(name="tiny", config=_one_block(small), num_alike=None)
+
+
+def _with_experts(config: dict[str, Any], experts: int | None) -> tuple[dict[str, Any], str]:
+    whole = config["n_routed_experts"]
+    if experts is None or experts >= whole:
+        return config, ""
+    if experts % _EXPERT_GROUPS or experts < 2 * _EXPERT_GROUPS:
+        raise SystemExit(f"--experts must be a multiple of {_EXPERT_GROUPS} from {2 * _EXPERT_GROUPS} on")
+    return config | {"n_routed_experts": experts}, f", {experts} of {whole} experts"
+
+
+def _with_inner(config: dict[str, Any], inner: int | None) -> tuple[dict[str, Any], str]:
+    size = config["hidden_size"] // config["num_attention_heads"]
+    config = config | {"head_dim": size}
+    if inner is None or inner >= config["intermediate_size"]:
+        return config, ""
+    heads = max(1, min(config["num_attention_heads"], inner // size))
+    keys = min(config["num_key_value_heads"], heads)
+    cut = {"intermediate_size": inner, "num_attention_heads": heads, "num_key_value_heads": keys}
+    return config | cut, f", inner features cut to {inner}"
+
+
+def _one_block(config: dict[str, Any]) -> dict[str, Any]:
+    if "first_k_dense_replace" in config:
+        config = config | {"first_k_dense_replace": 0}
+    return config | {
         "num_hidden_layers": 1,
         "vocab_size": _TOKENS_PER_FEATURE * config["hidden_size"],
         "max_position_embeddings": 1 << 17,
         "dtype": "bfloat16",
     }
-    return BlockModel(name=name + said, config=config, num_alike=None if is_cut else num_alike)
 
 
 def stored_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
@@ -111,16 +145,21 @@ def random_tensor(name: str, shape: tuple[int, ...], device: torch.device) -> to
         return torch.zeros(shape, dtype=torch.bfloat16, device=device)
     generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
     if name.endswith("embed_tokens.weight"):
-        return heavy_tailed(*shape, generator).bfloat16()
+        rows, columns = shape
+        return heavy_tailed(rows, column_sizes(columns, generator), generator).bfloat16()
     drawn = torch.randn(shape, dtype=torch.bfloat16, device=device, generator=generator)
     return drawn.mul_(_TRAINED_STD)
 
 
-def heavy_tailed(rows: int, columns: int, generator: torch.Generator) -> torch.Tensor:
-    """Inputs fp32 [rows, C] of very uneven columns, neighbours correlated."""
-    kind = {"device": generator.device, "generator": generator}
-    x_NC = torch.randn(rows, columns, **kind)
-    x_NC *= torch.exp(torch.randn(columns, **kind))
+def column_sizes(columns: int, generator: torch.Generator) -> torch.Tensor:
+    """How large inputs are, fp32 [C]: log-normal."""
+    return torch.exp(torch.randn(columns, device=generator.device, generator=generator))
+
+
+def heavy_tailed(rows: int, size_C: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Inputs fp32 [rows, C] of such columns, neighbours correlated."""
+    x_NC = torch.randn(rows, len(size_C), device=generator.device, generator=generator)
+    x_NC *= size_C
     return x_NC + x_NC.roll(1, dims=1)
 
 

@@ -36,18 +36,18 @@ Tensors = Mapping[str, torch.Tensor]
 Sums = Sequence[Sequence[Total]]
 
 
-def run_request(request: BlockRequest, watch: Stopwatch) -> list[dict[str, Any]]:
+def run_request(request: BlockRequest, watch: Stopwatch) -> tuple[Plan, list[dict[str, Any]]]:
     """Measure the stages of a block: load, capture, sums to host, solve, pack, and perhaps propagate.
 
     Returns:
-        Rows of the report about its linears.
+        The plan, and rows of the report about its linears.
     """
     skeleton = load_skeleton(request.model.config, list(stored_shapes(request.model.config)))
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
         home = normalize_uri(folder)
         plan = block_plan(request, skeleton, home)
         store_rows(open_store(home), tokens_uri(home, DIGEST), token_rows(request))
-        return _Block(request, plan, skeleton, watch).run()
+        return plan, _Block(request, plan, skeleton, watch).run()
 
 
 class _Block:

@@ -83,9 +83,7 @@ class Stopwatch:
         spent.seconds += seconds
         spent.calls += 1
         if self._device.type == "cuda":
-            spent.device_bytes = max(
-                spent.device_bytes or 0, torch.cuda.max_memory_allocated(self._device)
-            )
+            spent.device_bytes = max(spent.device_bytes or 0, torch.cuda.max_memory_allocated(self._device))
         spent.host_bytes = max(spent.host_bytes or 0, _host_peak())
 
     @contextmanager
