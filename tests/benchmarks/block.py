@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ from block_peers import PEERS
 from block_plan import BlockRequest
 from block_run import run_request
 from block_solve import SolveProblem, SolveRow, our_row, peer_row, solve_problem
-from block_stopwatch import Stopwatch
+from block_stopwatch import WATCHED, Stopwatch
 from block_tables import block_figures, block_table, probe_lines, solve_figures, solve_table
 
 from quantlib.job.activations import CALIBRATION, cells_of
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> int:
     weights = [asked.solve] if asked.solve else []
     if asked.shape:
         request = _request(asked)
-        found["block"] = _measured_block(request, rates)
+        found["block"] = _measured_block(request, rates, {} if asked.stages_only else WATCHED)
         print(*block_table(found["block"]), sep="\n")
         weights = _weights_of(request) if asked.peers else []
     if weights:
@@ -87,6 +88,7 @@ def _asked(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--experts", type=int, metavar="N", help="of DeepSeek-V3: so many of its experts")
     parser.add_argument("--passes", type=int, default=1, help="forwards that share out the input groups")
+    parser.add_argument("--stages-only", action="store_true", help="do not wait for the GPU inside stages")
     parser.add_argument("--tokens", type=int, help="behind the Hessian of --solve; by default 2 a column")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--peers", action="store_true", help="other tools' solvers on the same weights")
@@ -106,10 +108,10 @@ def _request(asked: argparse.Namespace) -> BlockRequest:
     )
 
 
-def _measured_block(request: BlockRequest, rates: Rates) -> dict[str, Any]:
+def _measured_block(request: BlockRequest, rates: Rates, watched: Mapping[str, str]) -> dict[str, Any]:
     small = dataclasses.replace(request, model=tiny_model(request.model), **_WARM_UP)
-    _watched(small)
-    watch, plan, linears = _watched(request)
+    _run(small, watched)
+    watch, plan, linears = _run(request, watched)
     (shape,) = _shape(request).blocks
     work = work_of(shape, request.tokens, request.sequence_length)
     floor = floors(work, rates, getattr(torch, plan.compute_dtype))
@@ -117,9 +119,9 @@ def _measured_block(request: BlockRequest, rates: Rates) -> dict[str, Any]:
     return block_figures(request, watch, linears, work, floor, traffic(shape, num_cells, rates))
 
 
-def _watched(request: BlockRequest) -> tuple[Stopwatch, Plan, list[dict[str, Any]]]:
+def _run(request: BlockRequest, watched: Mapping[str, str]) -> tuple[Stopwatch, Plan, list[dict[str, Any]]]:
     watch = Stopwatch(torch.device(request.device))
-    with watch.watching():
+    with watch.watching(watched):
         return watch, *run_request(request, watch)
 
 
@@ -140,16 +142,18 @@ def _measured_solves(
     weights: list[tuple[int, int]], asked: argparse.Namespace, rates: Rates
 ) -> dict[str, Any]:
     kind = {"device": torch.device(asked.device), "group_size": asked.group_size}
+    # On a GPU a size may have kernels of its own, compiled when they are first called.
+    repeats = 2 if asked.device == "cuda" else 1
     rows, watches = [], []
     _solved(solve_problem(*_WARM_UP_SOLVE, **kind), rates)
     for size in weights:
         problem = solve_problem(*size, tokens=asked.tokens, **kind)
-        # On a GPU a size may have kernels of its own.
-        for _ in range(2 if asked.device == "cuda" else 1):
+        for _ in range(repeats):
             row, watch = _solved(problem, rates)
         rows.append(row)
         watches.append(watch)
-        rows += [peer_row(tool, problem, rates) for tool in PEERS] if asked.peers else []
+        if asked.peers:
+            rows += [peer_row(tool, problem, rates, repeats=repeats) for tool in PEERS]
         del problem
     return solve_figures(rows, watches)
 

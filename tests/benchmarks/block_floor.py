@@ -17,7 +17,7 @@ from quantlib.simulation.shapes import BlockShape
 _PROBES = 5
 # Sides of a product and elements of a copy, enough to fill the device.
 _GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
-_COPIED_BYTES = {"cuda": 1 << 32, "cpu": 1 << 28}
+_COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -70,11 +70,12 @@ class _Block:
 
     def run(self) -> list[dict[str, Any]]:
         """All stages; gives the report rows of the linears."""
-        outer = self._skeleton.build_outer(self._made(self._plan.prelude_tensors), **self._live_kind)
+        prelude = {name: self._made_one(name) for name in self._plan.prelude_tensors}
+        outer = self._skeleton.build_outer(prelude, **self._live_kind)
         self._cells.embed(outer, None, self._keys)
-        del outer
+        del prelude, outer
         # As they would come from storage.
-        tensors = {name: made.cpu() for name, made in self._made(self._planned.tensors).items()}
+        tensors = {name: self._made_one(name).cpu() for name in self._planned.tensors}
         packed: dict[str, torch.Tensor] = {}
         rows: list[dict[str, Any]] = []
         for groups in self._passes:
@@ -84,8 +85,8 @@ class _Block:
             self._propagate(tensors, packed)
         return rows
 
-    def _made(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
-        return {name: random_tensor(name, self._shapes[name], self._device) for name in names}
+    def _made_one(self, name: str) -> torch.Tensor:
+        return random_tensor(name, self._shapes[name], self._device)
 
     def _observed(self, tensors: Tensors, groups: Groups) -> tuple[list[Total], TokenCounts]:
         """The exact sums of some input groups, on the host, and the tokens behind them."""

@@ -3,9 +3,9 @@
 R rows (out features), C columns (in features), N tokens.
 """
 
-import gc
 import time
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from block_floor import Rates, synchronize
@@ -112,53 +112,59 @@ def our_row(problem: SolveProblem, watch: Stopwatch, rates: Rates) -> SolveRow:
         columns=columns,
         seconds=spent.seconds,
         times_floor=spent.seconds / solve_floor(rows, columns, rates),
-        error=_relative_error(problem, result.quantized.dequantize()),
+        error=relative_error(problem, result.quantized.dequantize()),
         device_bytes=spent.device_bytes,
     )
 
 
-def peer_row(tool: str, problem: SolveProblem, rates: Rates) -> SolveRow:
-    """Another tool's solver, called twice: what it compiles is compiled the first time."""
+def peer_row(tool: str, problem: SolveProblem, rates: Rates, *, repeats: int) -> SolveRow:
+    """Another tool's solver.
+
+    Args:
+        repeats: Calls, of which the last one counts.
+    """
     rows, columns = problem.weight_RC.shape
-    place, device = {"tool": tool, "rows": rows, "columns": columns}, problem.weight_RC.device
-    seconds, levels_RC = 0.0, None
+    place: dict[str, Any] = {"tool": tool, "rows": rows, "columns": columns}
+    device = problem.weight_RC.device
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        for _ in range(2):
-            del levels_RC
-            solve = PEERS[tool](
-                problem.weight_RC, problem.x_NC, problem.hessian_CC, bits=4, group_size=problem.group_size
-            )
-            synchronize(device)
-            started = time.perf_counter()
-            with torch.no_grad():
-                levels_RC = solve()
-            synchronize(device)
-            seconds = time.perf_counter() - started
-            del solve
-            gc.collect()
+        for _ in range(repeats):
+            seconds, levels_RC = _peer_solve(tool, problem)
     except ImportError as error:
         return SolveRow(**place, said=f"not here: {error}")
     except Exception as error:  # noqa: BLE001 - whatever goes wrong in another tool, the table goes on
-        return SolveRow(**place, said=f"failed: {type(error).__name__}: {str(error).splitlines()[0][:200]}")
+        return SolveRow(**place, said=f"failed: {type(error).__name__}: {str(error)[:200]}")
     return SolveRow(
         **place,
         seconds=seconds,
         times_floor=seconds / solve_floor(rows, columns, rates),
-        error=_relative_error(problem, levels_RC),
+        error=relative_error(problem, levels_RC),
         device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
     )
 
 
-def _relative_error(problem: SolveProblem, levels_RC: torch.Tensor) -> float:
+def _peer_solve(tool: str, problem: SolveProblem) -> tuple[float, torch.Tensor]:
+    """Seconds of a call, and the levels."""
+    given = (problem.weight_RC, problem.x_NC, problem.hessian_CC)
+    solve = PEERS[tool](*given, bits=4, group_size=problem.group_size)
+    device = problem.weight_RC.device
+    synchronize(device)
+    started = time.perf_counter()
+    with torch.no_grad():
+        levels_RC = solve()
+    synchronize(device)
+    return time.perf_counter() - started, levels_RC
+
+
+def relative_error(problem: SolveProblem, levels_RC: torch.Tensor) -> float:
+    """tr(E H E^T) / tr(W H W^T) of any levels [R, C]; products in fp32, sums in float64."""
     error, whole = 0.0, 0.0
-    for weight_RC, its_levels_RC in zip(
-        problem.weight_RC.split(_MEASURED_ROWS), levels_RC.split(_MEASURED_ROWS), strict=True
-    ):
-        weight_RC = weight_RC.float()
-        error += _energy(weight_RC - its_levels_RC.to(weight_RC), problem.hessian_CC)
-        whole += _energy(weight_RC, problem.hessian_CC)
+    rows = zip(problem.weight_RC.split(_MEASURED_ROWS), levels_RC.split(_MEASURED_ROWS), strict=True)
+    for weight_rC, its_levels_rC in rows:
+        exact_rC = weight_rC.float()
+        error += _energy(exact_rC - its_levels_rC.to(exact_rC), problem.hessian_CC)
+        whole += _energy(exact_rC, problem.hessian_CC)
     return error / whole
 
 

@@ -98,10 +98,10 @@ class Stopwatch:
                 module, _, path = place.partition(":")
                 owner, name = _owner(import_module(module), path)
                 function = getattr(owner, name)
+                stand_in = self._watched(part, function)
                 for holder in [owner] if isinstance(owner, type) else _importers(function):
-                    names = [known for known, value in vars(holder).items() if value is function]
-                    for known in names:
-                        stack.enter_context(patch.object(holder, known, self._watched(part, function)))
+                    for known in [known for known, value in vars(holder).items() if value is function]:
+                        stack.enter_context(patch.object(holder, known, stand_in))
             yield
 
     def rest(self, stage: str) -> float:

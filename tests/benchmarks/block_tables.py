@@ -94,11 +94,8 @@ def block_table(figures: Mapping[str, Any]) -> list[str]:
         f"{'block':22}{block['seconds']:10.3f}{'':10}{_number(block['floor_s'])}"
         f"{_number(block['times_floor'])}"
     )
-    by_part = {part["part"]: part for part in figures["parts"]}
-    reached = by_part["statistics"]["floor_s"] / by_part["statistics"]["seconds"]
+    lines += ["", *_statistics_lines(figures)]
     lines += [
-        "",
-        f"statistics reach {reached:.0%} of the rate of a product (wanted of a GPU: {_STATISTICS_SHARE:.0%})",
         f"the block takes {block['times_floor']:.2f} x its floor (wanted of llama-3.1-405b with 512 x 2048"
         f" tokens on a GPU: {_TIMES_FLOOR})",
         _model_line(figures),
@@ -149,6 +146,12 @@ def _part_seconds(watch: Stopwatch) -> dict[str, float]:
             found[part] = sum(seconds)
     found[_REST] = sum(watch.rest(name) for name in watch.stages if name in _DIVIDED)
     return found
+
+
+def _statistics_lines(figures: Mapping[str, Any]) -> list[str]:
+    shares = [1 / part["times_floor"] for part in figures["parts"] if part["part"] == "statistics"]
+    wanted = f"(wanted of a GPU: {_STATISTICS_SHARE:.0%})"
+    return [f"statistics reach {share:.0%} of the rate of a product {wanted}" for share in shares]
 
 
 def _model_line(figures: Mapping[str, Any]) -> str:
