@@ -8,7 +8,6 @@ solve m * n**2. Weights come from the host once, and packed tensors go there.
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from statistics import median
 
 import torch
 
@@ -105,7 +104,7 @@ def traffic(block: BlockShape, num_cells: int, rates: Rates) -> dict[str, float]
 
 
 def measured_rates(device: torch.device) -> Rates:
-    """Medians of a few products and copies of random data."""
+    """The best of a few products and copies of random data, beside which others may have been at work."""
     side, size = _GEMM_SIDE[device.type], _COPIED_BYTES[device.type]
     bf16, fp32 = (_product_rate(device, dtype, side) for dtype in (torch.bfloat16, torch.float32))
     source = torch.randn(size // 4, device=device)
@@ -138,6 +137,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def _seconds(device: torch.device, work: Callable[[], object]) -> float:
+    """Least wall time of some calls after a first one."""
     work()
     taken = []
     for _ in range(_PROBES):
@@ -146,4 +146,4 @@ def _seconds(device: torch.device, work: Callable[[], object]) -> float:
         work()
         synchronize(device)
         taken.append(time.perf_counter() - started)
-    return median(taken)
+    return min(taken)

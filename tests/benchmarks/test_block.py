@@ -236,3 +236,18 @@ def test_solve_of_one_weight_has_a_row_for_every_tool(tmp_path):
         assert rows[tool]["seconds"] is None
         assert rows[tool]["said"].startswith("not here: ")
         assert rows[tool]["said"] in printed
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_block_on_gpu_has_memory_of_every_stage_and_links_to_the_host(tmp_path):
+    written = tmp_path / "figures.json"
+    run_without_packages(
+        *("--shape", "smollm2", "--sequences", "16", "--group-size", "64", "--device", "cuda"),
+        *("--propagation", "quantized", "--json", str(written)),
+    )
+    found = json.loads(written.read_text())
+    assert all(spent["device_bytes"] > 0 for spent in found["block"]["stages"].values())
+    assert all(rate > 0 for rate in found["rates"].values())
+    assert found["rates"]["from_host"] != found["rates"]["copied"]
+    assert found["block"]["fallbacks"] == 0
+    assert 0 < found["block"]["mean_relative_error"] < 0.01
