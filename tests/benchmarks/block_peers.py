@@ -22,14 +22,14 @@ def llm_compressor(
     Raises:
         ImportError: The tool is not here.
     """
-    from compressed_tensors.quantization import QuantizationArgs  # pyright: ignore[reportMissingImports]
+    from compressed_tensors.quantization import ActivationOrdering, QuantizationArgs
     from compressed_tensors.quantization.utils import calculate_qparams
     from llmcompressor.modifiers.gptq.gptq_quantize import (  # pyright: ignore[reportMissingImports]
         quantize_weight,
     )
 
     grid = {"num_bits": bits, "type": "int", "symmetric": True, "strategy": "group"}
-    arguments = QuantizationArgs(**grid, group_size=group_size, actorder="static")
+    arguments = QuantizationArgs(**grid, group_size=group_size, actorder=ActivationOrdering.STATIC)
     # It takes them as its working memory.
     weight_1RC, hessian_1CC = weight_RC.float()[None].clone(), hessian_CC[None] * (2 / len(x_NC))
 

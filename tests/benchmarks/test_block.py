@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from quantlib import linalg
+from quantlib.group_solver import GroupSolver
 from quantlib.methods import gptq
 from quantlib.schemes import scheme_from_name
 from quantlib.simulation.config_shapes import shape_of_config
@@ -171,6 +172,25 @@ def test_block_of_experts_is_the_same_in_any_number_of_passes(modules):
     # 16 experts, a shared one, and latent attention.
     assert len(errors[0]) == 3 * 17 + 5
     assert errors[0] == errors[1]
+
+
+def test_only_first_linears_of_experts_are_solved_with_sums_of_all_tokens(modules, monkeypatch):
+    models = modules["block_models"]
+    model = models.tiny_model(models.block_model("deepseek-v3-experts"))
+    whole, given = GroupSolver.solve_batch, {}
+
+    def noting(self, block, groups, tensors, statistics, tokens):
+        for group, sums in zip(groups, statistics, strict=True):
+            given[block.input_groups[group]] = [len(kind) for kind in sums]
+        return whole(self, block, groups, tensors, statistics, tokens)
+
+    monkeypatch.setattr(GroupSolver, "solve_batch", noting)
+    watch = modules["block_stopwatch"].Stopwatch(torch.device("cpu"))
+    request = modules["block_plan"].BlockRequest(model=model, device="cpu", sequences=1, sequence_length=64)
+    modules["block_run"].run_request(request, watch)
+    first = {names for names in given if ".experts." in names[0] and len(names) == 2}
+    assert len(first) == 16
+    assert all(given[names] == [1, 0, 1 if names in first else 0] for names in given)
 
 
 def test_functions_are_watched_wherever_they_are_imported_and_only_meanwhile(modules):
