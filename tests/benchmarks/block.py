@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from block_floor import Rates, floors, measured_rates, traffic, work_of
 from block_models import NAMES, block_model, stored_shapes, tiny_model
 from block_peers import PEERS
-from block_plan import BlockRequest
+from block_plan import BlockRequest, settings_with
 from block_run import run_request
 from block_solve import SolveProblem, SolveRow, our_row, peer_row, solve_problem
 from block_stopwatch import WATCHED, Stopwatch
@@ -37,6 +37,7 @@ from quantlib.machine import device_kind
 from quantlib.schemes import scheme_from_name
 from quantlib.simulation.config_shapes import shape_of_config
 from quantlib.simulation.shapes import ModelShape
+from quantlib.solver_settings import SolverSettings
 
 _WARM_UP: dict[str, Any] = {"sequences": 1, "sequence_length": 512}
 _WARM_UP_SOLVE = (512, 1024)
@@ -89,6 +90,14 @@ def _asked(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--experts", type=int, metavar="N", help="of DeepSeek-V3: so many of its experts")
     parser.add_argument("--passes", type=int, default=1, help="forwards that share out the input groups")
     parser.add_argument("--stages-only", action="store_true", help="do not wait for the GPU inside stages")
+    parser.add_argument(
+        "--set",
+        type=_setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="another option of a job, such as descent_passes=2",
+    )
     parser.add_argument("--tokens", type=int, help="behind the Hessian of --solve; by default 2 a column")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--peers", action="store_true", help="other tools' solvers on the same weights")
@@ -105,6 +114,7 @@ def _request(asked: argparse.Namespace) -> BlockRequest:
         group_size=asked.group_size,
         propagation=asked.propagation,
         passes=asked.passes,
+        options=dict(asked.set),
     )
 
 
@@ -145,10 +155,11 @@ def _measured_solves(
     # On a GPU a size may have kernels of its own, compiled when they are first called.
     repeats = 2 if asked.device == "cuda" else 1
     rows, watches = [], []
-    _solved(solve_problem(*_WARM_UP_SOLVE, **kind), rates)
+    settings = settings_with(dict(asked.set))
+    _solved(solve_problem(*_WARM_UP_SOLVE, **kind), rates, settings)
     for size in weights:
         problem = solve_problem(*size, tokens=asked.tokens, **kind)
-        row, watch = [_solved(problem, rates) for _ in range(repeats)][-1]
+        row, watch = [_solved(problem, rates, settings) for _ in range(repeats)][-1]
         rows.append(row)
         watches.append(watch)
         if asked.peers:
@@ -157,10 +168,19 @@ def _measured_solves(
     return solve_figures(rows, watches)
 
 
-def _solved(problem: SolveProblem, rates: Rates) -> tuple[SolveRow, Stopwatch]:
+def _solved(problem: SolveProblem, rates: Rates, settings: SolverSettings) -> tuple[SolveRow, Stopwatch]:
     watch = Stopwatch(problem.weight_RC.device)
     with watch.watching():
-        return our_row(problem, watch, rates), watch
+        return our_row(problem, watch, rates, settings), watch
+
+
+def _setting(text: str) -> tuple[str, Any]:
+    """A value that is no JSON is a text."""
+    name, _, value = text.partition("=")
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -4,7 +4,9 @@ B sequences, T positions.
 """
 
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from block_models import BlockModel
@@ -14,6 +16,7 @@ from quantlib.job.plan import BlockPlan, LinearPlan, Plan
 from quantlib.machine import batch_tokens, cell_tokens, compute_dtype, device_kind
 from quantlib.model.skeleton import BlockSpec, Skeleton
 from quantlib.schemes import scheme_from_name
+from quantlib.solver_settings import SolverSettings
 from quantlib.strided_view import StoredPart
 
 DIGEST = "block"
@@ -32,6 +35,7 @@ class BlockRequest:
         group_size: Of the scheme.
         propagation: ``original`` or ``quantized``: then all tokens pass the packed block too.
         passes: In how many forwards the sums are gathered, a part of the input groups in each.
+        options: Others of the job, by name.
     """
 
     model: BlockModel
@@ -42,6 +46,7 @@ class BlockRequest:
     group_size: int = 128
     propagation: str = "original"
     passes: int = 1
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def tokens(self) -> int:
@@ -96,6 +101,12 @@ def token_rows(request: BlockRequest) -> torch.Tensor:
     return torch.randint(request.model.config["vocab_size"], shape, generator=generator).int()
 
 
+def settings_with(options: Mapping[str, Any]) -> SolverSettings:
+    """Of a solver by itself, with some options of a job."""
+    addresses = dict.fromkeys(("source", "output", "calibration"), "/")
+    return SolverSettings.from_options(dataclasses.asdict(options_from({**addresses, **options})))
+
+
 def _options(request: BlockRequest, folder: str) -> JobOptions:
     return options_from(
         {
@@ -108,6 +119,7 @@ def _options(request: BlockRequest, folder: str) -> JobOptions:
             "sequence_length": request.sequence_length,
             "propagation": request.propagation,
             "device": request.device,
+            **request.options,
         }
     )
 

@@ -17,6 +17,7 @@ from quantlib.calibration.partials import Partial
 from quantlib.calibration.totals import Total, exponent_for, matrix_from
 from quantlib.methods import METHODS
 from quantlib.schemes import scheme_from_name
+from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
 
 # Tokens for every column: enough for a Hessian of full rank.
 _TOKENS_PER_COLUMN = 2
@@ -89,7 +90,9 @@ def solve_floor(rows: int, columns: int, rates: Rates) -> float:
     return (columns**3 / 3 + rows * columns**2) / rates.fp32
 
 
-def our_row(problem: SolveProblem, watch: Stopwatch, rates: Rates) -> SolveRow:
+def our_row(
+    problem: SolveProblem, watch: Stopwatch, rates: Rates, settings: SolverSettings = DEFAULT_SOLVER
+) -> SolveRow:
     """Our solver, with the search for scales and the figures of its report.
 
     Args:
@@ -104,6 +107,7 @@ def our_row(problem: SolveProblem, watch: Stopwatch, rates: Rates) -> SolveRow:
             hessian_CC=problem.hessian_CC,
             num_tokens=len(problem.x_NC),
             scale_dtype=torch.bfloat16,
+            solver=settings,
         )[_WEIGHT]
     spent = watch.stages[SOLVE]
     return SolveRow(

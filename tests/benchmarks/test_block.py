@@ -208,6 +208,18 @@ def test_functions_are_watched_wherever_they_are_imported_and_only_meanwhile(mod
     assert calls == dict.fromkeys(("factor", "scales", "columns", "weight energy", "error energy"), 1)
 
 
+def test_options_of_a_job_reach_the_solver_of_one_weight(modules):
+    problem = modules["block_solve"].solve_problem(64, 128, device=torch.device("cpu"), group_size=32)
+    rates = modules["block_floor"].Rates(bf16=1.0, fp32=1.0, copied=1.0, from_host=1.0, to_host=1.0)
+    errors = []
+    for options in ({}, {"descent_passes": 3}):
+        watch = modules["block_stopwatch"].Stopwatch(torch.device("cpu"))
+        settings = modules["block_plan"].settings_with(options)
+        errors.append(modules["block_solve"].our_row(problem, watch, rates, settings).error)
+    # What passes of descent are for.
+    assert errors[1] < errors[0]
+
+
 def test_part_is_without_the_parts_inside_it(modules, monkeypatch):
     example = ModuleType("quantlib.example")
     example.inner = lambda: None
@@ -245,7 +257,8 @@ def test_error_of_a_solver_is_that_of_its_levels(modules):
 def test_solve_of_one_weight_has_a_row_for_every_tool(tmp_path):
     written = tmp_path / "figures.json"
     printed = run_without_packages(
-        *("--solve", "64x256", "--device", "cpu", "--threads", "1", "--peers", "--json", str(written))
+        *("--solve", "64x256", "--device", "cpu", "--threads", "1", "--peers", "--json", str(written)),
+        *("--set", "scale_search=minmax", "--set", "refit_scales=true"),
     )
     rows = {row["tool"]: row for row in json.loads(written.read_text())["solves"]["rows"]}
     assert rows.keys() == {"Quantmill", "llm-compressor", "gptqmodel"}
