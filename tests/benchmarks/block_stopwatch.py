@@ -25,7 +25,7 @@ WATCHED = {
     "forward": "quantlib.model.block_inputs:run_block",
     "look through inputs": "quantlib.calibration.capture:InputObserver._see",
     "statistics": "quantlib.calibration.partials:Partial.add_",
-    "exact sums": "quantlib.calibration.totals:Total.add_",
+    "exact sums": "quantlib.calibration.totals:Total.add_noting_",
     "Hessian": "quantlib.calibration.moments:moments_from",
     "factor": "quantlib.linalg:factor_hessian",
     "scales": "quantlib.methods.fitted_scales:fitted_scales",
