@@ -18,6 +18,7 @@ from torch import nn
 
 from quantlib.block_statistics import BlockStatistics
 from quantlib.calibration.totals import BandSum, Total
+from quantlib.cells import quantized_name
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
 from quantlib.errors import WorkerError
@@ -56,6 +57,8 @@ _LOG = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
 
 _ORIGINAL, _QUANTIZED = "original", "quantized"
+# Streams that a cell is observed with.
+_OBSERVED = ("main", "reference")
 # Rows of a tile that no linear reaches.
 _WHOLE_LINEARS = 1 << 62
 
@@ -289,6 +292,7 @@ class BlockRunner:
         """Run a calibration cell through the loaded block; see `BlockStatistics.observe`."""
         with self._working("capture"):
             module = self._module(_ORIGINAL, block)
+            self._cells.bring_next(key, _OBSERVED)
             return self._statistics.observe(module, block, key, groups, excluded_rows, exponents, moves=moves)
 
     def totals(
@@ -333,6 +337,7 @@ class BlockRunner:
         """Move the stream of a cell that follows the original blocks through the loaded one."""
         with self._working("forward"):
             cell = self._cells[key]
+            self._cells.bring_next(key, _OBSERVED)
             self._cells.move(following_stream(cell), cell, self._module(_ORIGINAL, block), block)
 
     def solve(
@@ -437,6 +442,7 @@ class BlockRunner:
         """
         with self._working("evaluate", output):
             cell, module = self._cells[key], self._module(_QUANTIZED, block)
+            self._cells.bring_next(key, (quantized_name(output), "main"))
             stream = cell.quantized[output] if cell.quantized else cell.main
             assert stream is not None
             self._cells.move(stream, cell, module, block)

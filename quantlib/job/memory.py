@@ -4,6 +4,7 @@ Nothing here changes a byte of the output. A *slice* is the input groups of a bl
 together: less memory means more slices, and every slice is another pass of the cells through the block.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -34,6 +35,8 @@ from quantlib.units import format_bytes, parse_bytes
 _ON_DEVICE = ("block", "working", "statistics", "solve", "activations", "ends")
 # What goes from worker to worker: in an object store where there is one.
 _EXCHANGED = ("source", "packed", "codes", "sums", "merged sums")
+# Streams between the GPU and its machine's memory.
+_PASSING = "passing activations"
 
 Slices = tuple[tuple[Groups, ...], ...]
 
@@ -228,6 +231,7 @@ class _Needs:
         self._blocks = [bundled_needs(bundle, block) for block in range(len(plan.blocks))]
         cells = cell_needs(plan, surroundings.workers, num_outputs=len(bundle.outputs))
         self.streams, self._working = cells.streams, cells.working
+        self._passing, self._pinned = cells.passing, cells.pinned
         is_original = plan.options["propagation"] == "original"
         self._num_merged = _num_merged(surroundings)
         self._begins_next = is_original and surroundings.workers > 1
@@ -258,6 +262,9 @@ class _Needs:
         """The peak with as much of the streams in place as has room; that room, and what they take."""
         least = self.peak(slices, way, resident=0)
         room = least.room(budgets)
+        passing = least.device.get(_PASSING, 0)
+        if room is not None and room + passing >= self.streams:
+            room += passing  # where all are in place none has to pass
         resident = self.streams if room is None else max(0, min(room, self.streams))
         return self.peak(slices, way, resident=resident), room, resident
 
@@ -352,7 +359,9 @@ class _Needs:
         worker = {"idle": around.idle_bytes, "kept": around.kept_bytes, "records": self.records}
         device, store = {}, {}
         if around.has_device:
-            worker["waiting activations"] = self.streams - resident
+            waiting = self.streams - resident
+            worker["waiting activations"] = math.ceil(self._pinned * waiting)
+            device[_PASSING] = self._passing if waiting else 0
         for purpose, size in needs.items():
             if purpose in _EXCHANGED and around.store_workers:
                 each = around.store_workers if purpose == "sums" else 1

@@ -23,6 +23,9 @@ from quantlib.row_tiles import device_type_of, tile_height, tile_rows
 _WIDE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Hidden states, and outputs of the widest linears, that a forward holds at a time.
 _HIDDEN_COPIES, _WIDEST_COPIES = 4, 4
+# Of a cell, on their way where some streams wait beside the device: two that are asked for next, and what the
+# cell before has become.
+_PASSING_STREAMS = 3
 # fp32 logits held at a time while scoring: many rows make a fast product.
 LOGITS_BYTES = 64 << 20
 # What a client of S3 holds of a shard that it writes (quantlib/storage/README.md).
@@ -96,10 +99,14 @@ class CellNeeds:
     Attributes:
         streams: All streams of a worker's share of the cells.
         working: What a forward of one cell takes: its hidden states before and after, and one batch.
+        passing: Streams on their way to the device and from it, where some have no room there.
+        pinned: Bytes that are pinned for each byte of a stream that waits beside the device, at most.
     """
 
     streams: int
     working: int
+    passing: int
+    pinned: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,20 +236,34 @@ def cell_needs(plan: Plan, num_workers: int, num_outputs: int = 1) -> CellNeeds:
     corrects: bool = plan.options["correct_targets"]
     streams = {CALIBRATION: 1 + corrects, EVALUATION: 1 + num_outputs}
     rows = {CALIBRATION: plan.options["sequences"], EVALUATION: plan.options["evaluation_sequences"]}
-    share, cell, batch = 0, 0, 0
+    share, cell, batch, pinned = 0, 0, 0, 1.0
     for corpus, keys in cells_of(plan).items():
         if keys:
             rows_of_cell = min(rows[corpus], plan.sequences_per_cell)
             cell = max(cell, rows_of_cell * length)
             batch = max(batch, min(rows_of_cell, plan.sequences_per_batch) * length)
+            size = rows_of_cell * length * hidden * wide
+            pinned = max(pinned, pinned_bytes(size) / size)
             share += streams[corpus] * math.ceil(len(keys) / num_workers) * rows_of_cell * length
     widest = max(linear.rows for block in plan.blocks for linear in block.linears)
     forward = batch * (_HIDDEN_COPIES * hidden + _WIDEST_COPIES * widest)
     # What all groups read in the reference stream is kept until they read the other one.
     forward += corrects * batch * max(_columns_read(block) for block in plan.blocks)
     return CellNeeds(
-        streams=share * hidden * wide, working=wide * ((2 + 2 * corrects) * cell * hidden + forward)
+        streams=share * hidden * wide,
+        working=wide * ((2 + 2 * corrects) * cell * hidden + forward),
+        passing=min(share, _PASSING_STREAMS * cell) * hidden * wide,
+        pinned=pinned,
     )
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What PyTorch takes where so many bytes are pinned: the next power of two.
+
+    >>> pinned_bytes(5), pinned_bytes(8)
+    (8, 8)
+    """
+    return 1 << (num_bytes - 1).bit_length()
 
 
 def _columns_read(block: BlockPlan) -> int:
