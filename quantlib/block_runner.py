@@ -50,6 +50,7 @@ from quantlib.steps import input_schemes, score_streams, stream_error
 from quantlib.storage import open_store
 from quantlib.stream_shelf import Shelf
 from quantlib.sum_exchange import SumExchange
+from quantlib.weights_ahead import WeightsAhead
 from quantlib.worker_cells import WorkerCells, following_stream
 from quantlib.worker_output import WorkerOutput
 
@@ -142,6 +143,7 @@ class BlockRunner:
         self._work_store = open_store(plan.work, engine)
         self._checkpoint: Checkpoint = planner.open_planned_source(self._source_store, plan)
         self._skeleton: Skeleton = load_skeleton(self._checkpoint.config, list(self._checkpoint.tensors))
+        self._weights = WeightsAhead(self._device)
         self._shelf = Shelf(activation_bytes)
         self._cells = WorkerCells(bundle, self._work_store, self._device, self._shelf)
         self._statistics = BlockStatistics(plan, self._cells, self._device)
@@ -241,12 +243,18 @@ class BlockRunner:
         with self._clock.computing("checkpoint"):
             self._cells.restore(checkpoint, keys)
 
-    def load(self, block: int, parts: Sequence[Tensors]) -> None:
-        """Make a block live on the device, in place of the one before."""
+    def bring_ahead(self, block: int, parts: Sequence[Tensors]) -> None:
+        """Begin to bring the source tensors of a block to the device, beside what is computed there."""
+        with self._clock.storage("bring"):
+            self._weights.begin(block, _merged(parts))
+
+    def load(self, block: int, parts: Sequence[Tensors], _brought: Any = None) -> None:
+        """Make a block live on the device, in place of the one before; `bring_ahead` may have come before."""
         with self._computing("load"):
             self._modules.pop(_ORIGINAL, None)
             tensors = _merged(parts)
             late = self._stored_weights(block, tensors) if self._has_late_weights else {}
+            tensors = self._weights.take(block, tensors, but=late)
             self._modules[_ORIGINAL] = (block, self._built(block, tensors, late, {}))
 
     def load_quantized(
@@ -263,7 +271,11 @@ class BlockRunner:
             if self._has_late_weights:
                 late = self._stored_weights(block, tensors)
                 late |= self._outputs[output].late_levels(block, made)
-            tensors |= self._outputs[output].levels(block, made, late)
+            # Of late weights they stay where they are until they are made.
+            made = made if late else self._weights.bring(made)
+            levels = self._outputs[output].levels(block, made, late)
+            others = {name: found for name, found in tensors.items() if name not in {**late, **levels}}
+            tensors |= self._weights.bring(others) | levels
             inputs = input_schemes(self._outputs[output].plan.blocks[block])
             self._modules[_QUANTIZED] = (block, self._built(block, tensors, late, inputs))
 
@@ -276,6 +288,7 @@ class BlockRunner:
         """Make what stands after the last block live, in place of all blocks."""
         with self._computing("load"):
             self._modules.clear()
+            self._weights.forget()
             # fp32: the losses of two close models are compared, and bf16 logits carry a noise of 2^-9.
             self._heads = self._ends(_merged(parts), torch.float32)
 

@@ -13,11 +13,12 @@ from functools import partial
 import torch
 
 from quantlib.errors import WorkerError
+from quantlib.memory_watch import PINNED_SLOTS_BYTES
 
 Tensors = Mapping[str, torch.Tensor]
 
-# Of a slot: long enough that starting a copy costs nothing beside it, small beside any block.
-SLOT_BYTES = 32 << 20
+_NUM_SLOTS = 2
+SLOT_BYTES = PINNED_SLOTS_BYTES // _NUM_SLOTS
 
 
 class Pending:
@@ -76,7 +77,8 @@ class DeviceCopies:
         for name, found in outside.items():
             made[name].record_stream(self._stream)
             self._send(found, made[name], self._stream)
-        arrived = self._stream.record_event()
+        arrived = torch.cuda.Event()
+        arrived.record(self._stream)
         settle = partial(self._have_current_wait, arrived)
         return Pending({**tensors, **made}, settle)
 
@@ -122,7 +124,7 @@ class _PinnedSlots:
     """Two slots of pinned memory that are filled and sent in turn."""
 
     def __init__(self) -> None:
-        self._slots = [pinned((SLOT_BYTES,), torch.uint8) for _ in range(2)]
+        self._slots = [pinned((SLOT_BYTES,), torch.uint8) for _ in range(_NUM_SLOTS)]
         self._sent = [torch.cuda.Event(blocking=True) for _ in self._slots]
         self._next = 0
 
@@ -130,7 +132,7 @@ class _PinnedSlots:
         source, target = _bytes_of(found.contiguous()), _bytes_of(made)
         for start, end in pieces(source.numel(), SLOT_BYTES):
             slot, sent = self._slots[self._next][: end - start], self._sent[self._next]
-            self._next = 1 - self._next
+            self._next = (self._next + 1) % _NUM_SLOTS
             sent.synchronize()  # until then it holds what is on its way
             slot.copy_(source[start:end])
             with torch.cuda.stream(stream):

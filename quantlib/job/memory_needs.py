@@ -6,7 +6,7 @@ R rows (out features), C columns (in features).
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from quantlib.checkpoint.header import DTYPE_BYTES
@@ -21,6 +21,7 @@ from quantlib.panels import WEIGHT_ROWS, panel_shapes
 from quantlib.row_tiles import device_type_of, tile_height, tile_rows
 
 _WIDE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Hidden states, and outputs of the widest linears, that a forward holds at a time.
 _HIDDEN_COPIES, _WIDEST_COPIES = 4, 4
 # Of a cell, on their way where some streams wait beside the device: two that are asked for next, and what the
@@ -36,7 +37,7 @@ _RECORD_BYTES, _BLOCK_RECORD_BYTES = 4 << 20, 40 << 10
 # `quantlib.unit_converter`.
 _PARTS_AT_A_TIME, _PARTS_READ = 3, 2
 # Of outputs that are made together the largest is there, and not the sum.
-_ONE_AT_A_TIME = ("source", "live", "late", "levels", "unpacked")
+_ONE_AT_A_TIME = ("source", "live", "recast", "late", "levels", "unpacked")
 # A code while it is unpacked: a byte, a copy of its word, and what one of several passes makes of it.
 _CODE_BYTES = 2.5
 # A solve holds a row tile in fp32 and so many buffers of its size; a factor takes a little more than its size
@@ -75,6 +76,7 @@ class BlockNeeds:
         source: Tensors as they are stored.
         decoding: What reading them takes beside them, where they are made from codes.
         live: Weights in the dtype of the streams.
+        recast: Tensors of another dtype, from which a device makes them.
         late: The same where linears make their weights when they run: one run of rows at a time.
         levels: Dequantized weights, from which a block is made live as it was packed.
         unpacked: The codes of one linear, from which late weights are made as they were packed.
@@ -85,6 +87,7 @@ class BlockNeeds:
     source: int
     decoding: int
     live: int
+    recast: int
     late: int
     levels: int
     unpacked: int
@@ -164,6 +167,7 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
         source=elements * stored + sum(spec_bytes(spec) for spec in copied),
         decoding=plan.decoding_bytes.get(unit.name, 0),
         live=(elements + others) * wide,
+        recast=_recast_bytes(plan, quantized.values(), copied),
         late=(elements + others - in_linears) * wide
         + max((_late_bytes(linear, wide) for linear in own), default=0),
         # On a CPU they are the weights themselves where a block is run in fp32.
@@ -357,6 +361,15 @@ def _source_bytes(plan: Plan, stage: str, used: Sequence[str]) -> int:
     read = {name for unit in units for name in unit.sources}
     made = sum(spec_bytes(spec) for unit in units for spec in unit.tensors if spec.name not in unit.copied)
     return sum(spec_bytes(specs[name]) for name in read.union(used)) + made
+
+
+def _recast_bytes(plan: Plan, linears: Iterable[LinearPlan], copied: Iterable[TensorSpec]) -> int:
+    specs = [
+        *((linear.weight_dtype, linear.rows * linear.columns) for linear in linears),
+        *((spec.dtype, math.prod(spec.shape)) for spec in copied),
+    ]
+    live = _SAFETENSORS[plan.compute_dtype]
+    return sum(DTYPE_BYTES[dtype] * size for dtype, size in specs if dtype != live)
 
 
 def _late_bytes(linear: LinearPlan, wide: int) -> int:

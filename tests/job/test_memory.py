@@ -258,6 +258,25 @@ def test_streams_beside_a_gpu_are_pinned_and_pass_by_it(tiny):
     assert waiting == math.ceil(needs.pinned * found.waiting_bytes)
 
 
+def test_next_block_comes_to_a_gpu_ahead_only_where_all_streams_have_room_beside_it(tiny):
+    plan = _with_blocks(tiny, [[(8192, 96)], [(4096, 96)]], "quantized")
+    around = Surroundings(workers=1, idle_bytes=0, has_device=True)
+    roomy = plan_memory(bundle_of([plan]), around, Budgets())
+    assert roomy.brings_ahead and roomy.worker["pinned slots"] == 64 << 20
+    assert roomy.device["next block"] == block_needs(plan, plan.blocks[1]).source
+    # On the way to the dtype of the streams tensors of another are there beside what they become.
+    assert block_needs(plan, plan.blocks[1]).recast == 0
+    half = dataclasses.replace(plan, compute_dtype="bfloat16")
+    assert block_needs(half, plan.blocks[1]).recast == 4 * 4096 * 96
+    size = sum(roomy.device.values())
+    assert plan_memory(bundle_of([plan]), around, Budgets(device=size)).brings_ahead
+    tight = plan_memory(bundle_of([plan]), around, Budgets(device=size - 1))
+    assert (tight.brings_ahead, tight.pipelines, tight.waiting_bytes) == (False, True, 0)
+    assert "next block" not in tight.device
+    without = Surroundings(workers=1, idle_bytes=0)
+    assert not plan_memory(bundle_of([plan]), without, Budgets()).brings_ahead
+
+
 def test_units_without_data_have_no_block_live(tiny):
     """Rounding holds three parts of a block, and two shards; nothing is run."""
     none = {"calibration_digest": None, "evaluation_digest": None}
