@@ -306,7 +306,9 @@ class _Needs:
         """What is there while a unit without data is converted and the one before is written."""
         for before, unit in pairwise([UnitNeeds(source=0, decoding=0, made=0, solve=0), *self._units]):
             made = before.made + unit.made
-            yield {"parts": unit.source, "reading": unit.decoding, "made": made, "solve": unit.solve}
+            pinned = {"pinned packed": made} if self._surroundings.has_device else {}
+            always = {"parts": unit.source, "reading": unit.decoding, "made": made, **pinned}
+            yield {**always, "solve": unit.solve}
 
     def _ends(self) -> Iterator[dict[str, int]]:
         """What is there before the blocks, while the first is fetched, and after them."""
@@ -332,6 +334,9 @@ class _Needs:
         following = self._blocks[number + 1] if number + 1 < len(self._blocks) else None
         always = {"source": block.source, "packed": block.packed, "writing": self._writing}
         ahead = {"block": 0, "statistics": 0, "working": 0}
+        if self._surroundings.has_device:
+            # Of powers of two, which PyTorch keeps.
+            always["pinned packed"] = 2 * block.packed
         if way.brings_ahead and following is not None:
             always["next block"] = following.source
         if way.pipelines:
