@@ -56,7 +56,8 @@ class DeviceCopies:
         """Bring tensors to the device; those that are there are handed through.
 
         Args:
-            tensors: Pinned ones are read after this call: they must stay as they are until then.
+            tensors: Those that are pinned are still read after this call: until the copy has ended only
+                further copies of this object may overwrite them.
 
         Returns:
             The same shapes and dtypes, contiguous. `Pending.wait` has the current stream wait, and not the

@@ -3,6 +3,7 @@
 On a CPU they are where they were read.
 """
 
+import logging
 import threading
 from collections.abc import Container, Mapping
 
@@ -10,6 +11,7 @@ import torch
 
 from quantlib.device_copies import DeviceCopies, Pending
 
+_LOG = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -28,11 +30,16 @@ class WeightsAhead:
     def begin(self, block: int, tensors: Tensors) -> None:
         """Begin to bring the tensors of a block; takes as long as reading them.
 
-        Of what was begun before only the block before this one may still be taken.
+        Of what was begun before only the block before this one may still be taken. Where the device has less
+        room than planned nothing is begun: `take` brings them.
         """
         with self._lock:
             self._coming = {other: found for other, found in self._coming.items() if other == block - 1}
-        pending = self._copies.begin(tensors)
+        try:
+            pending = self._copies.begin(tensors)
+        except torch.OutOfMemoryError as error:
+            _LOG.warning("block %d: its weights do not come to the device ahead: %s", block + 1, error)
+            return
         with self._lock:
             self._coming[block] = pending
 
