@@ -18,6 +18,7 @@ from torch import nn
 
 from quantlib.block_statistics import BlockStatistics
 from quantlib.calibration.totals import BandSum, Total
+from quantlib.cells import quantized_name
 from quantlib.checkpoint.index import Checkpoint
 from quantlib.checkpoint.reader import read_tensors
 from quantlib.cholesky import CHOLESKYS
@@ -52,6 +53,7 @@ from quantlib.steps import input_schemes, score_streams, stream_error
 from quantlib.storage import open_store
 from quantlib.stream_shelf import Shelf
 from quantlib.sum_exchange import SumExchange
+from quantlib.weights_ahead import WeightsAhead
 from quantlib.worker_cells import WorkerCells, following_stream
 from quantlib.worker_output import WorkerOutput
 
@@ -59,6 +61,8 @@ _LOG = logging.getLogger(__name__)
 Tensors = Mapping[str, torch.Tensor]
 
 _ORIGINAL, _QUANTIZED = "original", "quantized"
+# Streams that a cell is observed with.
+_OBSERVED = ("main", "reference")
 # Rows of a tile that no linear reaches.
 _WHOLE_LINEARS = 1 << 62
 
@@ -149,6 +153,7 @@ class BlockRunner:
         self._work_store = open_store(plan.work, engine)
         self._checkpoint: Checkpoint = planner.open_planned_source(self._source_store, plan)
         self._skeleton: Skeleton = load_skeleton(self._checkpoint.config, list(self._checkpoint.tensors))
+        self._weights = WeightsAhead(self._device)
         self._shelf = Shelf(activation_bytes)
         self._cells = WorkerCells(bundle, self._work_store, self._device, self._shelf)
         self._statistics = BlockStatistics(plan, self._cells, self._device)
@@ -249,12 +254,18 @@ class BlockRunner:
         with self._clock.computing("checkpoint"):
             self._cells.restore(checkpoint, keys)
 
-    def load(self, block: int, parts: Sequence[Tensors]) -> None:
-        """Make a block live on the device, in place of the one before."""
+    def bring_ahead(self, block: int, parts: Sequence[Tensors]) -> None:
+        """Begin to bring the source tensors of a block to the device, beside what is computed there."""
+        with self._clock.storage("bring"):
+            self._weights.begin(block, _merged(parts))
+
+    def load(self, block: int, parts: Sequence[Tensors], _brought: Any = None) -> None:
+        """Make a block live on the device, in place of the one before; `bring_ahead` may have come before."""
         with self._computing("load"):
             self._modules.pop(_ORIGINAL, None)
             tensors = _merged(parts)
             late = self._stored_weights(block, tensors) if self._has_late_weights else {}
+            tensors = self._weights.take(block, tensors, but=late)
             self._modules[_ORIGINAL] = (block, self._built(block, tensors, late, {}))
 
     def load_quantized(
@@ -271,7 +282,11 @@ class BlockRunner:
             if self._has_late_weights:
                 late = self._stored_weights(block, tensors)
                 late |= self._outputs[output].late_levels(block, made)
-            tensors |= self._outputs[output].levels(block, made, late)
+            # Of late weights they stay where they are until they are made.
+            made = made if late else self._weights.bring(made)
+            levels = self._outputs[output].levels(block, made, late)
+            others = {name: found for name, found in tensors.items() if name not in {**late, **levels}}
+            tensors |= self._weights.bring(others) | levels
             inputs = input_schemes(self._outputs[output].plan.blocks[block])
             self._modules[_QUANTIZED] = (block, self._built(block, tensors, late, inputs))
 
@@ -284,6 +299,7 @@ class BlockRunner:
         """Make what stands after the last block live, in place of all blocks."""
         with self._computing("load"):
             self._modules.clear()
+            self._weights.forget()
             # fp32: the losses of two close models are compared, and bf16 logits carry a noise of 2^-9.
             self._heads = self._ends(_merged(parts), torch.float32)
 
@@ -300,6 +316,7 @@ class BlockRunner:
         """Run a calibration cell through the loaded block; see `BlockStatistics.observe`."""
         with self._working("capture"):
             module = self._module(_ORIGINAL, block)
+            self._cells.bring_next(key, _OBSERVED)
             return self._statistics.observe(module, block, key, groups, excluded_rows, exponents, moves=moves)
 
     def totals(
@@ -344,6 +361,7 @@ class BlockRunner:
         """Move the stream of a cell that follows the original blocks through the loaded one."""
         with self._working("forward"):
             cell = self._cells[key]
+            self._cells.bring_next(key, _OBSERVED)
             self._cells.move(following_stream(cell), cell, self._module(_ORIGINAL, block), block)
 
     def solve(
@@ -448,6 +466,7 @@ class BlockRunner:
         """
         with self._working("evaluate", output):
             cell, module = self._cells[key], self._module(_QUANTIZED, block)
+            self._cells.bring_next(key, (quantized_name(output), "main"))
             stream = cell.quantized[output] if cell.quantized else cell.main
             assert stream is not None
             self._cells.move(stream, cell, module, block)

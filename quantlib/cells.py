@@ -36,6 +36,11 @@ class Stream:
         """Of the hidden states."""
         return self._kept.num_bytes
 
+    @property
+    def is_in_memory(self) -> bool:
+        """Whether the hidden states wait where there is room for them, and not beside it."""
+        return self._kept.is_in_memory
+
     def move(self, block: int, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
         """Go through a block once: asked again after it has been passed, nothing happens."""
         if self.position == block:
@@ -46,6 +51,14 @@ class Stream:
         """Stand before a block without having run through those before it."""
         self.end()
         self._kept, self.position = self._shelf.put(hidden_BTD), position
+
+    def bring(self) -> None:
+        """Begin to bring the hidden states to where they are worked on; see `quantlib.stream_shelf.Kept`."""
+        self._kept.bring()
+
+    def leave(self) -> None:
+        """Let go of what `bring` began and nobody asked for."""
+        self._kept.leave()
 
     def end(self) -> None:
         """Give up the place on the shelf."""

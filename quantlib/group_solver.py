@@ -15,6 +15,7 @@ import torch
 from quantlib.calibration.moments import Moments, about_zero, centered_moments, moments_from
 from quantlib.calibration.totals import Total, add_totals_
 from quantlib.checkpoint.dtypes import torch_dtype
+from quantlib.device_copies import DeviceCopies, Pending
 from quantlib.grids.given_scales import GivenScales, given_scales
 from quantlib.job.expert_groups import GroupTokens
 from quantlib.job.fused_sets import by_module
@@ -82,7 +83,7 @@ class GroupSolver:
         methods: Mapping[str, Method] = METHODS,
     ) -> None:
         self._packer, self._settings, self._device = packer, settings, device
-        self._height, self._methods = height, methods
+        self._height, self._methods, self._copies = height, methods, DeviceCopies(device)
         self._shared: _Shared | None = None
 
     def tiles(self, block: BlockPlan) -> dict[int, list[GroupTile]]:
@@ -146,10 +147,11 @@ class GroupSolver:
         solved = self._methods[method].solve_batch(
             prepared, weights, scheme, scale_dtype=scale_dtype, given=given
         )
-        return [
-            self._packed(block, _merged(block, group, [rows]), behind)
+        begun = [
+            self._begin_packed(block, _merged(block, group, [rows]), behind)
             for group, rows, behind in zip(groups, solved, tokens, strict=True)
         ]
+        return [(_arrived(packed), rows) for packed, rows in begun]
 
     def solve_tile(
         self,
@@ -269,16 +271,23 @@ class GroupSolver:
     def _packed(
         self, block: BlockPlan, results: Iterable[LinearResult], tokens: GroupTokens
     ) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
-        packed: dict[str, torch.Tensor] = {}
+        packed, rows = self._begin_packed(block, results, tokens)
+        return _arrived(packed), rows
+
+    def _begin_packed(
+        self, block: BlockPlan, results: Iterable[LinearResult], tokens: GroupTokens
+    ) -> tuple[list[Pending], list[dict[str, Any]]]:
+        """The tensors of each linear on their way to the CPU, while the next one is packed."""
+        packed: list[Pending] = []
         rows: list[dict[str, Any]] = []
         dtypes = {linear.name: torch_dtype(linear.weight_dtype) for linear in block.linears}
         for result in results:
             name = result.report.name
             quantized = dataclasses.replace(result.quantized, model_dtype=dtypes[name])
             tensors = pack_linear(self._packer, name, quantized)
-            packed |= {key: value.cpu() for key, value in tensors.items()}
             if result.bias_R is not None:
-                packed[f"{name}.bias"] = result.bias_R.cpu()
+                tensors = {**tensors, f"{name}.bias": result.bias_R}
+            packed.append(self._copies.begin_back(tensors))
             rows.append(_with_tokens(result.report, tokens).to_dict())
         return packed, rows
 
@@ -349,6 +358,10 @@ class GroupSolver:
                 given=given,
             )
         return results
+
+
+def _arrived(packed: Sequence[Pending]) -> dict[str, torch.Tensor]:
+    return {name: tensor for pending in packed for name, tensor in pending.wait().items()}
 
 
 def _linears_of(block: BlockPlan, group: int) -> list[LinearPlan]:

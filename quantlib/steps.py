@@ -211,11 +211,13 @@ def dequantized_weights(
     plan: BlockPlan,
     packed: Mapping[str, torch.Tensor],
     packer: PackingFormat,
+    device: torch.device,
     is_late: Container[str] = frozenset(),
 ) -> dict[str, torch.Tensor]:
     """Stored tensor -> what it is by the packed tensors, fp32: levels in the place of weights.
 
     Args:
+        device: Where they are made, and are then.
         is_late: Names of stored tensors to leave out.
     """
     found: dict[str, torch.Tensor] = {}
@@ -223,12 +225,13 @@ def dequantized_weights(
         part = linear.weight
         if linear.scheme is None or part.tensor in is_late:
             continue
-        levels_RC = unpack_linear(packer, linear.name, packed, linear.scheme).dequantize()
+        there = _packed_on(device, packer, linear.name, packed)
+        levels_RC = unpack_linear(packer, linear.name, there, linear.scheme).dequantize()
         if part.view is None:
             found[part.tensor] = levels_RC
         else:
             if part.tensor not in found:
-                found[part.tensor] = torch.empty(part.view.whole, dtype=levels_RC.dtype)
+                found[part.tensor] = levels_RC.new_empty(part.view.whole)
             part.of(found).copy_(levels_RC)
     return found
 
@@ -240,8 +243,7 @@ def late_levels(
 
     def late(linear: LinearPlan, scheme: WeightScheme) -> LateWeight:
         def begin() -> Callable[[slice], torch.Tensor]:
-            names = [name for name in all_packed_names(packer, linear.name) if name in packed]
-            there = {name: packed[name].to(device) for name in names}
+            there = _packed_on(device, packer, linear.name, packed)
             quantized = unpack_linear(packer, linear.name, there, scheme)
             return lambda rows: quantized.rows(rows).dequantize()
 
@@ -252,6 +254,13 @@ def late_levels(
         for linear in plan.linears
         if linear.scheme is not None and linear.weight.view is None
     }
+
+
+def _packed_on(
+    device: torch.device, packer: PackingFormat, name: str, packed: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The tensors of a quantized linear."""
+    return {part: packed[part].to(device) for part in all_packed_names(packer, name) if part in packed}
 
 
 def input_schemes(plan: BlockPlan) -> dict[str, ActivationScheme]:

@@ -1,5 +1,8 @@
 """Where streams wait between two blocks: in memory while there is room, else on disk or beside the GPU.
 
+Where one waits follows from sizes, from the room and from the order in which they came: what moves on by a
+block takes the place it gave up.
+
 B sequences, T positions, D hidden.
 """
 
@@ -10,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantlib.device_copies import DeviceCopies, Pending, pinned
 from quantlib.errors import WorkerError
 
 
@@ -26,17 +30,31 @@ class _Place:
         return self.shape.numel() * self.dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class _Aside:
+    """A stream in pinned memory beside the GPU, or on its way there."""
+
+    pinned_BTD: torch.Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return self.pinned_BTD.nbytes
+
+
 class Shelf:
     """Keeps hidden states [B, T, D] until they are asked for.
 
     Args:
         room_bytes: Of memory, that of the device where there is one; None for no limit. What has no room goes
             to a file without a name in the folder for temporary files, so that nothing is left of a worker
-            that dies; from a GPU, to the memory of its machine.
+            that dies; from a GPU, to pinned memory of its machine, by copies beside what it computes.
     """
 
     def __init__(self, room_bytes: int | None = None) -> None:
         self._room_bytes = room_bytes
+        self._copies: DeviceCopies | None = None
+        self._pinned_bytes = 0
+        self._free_pinned: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._used_bytes = 0
         self._file_bytes = 0
         self._free: dict[int, list[int]] = {}
@@ -48,21 +66,43 @@ class Shelf:
         """The size that the file has come to."""
         return self._file_bytes
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Of the streams for which memory is pinned, now or to be used again."""
+        return self._pinned_bytes
+
     def put(self, hidden_BTD: torch.Tensor) -> "Kept":
         """Keep hidden states.
 
         Raises:
-            WorkerError: There is no room in memory, and the disk is full.
+            WorkerError: There is no room in memory, and the disk is full or no memory can be pinned.
         """
         size = hidden_BTD.nbytes
         with self._lock:
             has_room = self._room_bytes is None or self._used_bytes + size <= self._room_bytes
             self._used_bytes += size * has_room
         if has_room:
-            return Kept(self, hidden_BTD, hidden_BTD.device)
+            return Kept(self, hidden_BTD)
         if hidden_BTD.device.type != "cpu":
-            return Kept(self, hidden_BTD.cpu(), hidden_BTD.device)
-        return Kept(self, self._written(hidden_BTD), hidden_BTD.device)
+            return Kept(self, self._set_aside(hidden_BTD))
+        return Kept(self, self._written(hidden_BTD))
+
+    def _set_aside(self, hidden_BTD: torch.Tensor) -> _Aside:
+        with self._lock:
+            self._copies = self._copies or DeviceCopies(hidden_BTD.device)
+            free = self._free_pinned.get((hidden_BTD.shape, hidden_BTD.dtype))
+            pinned_BTD = free.pop() if free else None
+        if pinned_BTD is None:
+            pinned_BTD = pinned(hidden_BTD.shape, hidden_BTD.dtype)
+            with self._lock:
+                self._pinned_bytes += pinned_BTD.nbytes
+        # Not waited for: whatever reads or overwrites it later is a copy that comes after this one.
+        self._copies.begin_back({"": hidden_BTD}, into={"": pinned_BTD})
+        return _Aside(pinned_BTD)
+
+    def _bring(self, aside: _Aside) -> Pending:
+        assert self._copies is not None
+        return self._copies.begin({"": aside.pinned_BTD})
 
     def _written(self, hidden_BTD: torch.Tensor) -> _Place:
         size = hidden_BTD.nbytes
@@ -95,11 +135,14 @@ class Shelf:
             done += os.preadv(self._file, [view[done:]], place.offset + done)
         return hidden_BTD
 
-    def _release(self, content: torch.Tensor | _Place, device: torch.device) -> None:
+    def _release(self, content: torch.Tensor | _Place | _Aside) -> None:
         with self._lock:
             if isinstance(content, _Place):
                 self._free.setdefault(content.num_bytes, []).append(content.offset)
-            elif content.device == device:
+            elif isinstance(content, _Aside):
+                found_BTD = content.pinned_BTD
+                self._free_pinned.setdefault((found_BTD.shape, found_BTD.dtype), []).append(found_BTD)
+            else:
                 self._used_bytes -= content.nbytes
 
     def __del__(self) -> None:
@@ -114,26 +157,40 @@ def _bytes_of(hidden_BTD: torch.Tensor) -> memoryview:
 class Kept:
     """Hidden states on a shelf."""
 
-    def __init__(self, shelf: Shelf, content: torch.Tensor | _Place, device: torch.device) -> None:
-        self._shelf, self._content, self._device = shelf, content, device
+    def __init__(self, shelf: Shelf, content: torch.Tensor | _Place | _Aside) -> None:
+        self._shelf, self._content = shelf, content
+        self._coming: Pending | None = None
 
     @property
     def num_bytes(self) -> int:
         """Of the hidden states."""
         content = self._content
-        return content.num_bytes if isinstance(content, _Place) else content.nbytes
+        return content.nbytes if isinstance(content, torch.Tensor) else content.num_bytes
 
     @property
     def is_in_memory(self) -> bool:
         """Whether they take room on the shelf, and not beside it."""
-        return isinstance(self._content, torch.Tensor) and self._content.device == self._device
+        return isinstance(self._content, torch.Tensor)
+
+    def bring(self) -> None:
+        """Begin to bring them to the device from beside it: they are asked for soon, or `leave` is called."""
+        if isinstance(self._content, _Aside) and self._coming is None:
+            self._coming = self._shelf._bring(self._content)
+
+    def leave(self) -> None:
+        """Let go of what `bring` began and nobody asked for."""
+        self._coming = None
 
     def get(self) -> torch.Tensor:
         """The hidden states, on the device from which they came."""
         if isinstance(self._content, _Place):
             return self._shelf._read(self._content)
-        return self._content.to(self._device)
+        if isinstance(self._content, _Aside):
+            coming, self._coming = self._coming or self._shelf._bring(self._content), None
+            return coming.wait()[""]
+        return self._content
 
     def release(self) -> None:
         """They are not asked for again."""
-        self._shelf._release(self._content, self._device)
+        self._coming = None
+        self._shelf._release(self._content)

@@ -3,7 +3,7 @@
 B sequences, T positions, D hidden.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import partial
 
 import torch
@@ -12,7 +12,14 @@ from torch import nn
 from quantlib.batches import Batch, BatchInputs, run_in_batches
 from quantlib.cell_store import read_cell, write_cell
 from quantlib.cells import Cell, Stream, cut_into_cells, quantized_name
-from quantlib.job.activations import CALIBRATION, EVALUATION, ActivationCheckpoint, cell_key, corpus_of
+from quantlib.job.activations import (
+    CALIBRATION,
+    EVALUATION,
+    ActivationCheckpoint,
+    cell_key,
+    cell_number,
+    corpus_of,
+)
 from quantlib.job.bundle import Bundle
 from quantlib.job.manifest import tokens_uri
 from quantlib.model.skeleton import OuterModel
@@ -40,6 +47,7 @@ class WorkerCells:
             for cell in self._cut(digest)
         }
         self._mine: dict[str, Cell] = {}
+        self._coming: list[Stream] = []
         self._inputs = BatchInputs(plan.sequences_per_batch)
 
     def __getitem__(self, key: str) -> Cell:
@@ -137,11 +145,42 @@ class WorkerCells:
         """Run a stream of a cell through a block."""
         stream.move(block, partial(run_in_batches, module, batches=self.batches_of(cell, block)))
 
+    def bring_next(self, key: str, names: Collection[str]) -> None:
+        """While a cell is worked on, begin to bring streams of the next one of its corpus to the device.
+
+        What was brought so and is not asked for, as another cell is worked on next, is let go of at a later
+        call: at any time no more than two cells are brought.
+        """
+        current = self._named_streams(key).values()
+        for stream in self._coming:
+            if all(stream is not mine for mine in current):
+                stream.leave()
+        # Another thread may give cells to other workers meanwhile.
+        following = self._named_streams(next_key(key, list(self._mine)))
+        coming = [stream for name, stream in following.items() if name in names]
+        self._coming = [*current, *coming]
+        for stream in coming:
+            stream.bring()
+
+    def _named_streams(self, key: str | None) -> dict[str, Stream]:
+        cell = self._mine.get(key) if key is not None else None
+        return {} if cell is None else dict(cell.named_streams)
+
     def _cut(self, digest: str | None) -> list[Cell]:
         if digest is None:
             return []
         rows_BT = read_rows(self._store, tokens_uri(self._plan.work, digest))
         return cut_into_cells(rows_BT, self._plan.sequences_per_cell, self._shelf)
+
+
+def next_key(key: str, keys: Iterable[str]) -> str | None:
+    """The cell of the same corpus whose number is the next higher one; None behind the last.
+
+    >>> next_key(cell_key(CALIBRATION, 2), [cell_key(CALIBRATION, number) for number in (7, 2, 4)])
+    'calibration-00004'
+    """
+    higher = [x for x in keys if corpus_of(x) == corpus_of(key) and cell_number(x) > cell_number(key)]
+    return min(higher, key=cell_number, default=None)
 
 
 def following_stream(cell: Cell) -> Stream:

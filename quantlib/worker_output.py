@@ -134,9 +134,9 @@ class WorkerOutput:
         return late_levels(self.plan.blocks[block], packed, self.packer, self._device)
 
     def levels(self, block: int, packed: Tensors, late: Mapping[str, LateWeight]) -> dict[str, torch.Tensor]:
-        """What stands in place of a block's source tensors, but for those that are made late."""
+        """What stands in place of a block's source tensors, on the device, but for what is made late."""
         plan = self.plan.blocks[block]
-        found = dequantized_weights(plan, packed, self.packer, is_late=late)
+        found = dequantized_weights(plan, packed, self.packer, self._device, is_late=late)
         return found | corrected_biases(plan, packed)
 
     def write(

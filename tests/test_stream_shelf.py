@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantlib.cells import Stream
 from quantlib.errors import WorkerError
 from quantlib.stream_shelf import Shelf
 
@@ -27,6 +28,32 @@ def test_shelf_gives_back_what_was_put_whatever_was_released_between(room, data)
             assert found.num_bytes == expected.nbytes
     in_memory = sum(found.num_bytes for found, _ in kept if found.is_in_memory)
     assert room is None or in_memory <= room
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 6), min_size=1, max_size=8),
+    room=st.integers(0, 120),
+    moves=st.lists(st.integers(0, 7), max_size=20),
+)
+def test_streams_in_memory_are_the_first_that_fit_however_they_move_on(lengths, room, moves):
+    """In the order in which they came, each where there is room beside those before it."""
+    shelf = Shelf(room)
+    streams = [Stream(torch.full((1, length, 2), float(n)), shelf) for n, length in enumerate(lengths)]
+    expected, used = [], 0
+    for length in lengths:
+        size = 4 * 2 * length
+        expected.append(used + size <= room)
+        used += size * expected[-1]
+    for number in moves:
+        stream = streams[number % len(streams)]
+        stream.bring()
+        stream.move(stream.position, lambda hidden: hidden + 1)
+    assert [stream.is_in_memory for stream in streams] == expected
+    for number, stream in enumerate(streams):
+        assert torch.equal(
+            stream.hidden_BTD, torch.full((1, lengths[number], 2), float(number + stream.position))
+        )
 
 
 def test_shelf_uses_places_in_the_file_again():

@@ -28,6 +28,8 @@ class BlockParts:
         # What a worker has live, by the method that makes it: the block, of which output (0 of all), and the
         # handle of its making.
         self._live: dict[tuple[int, str], tuple[tuple[int, int], Handle]] = {}
+        # Worker and block that it was told to bring to its device and did not make live yet -> the handle.
+        self._brought: dict[tuple[int, int], Handle] = {}
         # A stage that fails has things read anew while another one, of the next block, lets go of its own.
         self._lock = threading.RLock()
 
@@ -51,6 +53,16 @@ class BlockParts:
                     worker = workers[number % len(workers)]
                     handle = self._transport.submit(worker, "read", names, number, len(parts))
                     parts[number] = Held(worker, handle)
+
+    def bring_ahead(self, block: int) -> None:
+        """Have all workers begin to bring a block's weights to their devices; does nothing past the last."""
+        if block >= len(self._plan.blocks):
+            return
+        with self._lock:
+            for worker in self._transport.workers:
+                if (worker, block) not in self._brought:
+                    handle = self._transport.submit(worker, "bring_ahead", block, self.sources(block))
+                    self._brought[worker, block] = handle
 
     def sources(self, block: int) -> list[Handle]:
         """A block's source tensors."""
@@ -90,6 +102,8 @@ class BlockParts:
         with self._lock:
             made, handle = self._live.get((worker, method), (None, None))
             if made != (block, output):
+                if method == "load" and (worker, block) in self._brought:
+                    arguments = (self._brought.pop((worker, block)), *arguments)
                 handle = self._transport.submit(worker, method, block, self.sources(block), *arguments)
                 self._live[worker, method] = ((block, output), handle)
             return handle
@@ -108,6 +122,7 @@ class BlockParts:
             for worker, method in [key for key, (made, _) in self._live.items() if made[0] == block]:
                 self._transport.submit(worker, "unload", block)
                 del self._live[worker, method]
+            self._brought = {place: found for place, found in self._brought.items() if place[1] > block}
 
     def read_anew(self, blocks: Collection[int]) -> None:
         """What could not be read or made is tried again when it is next asked for."""
@@ -115,3 +130,4 @@ class BlockParts:
             for block in blocks:
                 self._holdings.sources.pop(block, None)
             self._live.clear()
+            self._brought.clear()

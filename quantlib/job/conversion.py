@@ -205,6 +205,7 @@ def _with_streams(run: Run) -> None:
         keeps = following is not None and cadence.is_due(following.index)
         if following is not None and run.memory.pipelines:
             crew.prefetch(following.index)
+            crew.bring_ahead(following.index)
         _convert_block(run, block, None if keeps else following)
         # After a loss some streams may be ahead of those that are brought up again.
         if keeps and crew.positions == {block.index + 1}:

@@ -227,6 +227,11 @@ class Crew:
         """Start reading a block's weights, each worker its part; does nothing past the last block."""
         self._opened.parts.prefetch(block)
 
+    def bring_ahead(self, block: int) -> None:
+        """Start bringing a block's weights to the workers' devices, if the memory plan has room for them."""
+        if self._opened.memory.brings_ahead:
+            self._opened.parts.bring_ahead(block)
+
     def prelude(self, units: Sequence[Sequence[UnitPlan]]) -> list[list[DoneRecord]]:
         """Embed the cells that nobody has, and write the units of what stands before the blocks.
 

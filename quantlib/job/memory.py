@@ -4,6 +4,7 @@ Nothing here changes a byte of the output. A *slice* is the input groups of a bl
 together: less memory means more slices, and every slice is another pass of the cells through the block.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, pairwise
@@ -27,13 +28,15 @@ from quantlib.job.memory_needs import (
 )
 from quantlib.job.options import JobOptions
 from quantlib.job.plan import Groups
-from quantlib.memory_watch import KEPT_BYTES
+from quantlib.memory_watch import KEPT_BYTES, PINNED_SLOTS_BYTES
 from quantlib.units import format_bytes, parse_bytes
 
 # What is on the GPU where there is one; everything else is in the memory of its machine.
-_ON_DEVICE = ("block", "working", "statistics", "solve", "activations", "ends")
+_ON_DEVICE = ("block", "next block", "working", "statistics", "solve", "activations", "ends")
 # What goes from worker to worker: in an object store where there is one.
 _EXCHANGED = ("source", "packed", "codes", "sums", "merged sums")
+# Streams between the GPU and its machine's memory.
+_PASSING = "passing activations"
 
 Slices = tuple[tuple[Groups, ...], ...]
 
@@ -115,6 +118,7 @@ class MemoryPlan:
     Attributes:
         slices: Of every block, in order; the streams go on with the last.
         pipelines: Whether the next block is fetched and begun while one is still worked on and written.
+        brings_ahead: Whether the weights of the next block come to the GPU while one is still worked on.
         has_late_weights: Whether the linears of a live block make their weights only when they run.
         has_batches: Whether input groups that are alike are solved as one batch.
         activation_bytes: What the streams of a worker may take of its memory, or of its GPU; None for all.
@@ -127,6 +131,7 @@ class MemoryPlan:
 
     slices: Slices
     pipelines: bool = True
+    brings_ahead: bool = False
     has_late_weights: bool = False
     has_batches: bool = True
     activation_bytes: int | None = None
@@ -140,25 +145,28 @@ class MemoryPlan:
 def plan_memory(bundle: Bundle, surroundings: Surroundings, budgets: Budgets) -> MemoryPlan:
     """The least frugal way in which a job fits.
 
-    First streams leave memory, then one block is worked on at a time, then its linears make their weights as
-    they run, then its input groups are cut into slices. Groups that are alike are solved as one batch where
-    that changes nothing else.
+    First no weights are brought to the GPU ahead, then streams leave memory, then one block is worked on at a
+    time, then its linears make their weights as they run, then its input groups are cut into slices. Groups
+    that are alike are solved as one batch where that changes nothing else.
 
     Raises:
         RecipeError: A budget is too small for one input group alone; says what would do.
     """
     needs = _Needs(bundle, surroundings)
-    at_once = needs.peak(needs.unsliced(), _Way(pipelines=True), resident=needs.streams)
+    all_ahead = _Way(pipelines=True, brings_ahead=surroundings.has_device)
+    at_once = needs.peak(needs.unsliced(), all_ahead, resident=needs.streams)
     unsliced_bytes = sum(at_once.worker.values()) + sum(at_once.device.values())
     unsliced_bytes -= surroundings.idle_bytes + surroundings.kept_bytes + needs.records
-    for slices, way in _ways(needs, budgets):
+    for slices, way in _ways(needs, all_ahead, budgets):
         found, room, resident = needs.fitted(slices, budgets, way)
-        if way.has_batches and resident < needs.fitted(slices, budgets, replace(way, has_batches=False))[2]:
+        plain = replace(way, has_batches=False, brings_ahead=False)
+        if way != plain and resident < needs.fitted(slices, budgets, plain)[2]:
             continue
         if found.fits(budgets):
             return MemoryPlan(
                 slices=slices,
                 pipelines=way.pipelines,
+                brings_ahead=way.brings_ahead,
                 has_late_weights=way.is_late,
                 has_batches=way.has_batches,
                 activation_bytes=room,
@@ -177,13 +185,15 @@ class _Way:
     """How a job is done, beside its slices; attributes as in `MemoryPlan`."""
 
     pipelines: bool = False
+    brings_ahead: bool = False
     is_late: bool = False
     has_batches: bool = True
 
 
-def _ways(needs: "_Needs", budgets: Budgets) -> Iterator[tuple[Slices, _Way]]:
+def _ways(needs: "_Needs", all_ahead: _Way, budgets: Budgets) -> Iterator[tuple[Slices, _Way]]:
     """Slices, and how they are worked on; the next is asked for if one does not fit."""
-    for way in (_Way(pipelines=True), _Way(), _Way(is_late=needs.late_helps)):
+    pipelined = dict.fromkeys((all_ahead, replace(all_ahead, brings_ahead=False)))
+    for way in (*pipelined, _Way(), _Way(is_late=needs.late_helps)):
         yield needs.unsliced(), way
         yield needs.unsliced(), replace(way, has_batches=False)
     # Cut without batches: a pass over the cells costs more than they gain.
@@ -228,6 +238,7 @@ class _Needs:
         self._blocks = [bundled_needs(bundle, block) for block in range(len(plan.blocks))]
         cells = cell_needs(plan, surroundings.workers, num_outputs=len(bundle.outputs))
         self.streams, self._working = cells.streams, cells.working
+        self._passing, self._pinned = cells.passing, cells.pinned
         is_original = plan.options["propagation"] == "original"
         self._num_merged = _num_merged(surroundings)
         self._begins_next = is_original and surroundings.workers > 1
@@ -258,6 +269,9 @@ class _Needs:
         """The peak with as much of the streams in place as has room; that room, and what they take."""
         least = self.peak(slices, way, resident=0)
         room = least.room(budgets)
+        passing = least.device.get(_PASSING, 0)
+        if room is not None and room + passing >= self.streams:
+            room += passing  # where all are in place none has to pass
         resident = self.streams if room is None else max(0, min(room, self.streams))
         return self.peak(slices, way, resident=resident), room, resident
 
@@ -292,7 +306,9 @@ class _Needs:
         """What is there while a unit without data is converted and the one before is written."""
         for before, unit in pairwise([UnitNeeds(source=0, decoding=0, made=0, solve=0), *self._units]):
             made = before.made + unit.made
-            yield {"parts": unit.source, "reading": unit.decoding, "made": made, "solve": unit.solve}
+            pinned = {"pinned packed": made} if self._surroundings.has_device else {}
+            always = {"parts": unit.source, "reading": unit.decoding, "made": made, **pinned}
+            yield {**always, "solve": unit.solve}
 
     def _ends(self) -> Iterator[dict[str, int]]:
         """What is there before the blocks, while the first is fetched, and after them."""
@@ -318,6 +334,11 @@ class _Needs:
         following = self._blocks[number + 1] if number + 1 < len(self._blocks) else None
         always = {"source": block.source, "packed": block.packed, "writing": self._writing}
         ahead = {"block": 0, "statistics": 0, "working": 0}
+        if self._surroundings.has_device:
+            # Of powers of two, which PyTorch keeps.
+            always["pinned packed"] = 2 * block.packed
+        if way.brings_ahead and following is not None:
+            always["next block"] = following.source
         if way.pipelines:
             neighbours = [*self._blocks[max(0, number - 1) : number], *([following] if following else [])]
             always["source"] += sum(neighbour.source for neighbour in neighbours)
@@ -329,7 +350,10 @@ class _Needs:
         mine = [block.groups[group] for group in groups]
         totals, partials = _sums(mine)
         live = block.late if way.is_late else block.live
-        yield {**always, "reading": self._reading(block)}
+        # Of what is not late: what else there is of a block beside one late linear is small.
+        on_device = self._surroundings.has_device and not way.is_late
+        loading = {"block": live + block.recast} if on_device else {}
+        yield {**always, **loading, "reading": self._reading(block)}
         yield {**always, "block": live, "working": self._working, "statistics": totals + partials}
         solve = solve_bytes(mine, has_batches=way.has_batches)
         sums = {"sums": totals, "merged sums": totals * self._num_merged}
@@ -337,6 +361,8 @@ class _Needs:
         yield {**always, **ahead, **sums, "codes": codes, "solve": solve}
         if self._runs_quantized:
             made = live + (block.unpacked if way.is_late else block.levels) + ahead["block"]
+            if on_device:
+                made += block.packed + block.recast
             yield {**always, **ahead, "block": made, "working": self._working}
 
     def _worst(self, moments: Iterable[dict[str, int]], resident: int) -> _Peak:
@@ -352,7 +378,10 @@ class _Needs:
         worker = {"idle": around.idle_bytes, "kept": around.kept_bytes, "records": self.records}
         device, store = {}, {}
         if around.has_device:
-            worker["waiting activations"] = self.streams - resident
+            waiting = self.streams - resident
+            worker["pinned slots"] = PINNED_SLOTS_BYTES
+            worker["waiting activations"] = math.ceil(self._pinned * waiting)
+            device[_PASSING] = self._passing if waiting else 0
         for purpose, size in needs.items():
             if purpose in _EXCHANGED and around.store_workers:
                 each = around.store_workers if purpose == "sums" else 1

@@ -6,7 +6,7 @@ R rows (out features), C columns (in features).
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from quantlib.checkpoint.header import DTYPE_BYTES
@@ -21,8 +21,12 @@ from quantlib.panels import WEIGHT_ROWS, panel_shapes, strip_shapes
 from quantlib.row_tiles import device_type_of, tile_height, tile_rows
 
 _WIDE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 # Hidden states, and outputs of the widest linears, that a forward holds at a time.
 _HIDDEN_COPIES, _WIDEST_COPIES = 4, 4
+# Of a cell, on their way where some streams wait beside the device: two that are asked for next, and what the
+# cell before has become.
+_PASSING_STREAMS = 3
 # fp32 logits held at a time while scoring: many rows make a fast product.
 LOGITS_BYTES = 64 << 20
 # What a client of S3 holds of a shard that it writes (quantlib/storage/README.md).
@@ -33,7 +37,7 @@ _RECORD_BYTES, _BLOCK_RECORD_BYTES = 4 << 20, 40 << 10
 # `quantlib.unit_converter`.
 _PARTS_AT_A_TIME, _PARTS_READ = 3, 2
 # Of outputs that are made together the largest is there, and not the sum.
-_ONE_AT_A_TIME = ("source", "live", "late", "levels", "unpacked")
+_ONE_AT_A_TIME = ("source", "live", "recast", "late", "levels", "unpacked")
 # A code while it is unpacked: a byte, a copy of its word, and what one of several passes makes of it.
 _CODE_BYTES = 2.5
 # A solve holds a row tile in fp32 and so many buffers of its size; a factor takes a little more than its size
@@ -72,6 +76,7 @@ class BlockNeeds:
         source: Tensors as they are stored.
         decoding: What reading them takes beside them, where they are made from codes.
         live: Weights in the dtype of the streams.
+        recast: Tensors of another dtype, from which a device makes them.
         late: The same where linears make their weights when they run: one run of rows at a time.
         levels: Dequantized weights, from which a block is made live as it was packed.
         unpacked: The codes of one linear, from which late weights are made as they were packed.
@@ -82,6 +87,7 @@ class BlockNeeds:
     source: int
     decoding: int
     live: int
+    recast: int
     late: int
     levels: int
     unpacked: int
@@ -96,10 +102,14 @@ class CellNeeds:
     Attributes:
         streams: All streams of a worker's share of the cells.
         working: What a forward of one cell takes: its hidden states before and after, and one batch.
+        passing: Streams on their way to the device and from it, where some have no room there.
+        pinned: Bytes that are pinned for each byte of a stream that waits beside the device, at most.
     """
 
     streams: int
     working: int
+    passing: int
+    pinned: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,6 +167,7 @@ def block_needs(plan: Plan, block: BlockPlan) -> BlockNeeds:
         source=elements * stored + sum(spec_bytes(spec) for spec in copied),
         decoding=plan.decoding_bytes.get(unit.name, 0),
         live=(elements + others) * wide,
+        recast=_recast_bytes(plan, quantized.values(), copied),
         late=(elements + others - in_linears) * wide
         + max((_late_bytes(linear, wide) for linear in own), default=0),
         # On a CPU they are the weights themselves where a block is run in fp32.
@@ -229,20 +240,34 @@ def cell_needs(plan: Plan, num_workers: int, num_outputs: int = 1) -> CellNeeds:
     corrects: bool = plan.options["correct_targets"]
     streams = {CALIBRATION: 1 + corrects, EVALUATION: 1 + num_outputs}
     rows = {CALIBRATION: plan.options["sequences"], EVALUATION: plan.options["evaluation_sequences"]}
-    share, cell, batch = 0, 0, 0
+    share, cell, batch, pinned = 0, 0, 0, 1.0
     for corpus, keys in cells_of(plan).items():
         if keys:
             rows_of_cell = min(rows[corpus], plan.sequences_per_cell)
             cell = max(cell, rows_of_cell * length)
             batch = max(batch, min(rows_of_cell, plan.sequences_per_batch) * length)
+            size = rows_of_cell * length * hidden * wide
+            pinned = max(pinned, pinned_bytes(size) / size)
             share += streams[corpus] * math.ceil(len(keys) / num_workers) * rows_of_cell * length
     widest = max(linear.rows for block in plan.blocks for linear in block.linears)
     forward = batch * (_HIDDEN_COPIES * hidden + _WIDEST_COPIES * widest)
     # What all groups read in the reference stream is kept until they read the other one.
     forward += corrects * batch * max(_columns_read(block) for block in plan.blocks)
     return CellNeeds(
-        streams=share * hidden * wide, working=wide * ((2 + 2 * corrects) * cell * hidden + forward)
+        streams=share * hidden * wide,
+        working=wide * ((2 + 2 * corrects) * cell * hidden + forward),
+        passing=min(share, _PASSING_STREAMS * cell) * hidden * wide,
+        pinned=pinned,
     )
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What PyTorch takes where so many bytes are pinned: the next power of two.
+
+    >>> pinned_bytes(5), pinned_bytes(8)
+    (8, 8)
+    """
+    return 1 << (num_bytes - 1).bit_length()
 
 
 def _columns_read(block: BlockPlan) -> int:
@@ -336,6 +361,15 @@ def _source_bytes(plan: Plan, stage: str, used: Sequence[str]) -> int:
     read = {name for unit in units for name in unit.sources}
     made = sum(spec_bytes(spec) for unit in units for spec in unit.tensors if spec.name not in unit.copied)
     return sum(spec_bytes(specs[name]) for name in read.union(used)) + made
+
+
+def _recast_bytes(plan: Plan, linears: Iterable[LinearPlan], copied: Iterable[TensorSpec]) -> int:
+    specs = [
+        *((linear.weight_dtype, linear.rows * linear.columns) for linear in linears),
+        *((spec.dtype, math.prod(spec.shape)) for spec in copied),
+    ]
+    live = _SAFETENSORS[plan.compute_dtype]
+    return sum(DTYPE_BYTES[dtype] * size for dtype, size in specs if dtype != live)
 
 
 def _late_bytes(linear: LinearPlan, wide: int) -> int:

@@ -7,7 +7,7 @@ from quantlib.job.memory import Room
 
 # What a worker does in lanes of their own, beside its computation: moving bytes from and to storage, and what
 # other workers wait for.
-STORAGE_METHODS = ("read", "read_packed", "write", "finish_unit", "check_finished")
+STORAGE_METHODS = ("read", "bring_ahead", "read_packed", "write", "finish_unit", "check_finished")
 EXCHANGE_METHODS = ("give", "add_bands", "host_group", "join_group", "reduce_bands")
 
 # Stands for a value on a worker, or for one that is being made there.

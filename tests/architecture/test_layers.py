@@ -51,6 +51,8 @@ LAYERS = {
     "quantlib.cells": 3,
     "quantlib.tokens": 3,
     "quantlib.stage_clock": 3,
+    "quantlib.device_copies": 3,
+    "quantlib.weights_ahead": 3,
     "quantlib.stream_shelf": 3,
     "quantlib.memory_watch": 1,
     "quantlib.units": 1,

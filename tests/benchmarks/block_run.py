@@ -155,7 +155,7 @@ class _Block:
 
     def _propagate(self, tensors: Tensors, packed: Tensors) -> None:
         with self._watch.stage("propagate"):
-            levels = dequantized_weights(self._planned, packed, self._packer)
+            levels = dequantized_weights(self._planned, packed, self._packer, self._device)
             inputs = input_schemes(self._planned)
             module = self._skeleton.build_block(0, {**tensors, **levels}, inputs=inputs, **self._live_kind)
             for key in self._keys:

@@ -235,6 +235,48 @@ def test_embedding_that_outgrows_all_blocks_is_planned_for(tiny):
     assert found.worker["ends"] == 4 * 10**6 * 64
 
 
+def test_streams_beside_a_gpu_are_pinned_and_pass_by_it(tiny):
+    """Room is kept on the device for those that come and go; what is pinned is a power of two a stream."""
+    plan = _with_blocks(tiny, [[(96, 96)]], "original")
+    options = {**plan.options, "sequence_length": 100, "sequences": 1000}
+    plan = dataclasses.replace(plan, options=options, sequences_per_cell=10)
+    around = Surroundings(workers=1, idle_bytes=0, has_device=True)
+    needs = cell_needs(plan, 1)
+    all_there = plan_memory(bundle_of([plan]), around, Budgets())
+    size = sum(all_there.device.values())
+    assert (all_there.waiting_bytes, all_there.device["passing activations"]) == (0, 0)
+    at_limit = plan_memory(bundle_of([plan]), around, Budgets(device=size))
+    assert (at_limit.waiting_bytes, at_limit.activation_bytes) == (0, needs.streams)
+    found = plan_memory(bundle_of([plan]), around, Budgets(device=size - 1))
+    assert found.waiting_bytes == needs.passing + 1
+    assert found.activation_bytes == needs.streams - found.waiting_bytes
+    assert sum(found.device.values()) == size - 1
+    stream = 10 * 100 * 96 * 4
+    assert needs.passing == 3 * stream < needs.streams
+    assert stream < needs.pinned * stream == 2 ** math.ceil(math.log2(stream))
+    waiting = found.worker["waiting activations"]
+    assert waiting == math.ceil(needs.pinned * found.waiting_bytes)
+
+
+def test_next_block_comes_to_a_gpu_ahead_only_where_all_streams_have_room_beside_it(tiny):
+    plan = _with_blocks(tiny, [[(8192, 96)], [(4096, 96)]], "quantized")
+    around = Surroundings(workers=1, idle_bytes=0, has_device=True)
+    roomy = plan_memory(bundle_of([plan]), around, Budgets())
+    assert roomy.brings_ahead and roomy.worker["pinned slots"] == 64 << 20
+    assert roomy.device["next block"] == block_needs(plan, plan.blocks[1]).source
+    # On the way to the dtype of the streams tensors of another are there beside what they become.
+    assert block_needs(plan, plan.blocks[1]).recast == 0
+    half = dataclasses.replace(plan, compute_dtype="bfloat16")
+    assert block_needs(half, plan.blocks[1]).recast == 4 * 4096 * 96
+    size = sum(roomy.device.values())
+    assert plan_memory(bundle_of([plan]), around, Budgets(device=size)).brings_ahead
+    tight = plan_memory(bundle_of([plan]), around, Budgets(device=size - 1))
+    assert (tight.brings_ahead, tight.pipelines, tight.waiting_bytes) == (False, True, 0)
+    assert "next block" not in tight.device
+    without = Surroundings(workers=1, idle_bytes=0)
+    assert not plan_memory(bundle_of([plan]), without, Budgets()).brings_ahead
+
+
 def test_units_without_data_have_no_block_live(tiny):
     """Rounding holds three parts of a block, and two shards; nothing is run."""
     none = {"calibration_digest": None, "evaluation_digest": None}

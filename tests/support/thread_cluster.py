@@ -191,10 +191,14 @@ class ThreadCluster:
 
 
 def convert_on(
-    cluster: ThreadCluster, options: JobOptions, on_progress: Callable[[Progress], None] = lambda _: None
+    cluster: ThreadCluster,
+    options: JobOptions,
+    on_progress: Callable[[Progress], None] = lambda _: None,
+    *,
+    crew: type[Crew] = Crew,
 ) -> dict[str, Any]:
     """A job that may not hang; gives its report or raises its error, and closes the cluster."""
-    (report,) = convert_all_on(cluster, [options], on_progress)
+    (report,) = convert_all_on(cluster, [options], on_progress, crew=crew)
     return report
 
 
@@ -202,13 +206,15 @@ def convert_all_on(
     cluster: ThreadCluster,
     requests: Sequence[JobOptions],
     on_progress: Callable[[Progress], None] = lambda _: None,
+    *,
+    crew: type[Crew] = Crew,
 ) -> list[dict[str, Any]]:
     """The same of several outputs from one reading."""
     stages, found = DirectStages(), {}
 
     def run() -> None:
         try:
-            found["reports"] = convert(requests, Crew(cluster, 1), stages, on_progress)
+            found["reports"] = convert(requests, crew(cluster, 1), stages, on_progress)
         except Exception as error:  # noqa: BLE001 - raised again below
             found["error"] = error
 
