@@ -47,7 +47,7 @@ class DeviceCopies:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream: torch.cuda.Stream | None = None
         self._slots: _PinnedSlots | None = None
         self._lock = threading.Lock()
 
@@ -66,7 +66,8 @@ class DeviceCopies:
         Raises:
             WorkerError: There is no memory that can be pinned.
         """
-        if self._stream is None:
+        stream = self._own_stream()
+        if stream is None:
             return Pending(tensors)
         outside = {name: found for name, found in tensors.items() if found.device.type != "cuda"}
         made = {
@@ -74,12 +75,12 @@ class DeviceCopies:
             for name, found in outside.items()
         }
         # They may lie where work that was begun earlier still writes.
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         for name, found in outside.items():
-            made[name].record_stream(self._stream)
-            self._send(found, made[name], self._stream)
+            made[name].record_stream(stream)
+            self._send(found, made[name], stream)
         arrived = torch.cuda.Event()
-        arrived.record(self._stream)
+        arrived.record(stream)
         settle = partial(self._have_current_wait, arrived)
         return Pending({**tensors, **made}, settle)
 
@@ -96,16 +97,26 @@ class DeviceCopies:
         Raises:
             WorkerError: There is no memory that can be pinned.
         """
-        if self._stream is None:
+        stream = self._own_stream()
+        if stream is None:
             return Pending(tensors)
         inside = {name: found for name, found in tensors.items() if found.device.type == "cuda"}
         made = into or {name: pinned(found.shape, found.dtype) for name, found in inside.items()}
-        self._stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         for name, found in inside.items():
-            found.record_stream(self._stream)
-            with torch.cuda.stream(self._stream):
+            found.record_stream(stream)
+            with torch.cuda.stream(stream):
                 made[name].copy_(found, non_blocking=True)
-        return Pending({**tensors, **made}, self._stream.record_event().synchronize)
+        return Pending({**tensors, **made}, stream.record_event().synchronize)
+
+    def _own_stream(self) -> torch.cuda.Stream | None:
+        """Made when there is something to copy; none on a CPU."""
+        if self._device.type != "cuda":
+            return None
+        with self._lock:
+            if self._stream is None:
+                self._stream = torch.cuda.Stream(self._device)
+            return self._stream
 
     def _have_current_wait(self, arrived: torch.cuda.Event) -> None:
         torch.cuda.current_stream(self._device).wait_event(arrived)

@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -20,6 +21,9 @@ settings.register_profile("quantmill", deadline=None)
 settings.load_profile("quantmill")
 # Whoever starts the tests in the background of a script has them ignore it, and so all that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Read when Triton is imported, which other packages do as well; without a GPU kernels run in its interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="module")

@@ -61,6 +61,7 @@ def test_rtn_report_without_hessian_is_unweighted():
         "dropped_tokens": None,
         "outlier_columns": None,
         "kept_weights": 0,
+        "memory_step": None,
     }
 
 
