@@ -6,14 +6,14 @@ from prefect import flow
 
 from flows.artifacts import publish_lines
 from flows.checkpoint_params import CleanParams
-from flows.notifications import NOTIFIED
 from flows.one_worker import done_by_one_worker
+from flows.run_hooks import RUN_HOOKS
 
 RESULT_KEY = "clean-work"
 _FUNCTION = "quantlib.job.clean.clean_said"
 
 
-@flow(name="clean-work", flow_run_name="{params.title}", persist_result=False, **NOTIFIED)
+@flow(name="clean-work", flow_run_name="{params.title}", persist_result=False, **RUN_HOOKS)
 def clean_work(params: CleanParams) -> dict[str, Any]:
     """Abort what killed runs left unfinished, and remove the work prefix of a finished output.
 

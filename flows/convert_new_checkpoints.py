@@ -14,9 +14,9 @@ from prefect.logging import get_run_logger
 
 from flows.artifacts import publish_new_checkpoints
 from flows.credentials import storage_credentials
-from flows.notifications import NOTIFIED_OF_TROUBLE
 from flows.params import NewCheckpointsParams, validated
 from flows.prefect_runs import PrefectRuns
+from flows.run_hooks import PASS_HOOKS
 from quantlib.job.incoming import summary_of
 from quantlib.job.incoming_pass import convert_incoming
 
@@ -25,7 +25,7 @@ from quantlib.job.incoming_pass import convert_incoming
     name="convert-new-checkpoints",
     flow_run_name="{params.title}",
     persist_result=False,
-    **NOTIFIED_OF_TROUBLE,
+    **PASS_HOOKS,
 )
 def convert_new_checkpoints(params: NewCheckpointsParams) -> dict[str, Any]:
     """Begin a run for every checkpoint below a prefix that is whole and lacks an output.

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
+from uuid import UUID
 
 from prefect import Flow
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -23,6 +24,7 @@ from flows.convert_new_checkpoints import convert_new_checkpoints
 from flows.evaluate_model import evaluate_model
 from flows.params import NewCheckpointsParams
 from flows.quantize_model import compare_schemes, quantize_model, quantize_recipes
+from flows.served_runs import crashed_when_served_no_more
 from flows.verify_output import verify_output
 
 # Shown with a schedule that is off: whoever turns it on puts in addresses of their own.
@@ -129,23 +131,34 @@ def serve_deployments(limit: int, passes: Passes | None, registered: Callable[[i
     """Register the deployments and execute their runs until interrupted.
 
     Schedules are paused while nobody serves them, so that no runs pile up, and go on with the next start.
+    Runs that are under way at the end crash.
 
     Args:
         limit: Runs at a time; one already uses the whole machine.
         passes: As of `served_here`.
         registered: Told how many deployments there are once the server knows them all.
     """
-    runner = Runner(limit=limit, pause_on_shutdown=True)
-    offered = served_here(passes)
+    runner = Runner(limit=limit, pause_on_shutdown=False)
     with get_client(sync_client=True) as client:
-        for served in offered:
-            deployment = served.deployment()
-            if served.is_edited:
-                _keep_edits(deployment, client)
-            runner.add_deployment(deployment)
-    registered(len(offered))
-    with suppress(KeyboardInterrupt, TerminationSignal):
-        asyncio.run(runner.start())
+        offered = [_registered(served, runner, client) for served in served_here(passes)]
+        registered(len(offered))
+        try:
+            with crashed_when_served_no_more(), suppress(KeyboardInterrupt, TerminationSignal):
+                asyncio.run(runner.start())
+        finally:
+            # The runner would do so itself, but not when it is ended while it executes runs.
+            for deployment in offered:
+                client.pause_deployment(deployment)
+
+
+def _registered(served: Served, runner: Runner, client: SyncPrefectClient) -> UUID:
+    deployment = served.deployment()
+    if served.is_edited:
+        _keep_edits(deployment, client)
+    found = runner.add_deployment(deployment)
+    # A coroutine inside an event loop, as to_deployment.
+    assert isinstance(found, UUID)
+    return found
 
 
 def _keep_edits(deployment: RunnerDeployment, client: SyncPrefectClient) -> None:

@@ -6,15 +6,15 @@ from prefect import flow
 
 from flows.artifacts import publish_lines
 from flows.checkpoint_params import EvaluateParams
-from flows.notifications import NOTIFIED
 from flows.one_worker import done_by_one_worker
+from flows.run_hooks import RUN_HOOKS
 from quantlib.job.evaluation_text import format_evaluation
 
 _FUNCTION = "quantlib.evaluation.evaluate_checkpoint"
 RESULT_KEY = "evaluate-model"
 
 
-@flow(name="evaluate-model", flow_run_name="{params.title}", persist_result=False, **NOTIFIED)
+@flow(name="evaluate-model", flow_run_name="{params.title}", persist_result=False, **RUN_HOOKS)
 def evaluate_model(params: EvaluateParams) -> dict[str, Any]:
     """Measure the perplexity of an original or quantized checkpoint, block by block.
 

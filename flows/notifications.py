@@ -1,7 +1,7 @@
 """A message when a run ends, through a notification block of Prefect's: Slack, Teams, e-mail, any webhook.
 
 QUANTMILL_NOTIFY, in the environment of the process that executes runs, names the block by its slug, such as
-``slack-webhook/team``. Without it nothing is sent. Flows take part with ``@flow(..., **NOTIFIED)``.
+``slack-webhook/team``. Without it nothing is sent. Flows take part by `run_hooks`.
 """
 
 import os

@@ -16,9 +16,9 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from flows.artifacts import publish_comparison, publish_report
 from flows.credentials import storage_credentials
 from flows.flow_hooks import FlowHooks
-from flows.notifications import NOTIFIED
 from flows.params import CompareParams, QuantizeParams, common_credentials, validated
 from flows.progress import tell_listener
+from flows.run_hooks import RUN_HOOKS
 from flows.run_log import logs_in_run
 from flows.run_view import RunView
 from flows.stages import PrefectStages
@@ -42,7 +42,7 @@ def _names_of_all() -> str:
     flow_run_name="{params.title}",
     task_runner=_TASK_RUNNER,
     persist_result=False,
-    **NOTIFIED,
+    **RUN_HOOKS,
 )
 def quantize_model(params: QuantizeParams) -> dict[str, Any] | list[dict[str, Any]]:
     """Convert a checkpoint into a quantized one, from object storage to object storage.
@@ -68,7 +68,7 @@ def quantize_model(params: QuantizeParams) -> dict[str, Any] | list[dict[str, An
     flow_run_name=_names_of_all,
     task_runner=_TASK_RUNNER,
     persist_result=False,
-    **NOTIFIED,
+    **RUN_HOOKS,
 )
 def quantize_recipes(conversions: list[QuantizeParams]) -> list[dict[str, Any]]:
     """Convert a checkpoint into several quantized ones; it is read once and runs once for all of them.
@@ -92,7 +92,7 @@ def quantize_recipes(conversions: list[QuantizeParams]) -> list[dict[str, Any]]:
     flow_run_name="{params.title}",
     task_runner=_TASK_RUNNER,
     persist_result=False,
-    **NOTIFIED,
+    **RUN_HOOKS,
 )
 def compare_schemes(params: CompareParams) -> dict[str, Any]:
     """Convert a checkpoint by several schemes and methods from one reading, and compare what came of it.

@@ -6,8 +6,8 @@ from prefect import flow
 
 from flows.artifacts import publish_lines
 from flows.checkpoint_params import VerifyParams
-from flows.notifications import NOTIFIED
 from flows.one_worker import done_by_one_worker
+from flows.run_hooks import RUN_HOOKS
 from quantlib.errors import CheckpointError
 from quantlib.job.verification_text import all_findings, format_verification
 
@@ -15,7 +15,7 @@ RESULT_KEY = "verify-output"
 _FUNCTION = "quantlib.verification.verify_output"
 
 
-@flow(name="verify-output", flow_run_name="{params.title}", persist_result=False, **NOTIFIED)
+@flow(name="verify-output", flow_run_name="{params.title}", persist_result=False, **RUN_HOOKS)
 def verify_output(params: VerifyParams) -> dict[str, Any]:
     """Re-read every shard of an output and compare it with its record, its source, or another output.
 

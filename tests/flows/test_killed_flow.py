@@ -205,6 +205,34 @@ def test_suspended_run_frees_its_workers_and_goes_on_when_resumed(
     assert len(report["history"]["reused_units"]) >= done
 
 
+def test_run_whose_serve_is_stopped_is_crashed_and_goes_on_when_it_is_retried(
+    root, expected, prefect_server: PrefectServer, tmp_path
+):
+    output = root / "serve-stopped"
+    with prefect_server.client() as client:
+
+        def state() -> dict[str, Any]:
+            return client.get(f"/flow_runs/{run}").json()["state"]
+
+        with running_serve(prefect_server, tmp_path):
+            run = _submit(prefect_server, _values(root, output, workers=2))
+            wait_until(lambda: _records(output) >= 2, _STEPS_S, "two units")
+        assert (state()["type"], state()["message"]) == (
+            "CRASHED",
+            "quantmill serve was stopped; a retry goes on from what is finished",
+        )
+        assert prefect_server.deployment("quantize-model")["paused"]
+        done = _records(output)
+        with running_serve(prefect_server, tmp_path) as log:
+            again = {"state": {"type": "SCHEDULED", "name": "AwaitingRetry"}}
+            client.post(f"/flow_runs/{run}/set_state", json=again).raise_for_status()
+            wait_until(lambda: state()["type"] in ("COMPLETED", "FAILED"), _STEPS_S, f"the end, {log}")
+        assert state()["type"] == "COMPLETED", _last_lines(log)
+    assert shard_digests(output) == expected
+    report = json.loads((output / "quantmill_report.json").read_text())
+    assert len(report["history"]["reused_units"]) >= done
+
+
 def _suspend(client: httpx.Client, run_id: str) -> None:
     """What the Prefect UI sends for its Pause button."""
     in_an_hour = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
