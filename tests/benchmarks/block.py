@@ -82,7 +82,7 @@ def _asked(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=("cuda", "cpu"), required=True)
     parser.add_argument("--sequences", type=int, default=8)
     parser.add_argument("--sequence-length", type=int, default=2048)
-    parser.add_argument("--group-size", type=int, default=128)
+    parser.add_argument("--group-size", type=int, help="by default 128, of smollm2 64")
     parser.add_argument("--propagation", choices=("original", "quantized"), default="original")
     parser.add_argument(
         "--slice", type=int, metavar="N", help="of a Llama: features inside attention and MLP"
@@ -102,7 +102,11 @@ def _asked(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU")
     parser.add_argument("--peers", action="store_true", help="other tools' solvers on the same weights")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    if asked.group_size is None:
+        # 128 do not divide the 576 columns of smollm2.
+        asked.group_size = 64 if asked.shape == "smollm2" else 128
+    return asked
 
 
 def _request(asked: argparse.Namespace) -> BlockRequest:

@@ -134,7 +134,7 @@ def test_experts_that_cannot_be_routed_to_are_refused(modules):
 def test_block_of_smollm2_is_measured_without_packages_of_a_cluster(tmp_path):
     written = tmp_path / "figures.json"
     printed = run_without_packages(
-        *("--shape", "smollm2", "--sequences", "1", "--sequence-length", "256", "--group-size", "64"),
+        *("--shape", "smollm2", "--sequences", "1", "--sequence-length", "256"),
         *("--device", "cpu", "--threads", "1", "--propagation", "quantized", "--json", str(written)),
     )
     found = json.loads(written.read_text())
@@ -275,7 +275,7 @@ def test_solve_of_one_weight_has_a_row_for_every_tool(tmp_path):
 def test_block_on_gpu_has_memory_of_every_stage_and_links_to_the_host(tmp_path):
     written = tmp_path / "figures.json"
     run_without_packages(
-        *("--shape", "smollm2", "--sequences", "16", "--group-size", "64", "--device", "cuda"),
+        *("--shape", "smollm2", "--sequences", "16", "--device", "cuda"),
         *("--propagation", "quantized", "--json", str(written)),
     )
     found = json.loads(written.read_text())
