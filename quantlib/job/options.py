@@ -172,8 +172,8 @@ class JobOptions:
     tf32_feedback: bool = declare(
         False,
         _HOW,
-        "Let a GPU round to TF32 what carries errors to columns solved later: faster for wide linears, about"
-        " two of a thousand codes are others; a CPU has no TF32.",
+        "Let a GPU round to TF32 what carries errors to columns solved later: faster for wide linears, a few"
+        " codes are others; a CPU has no TF32.",
         in_identity=True,
     )
     correct_biases: bool = declare(

@@ -10,8 +10,8 @@ import torch
 def carrying_products(device: torch.device, *, in_tf32: bool) -> Iterator[None]:
     """Have products of fp32 round their inputs to TF32 while this lasts, on a GPU and where that is wanted.
 
-    What is carried is a small part of a target: the error of a linear stays within a thousandth, and two in a
-    thousand of its codes are others. A CPU has no TF32, and nothing changes.
+    What is carried is a small part of a target, so that few codes are others. A CPU has no TF32, and nothing
+    changes.
     """
     if not in_tf32 or device.type != "cuda":
         yield
