@@ -6,10 +6,11 @@ may round differently, and what a job writes must not depend on the memory it ha
 R rows (out features), C columns (in features).
 """
 
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeGuard
+from typing import TypeGuard, cast
 
 import torch
 from torch import nn
@@ -86,8 +87,9 @@ def _live_rows(weight: LateWeight, dtype: torch.dtype, device: torch.device | st
 
 
 def _replace_forward_(linear: nn.Linear, begin: Callable[[], RowsOf]) -> None:
-    # Of the instance: hooks of the module are called as before.
-    vars(linear)["forward"] = partial(_forward, linear, begin)
+    # Of the instance: hooks of the module are called as before. By proxy, or the linear would hold itself,
+    # and its weight would stay until Python happens to look for such circles.
+    vars(linear)["forward"] = partial(_forward, cast("nn.Linear", weakref.proxy(linear)), begin)
 
 
 def _forward(linear: nn.Linear, begin: Callable[[], RowsOf], x: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,8 @@
 """Weights that are made while a linear runs: the same bits, and no weight before or after."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -54,6 +57,24 @@ def test_late_weight_is_begun_once_a_forward_and_made_by_runs_of_rows():
     put_late_(block, {"up": late}, dtype=torch.float32, device="cpu")
     block(torch.randn(3, 8))
     assert asked == ["begin", (0, WEIGHT_ROWS), (WEIGHT_ROWS, WEIGHT_ROWS + 10)]
+
+
+@torch.inference_mode()
+def test_weights_go_with_their_block_and_do_not_wait_for_the_garbage_collector():
+    block = _Block(WEIGHT_ROWS + 10, has_bias=False)
+    run_in_parts_(block)
+    late = stored_weight(torch.zeros(8, WEIGHT_ROWS + 10))
+    put_late_(block, {"down": late}, dtype=torch.float32, device="cpu")
+    block(torch.randn(3, 8))
+    weights = [weakref.ref(linear.weight) for linear in (block.up, block.down)]
+    is_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        del block
+        assert [weight() for weight in weights] == [None, None]
+    finally:
+        if is_enabled:
+            gc.enable()
 
 
 def test_late_weight_of_another_shape_is_refused():
