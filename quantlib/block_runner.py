@@ -469,11 +469,11 @@ class BlockRunner:
             self._cells.bring_next(key, (quantized_name(output), "main"))
             stream = cell.quantized[output] if cell.quantized else cell.main
             assert stream is not None
-            self._cells.move(stream, cell, module, block)
+            quantized_BTD = self._cells.move(stream, cell, module, block)
             if not cell.quantized:
                 return None
-            original, quantized = cell.streams(output)
-            return stream_error(original.hidden_BTD, quantized.hidden_BTD)
+            original, _ = cell.streams(output)
+            return stream_error(original.hidden_BTD, quantized_BTD)
 
     def score(self, _block: int, key: str, _needed: Sequence[Any]) -> list[dict[str, float]]:
         """Losses of the original stream of an evaluation cell and of every output's."""
@@ -524,7 +524,7 @@ class BlockRunner:
             "bytes_written": sum(store.traffic.bytes_written for store in stores),
             "cpu_seconds": time.process_time(),
             "peak_memory_bytes": peak_memory_bytes(),
-            "peak_device_bytes": torch.cuda.max_memory_allocated() if self._device.type == "cuda" else None,
+            "peak_device_bytes": torch.cuda.max_memory_reserved() if self._device.type == "cuda" else None,
             "waiting_on_disk_bytes": self._shelf.file_bytes,
             "device_kinds": device_kinds(self._work_store, self._plan),
             "cholesky_check": None if self._cholesky_check is None else self._cholesky_check.to_dict(),

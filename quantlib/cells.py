@@ -41,11 +41,18 @@ class Stream:
         """Whether the hidden states wait where there is room for them, and not beside it."""
         return self._kept.is_in_memory
 
-    def move(self, block: int, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
-        """Go through a block once: asked again after it has been passed, nothing happens."""
+    def move(self, block: int, run: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Go through a block once: asked again after it has been passed, nothing happens.
+
+        Returns:
+            The hidden states behind the block, where they are worked on.
+        """
         if self.position == block:
-            self.place(run(self.hidden_BTD), block + 1)
+            moved_BTD = run(self.hidden_BTD)
+            self.place(moved_BTD, block + 1)
+            return moved_BTD
         assert self.position == block + 1, f"stream stands before block {self.position}, not {block}"
+        return self.hidden_BTD
 
     def place(self, hidden_BTD: torch.Tensor, position: int) -> None:
         """Stand before a block without having run through those before it."""

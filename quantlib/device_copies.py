@@ -61,7 +61,8 @@ class DeviceCopies:
 
         Returns:
             The same shapes and dtypes, contiguous. `Pending.wait` has the current stream wait, and not the
-            caller. With tensors that are not pinned this call itself takes about as long as reading them.
+            caller. With tensors that are not pinned this call itself waits until all but the last pieces are
+            sent, and so for work that was begun before.
 
         Raises:
             WorkerError: There is no memory that can be pinned.
@@ -163,6 +164,7 @@ def pinned(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
     try:
         return torch.empty(tuple(shape), dtype=dtype, pin_memory=True)
     except RuntimeError as error:
+        torch.cuda.synchronize()  # where work that was begun before has failed, this says so
         raise WorkerError(
             f"{math.prod(shape) * dtype.itemsize} bytes of this machine's memory could not be pinned for the"
             f" GPU: {error}; give the workers more memory, or allow more device_memory",

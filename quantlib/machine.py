@@ -10,6 +10,9 @@ import torch
 
 from quantlib.errors import PlanMismatchError, RecipeError
 
+# Of a GPU, for the driver's context, kernels, workspaces of libraries and what lies idle between tensors.
+_LIBRARY_BYTES = 2 << 30
+
 
 def device_kind(wanted: str | None) -> str:
     """``cpu-avx2``, ``cuda-sm90-nvidia-h200``, ...; results are only promised to repeat within one kind.
@@ -70,8 +73,13 @@ def refuse_other_device(kind: str, *, mixed_gpus: bool) -> str:
 
 
 def device_bytes(kind: str) -> int | None:
-    """Memory of the GPU here; None where a kind of device has no memory of its own."""
-    return torch.cuda.get_device_properties(0).total_memory if kind.startswith("cuda") else None
+    """Memory of the GPU here that tensors may take; None where a kind of device has no memory of its own.
+
+    The same for every GPU of a kind, whatever else is on it: what is done at a time follows from it.
+    """
+    if not kind.startswith("cuda"):
+        return None
+    return torch.cuda.get_device_properties(0).total_memory - _LIBRARY_BYTES
 
 
 def compute_dtype(config: Mapping[str, Any], kind: str) -> str:

@@ -29,6 +29,8 @@ from quantlib.row_tiles import cut_tile, tile_height
 from quantlib.solver_settings import SolverSettings
 
 T = TypeVar("T")
+# What the driver, Triton, cuBLAS and cuSOLVER say, for whom PyTorch's allocator keeps too much.
+_SHORTAGES = ("out of memory", "STATUS_ALLOC_FAILED")
 # Packed tensors by name, and rows of the report.
 Packed = tuple[dict[str, torch.Tensor], list[dict[str, Any]]]
 
@@ -70,7 +72,10 @@ def _unless_out_of_memory(attempt: Callable[[Rung], T], rung: Rung) -> tuple[T] 
     # Whoever catches the error holds all that the attempt had made; it is free once this has returned.
     try:
         return (attempt(rung),)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        is_short = any(words in str(error) for words in _SHORTAGES)
+        if not (is_short or isinstance(error, torch.OutOfMemoryError)):
+            raise
         return None
 
 

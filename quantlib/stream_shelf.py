@@ -9,6 +9,7 @@ B sequences, T positions, D hidden.
 import os
 import tempfile
 import threading
+from collections import deque
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +55,7 @@ class Shelf:
         self._room_bytes = room_bytes
         self._copies: DeviceCopies | None = None
         self._pinned_bytes = 0
+        self._leaving: deque[Pending] = deque()
         self._free_pinned: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
         self._used_bytes = 0
         self._file_bytes = 0
@@ -96,8 +98,11 @@ class Shelf:
             pinned_BTD = pinned(hidden_BTD.shape, hidden_BTD.dtype)
             with self._lock:
                 self._pinned_bytes += pinned_BTD.nbytes
-        # Not waited for: whatever reads or overwrites it later is a copy that comes after this one.
-        self._copies.begin_back({"": hidden_BTD}, into={"": pinned_BTD})
+        # What reads or overwrites it later is a copy that comes after this one. Only the one before is waited
+        # for: what leaves takes memory of the GPU until then, and whoever sends more may be far ahead of it.
+        self._leaving.append(self._copies.begin_back({"": hidden_BTD}, into={"": pinned_BTD}))
+        if len(self._leaving) > 1:
+            self._leaving.popleft().wait()
         return _Aside(pinned_BTD)
 
     def _bring(self, aside: _Aside) -> Pending:

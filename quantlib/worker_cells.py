@@ -93,18 +93,16 @@ class WorkerCells:
     def take(self, key: str, streams: Mapping[str, tuple[torch.Tensor, int]]) -> None:
         """Have a cell that another worker gave."""
         cell = self._all[key]
-        main_BTD, _ = streams["main"]
+        # What was given may be mapped from memory that others read too.
+        here = {name: hidden_BTD.to(self._device, copy=True) for name, (hidden_BTD, _) in streams.items()}
         num_quantized = sum(name.startswith(quantized_name(0)) for name in streams)
-        has_reference = "reference" in streams
         cell.start(
-            main_BTD,
-            quantized=[main_BTD] * num_quantized,
-            reference_BTD=main_BTD if has_reference else None,
+            here["main"],
+            quantized=[here[quantized_name(number)] for number in range(num_quantized)],
+            reference_BTD=here.get("reference"),
         )
         for name, stream in cell.named_streams:
-            hidden_BTD, position = streams[name]
-            # What was given may be mapped from memory that others read too.
-            stream.place(hidden_BTD.to(self._device, copy=True), position)
+            _, stream.position = streams[name]
         self._mine[key] = cell
 
     @property
@@ -141,9 +139,9 @@ class WorkerCells:
         """The batches of a cell, with what a block is called with beside their hidden states."""
         return self._inputs.of(cell.ids_BT, block)
 
-    def move(self, stream: Stream, cell: Cell, module: nn.Module, block: int) -> None:
-        """Run a stream of a cell through a block."""
-        stream.move(block, partial(run_in_batches, module, batches=self.batches_of(cell, block)))
+    def move(self, stream: Stream, cell: Cell, module: nn.Module, block: int) -> torch.Tensor:
+        """Run a stream of a cell through a block; gives what `Stream.move` does."""
+        return stream.move(block, partial(run_in_batches, module, batches=self.batches_of(cell, block)))
 
     def bring_next(self, key: str, names: Collection[str]) -> None:
         """While a cell is worked on, begin to bring streams of the next one of its corpus to the device.
@@ -158,7 +156,7 @@ class WorkerCells:
         # Another thread may give cells to other workers meanwhile.
         following = self._named_streams(next_key(key, list(self._mine)))
         coming = [stream for name, stream in following.items() if name in names]
-        self._coming = [*current, *coming]
+        self._coming = [stream for stream in (*current, *coming) if not stream.is_in_memory]
         for stream in coming:
             stream.bring()
 

@@ -225,6 +225,27 @@ def test_failed_attempt_holds_nothing_when_the_next_begins():
     assert len(made) == len(RUNGS)
 
 
+@pytest.mark.parametrize(
+    "message",
+    [
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "CUDA error: out of memory",
+        "Triton Error [CUDA]: out of memory",
+    ],
+)
+def test_what_libraries_say_of_too_little_memory_is_tried_again(message):
+    calls = []
+
+    def attempt(rung):
+        calls.append(rung)
+        if len(calls) == 1:
+            raise RuntimeError(message)
+        return "found"
+
+    assert descend(attempt, RUNGS) == ("found", RUNGS[1])
+
+
 def test_other_errors_are_not_tried_again():
     calls = []
 
