@@ -25,7 +25,8 @@ _DAMPING_GROWTH = 4.0
 # In fp64 a buffer of 16384 columns takes 2 GiB.
 _MOST_FLOAT64_COLUMNS = 16384
 _SHRINKAGES = (0.1, 0.5, 0.9)
-_INVERSE_BATCH = 256
+# Columns of an inverse at a time; a GPU wants few large products.
+_INVERSE_BATCH = {"cpu": 256, "cuda": 2048}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -153,25 +154,25 @@ def inverse_diagonal(factor: Factor) -> torch.Tensor:
     Cost: C**3 / 3 multiply-adds; memory of a batch of columns.
     """
     columns = len(factor.pivots_C)
+    step = _INVERSE_BATCH[factor.pivots_C.device.type]
     by_position_C = torch.empty_like(factor.pivots_C)
-    for start in range(0, columns, _INVERSE_BATCH):
+    for start in range(0, columns, step):
         # Above its own rows a column of the inverse of a lower triangle is zero.
         below_CC = factor.feedback_CC[start:, start:]
-        solved_CB = _first_columns_of_inverse(below_CC).div_(factor.pivots_C[start:, None])
-        by_position_C[start : start + _INVERSE_BATCH] = solved_CB.square_().sum(0)
+        solved_CB = _first_columns_of_inverse(below_CC, step).div_(factor.pivots_C[start:, None])
+        by_position_C[start : start + step] = solved_CB.square_().sum(0)
     return torch.empty_like(by_position_C).index_copy_(0, factor.order_C, by_position_C)
 
 
-def _first_columns_of_inverse(lower_CC: torch.Tensor) -> torch.Tensor:
-    """[C, B]: the first columns of the inverse of a unit lower triangle.
+def _first_columns_of_inverse(lower_CC: torch.Tensor, most: int) -> torch.Tensor:
+    """[C, B]: the first columns of the inverse of a unit lower triangle, so many at most.
 
     Panel by panel: torch copies a whole triangle that it is to solve with, unless it is small.
     """
     columns = len(lower_CC)
-    width = min(_INVERSE_BATCH, columns)
-    inverse_CB = torch.eye(columns, width, dtype=lower_CC.dtype, device=lower_CC.device)
-    for start in range(0, columns, _INVERSE_BATCH):
-        own = slice(start, start + _INVERSE_BATCH)
+    inverse_CB = torch.eye(columns, min(most, columns), dtype=lower_CC.dtype, device=lower_CC.device)
+    for start in range(0, columns, most):
+        own = slice(start, start + most)
         panel_PB = inverse_CB[own].addmm_(lower_CC[own, :start], inverse_CB[:start], alpha=-1.0)
         inverse_CB[own] = torch.linalg.solve_triangular(
             lower_CC[own, own], panel_PB, upper=False, unitriangular=True

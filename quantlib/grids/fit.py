@@ -1,12 +1,13 @@
 """Fits scales (and zero points): by the extremes of a group, or by a search for least error.
 
-R rows, C columns, G groups of consecutive columns, S columns of one group.
+R rows, C columns, G groups of consecutive columns, S columns of one group. Groups that are searched together
+have the rows of one beside those of another: there R counts them all.
 The search minimizes, for every group on its own, sum_j importance_j * (level(w_j) - w_j)**2 over scales
 smaller and slightly larger than the one the extremes give. With importance = diag(H) this is the largest
 cheap gain known for a solver that keeps its scales fixed; with importance = 1 it is plain squared error.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +33,7 @@ _WIDE_MULTIPLES = (1.25, 1.5)
 # In steps of the coarse search, around its winner.
 _FINE_STEPS = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
 # On a CPU 256 KiB of fp32: the three such buffers stay in a cache while all candidates pass over them, and
-# smaller ones pay more for calls than for arithmetic. Other devices want few large calls.
+# smaller ones pay more for calls than for arithmetic. Other devices want few large calls, of several groups.
 _CPU_CHUNK_ELEMENTS = 1 << 16
 _DEVICE_CHUNK_ELEMENTS = 1 << 24
 _FEWEST_CHUNK_ROWS = 64
@@ -109,6 +110,7 @@ def search_scales(
     scale_dtype: torch.dtype,
     importance_C: torch.Tensor | None = None,
     divisor_R1: torch.Tensor | None = None,
+    groups_at_once: int | None = None,
 ) -> AffineGrid:
     """Scales of least weighted squared error, group by group.
 
@@ -121,10 +123,13 @@ def search_scales(
     Args:
         scheme: Bits, symmetry and group size.
         scale_dtype: Dtype in which the output format stores scales.
+        groups_at_once: How many groups an operation may work on; by default one on a CPU, elsewhere as many
+            as it has use for.
 
     Numerics: every candidate is rounded to ``scale_dtype`` before its error is taken; the extremes' own
         scale is the first candidate and a later one must be strictly better, so the result is never worse
-        and does not depend on anything but the group itself.
+        and does not depend on anything but the group itself. Errors of several groups at once are summed in
+        another order, which tells apart what is as good.
 
     Cost: about 23 passes of six elementwise operations over the matrix in chunks that fit a cache (26 when
         asymmetric); memory: a few chunks.
@@ -134,7 +139,10 @@ def search_scales(
         importance_C = torch.ones(weight_RC.shape[1], device=weight_RC.device)
     # Division by the largest leaves equal importances exactly equal to 1, whatever their size was.
     largest = importance_C.max().clamp_min(torch.finfo(torch.float32).tiny)
-    return _search_all(weight_RC, scheme, scale_dtype, importance_C.float() / largest, divisor_R1)
+    importance_C = _never_all_zero(
+        importance_C.float() / largest, scheme.columns_per_group(weight_RC.shape[1])
+    )
+    return _search_all(weight_RC, scheme, scale_dtype, importance_C, divisor_R1, groups_at_once)
 
 
 def extremes(weight_RC: torch.Tensor, scheme: WeightScheme) -> tuple[torch.Tensor, torch.Tensor]:
@@ -188,12 +196,13 @@ def _search_all(
     scale_dtype: torch.dtype,
     importance_C: torch.Tensor,
     divisor_R1: torch.Tensor | None,
+    groups_at_once: int | None,
 ) -> AffineGrid:
     filled_rows = whole_vectors(len(weight_RC), weight_RC.device)
     if filled_rows is not None:
         filled_RC = weight_RC[filled_rows]
         filled_R1 = None if divisor_R1 is None else divisor_R1[filled_rows]
-        filled = _search_all(filled_RC, scheme, scale_dtype, importance_C, filled_R1)
+        filled = _search_all(filled_RC, scheme, scale_dtype, importance_C, filled_R1, groups_at_once)
         return filled.rows(slice(len(weight_RC)))
     rows, columns = weight_RC.shape
     width = scheme.columns_per_group(columns)
@@ -201,23 +210,28 @@ def _search_all(
     scale_RG = torch.empty(shape, dtype=scale_dtype, device=weight_RC.device)
     zero_RG = torch.empty(shape, dtype=torch.uint8, device=weight_RC.device)
     is_bounded_RG = torch.empty(shape, dtype=torch.bool, device=weight_RC.device)
-    importances = _group_importances(importance_C, width)
     is_cpu = weight_RC.device.type == "cpu"
     chunk_elements = _CPU_CHUNK_ELEMENTS if is_cpu else _DEVICE_CHUNK_ELEMENTS
     chunk_rows = max(_FEWEST_CHUNK_ROWS, chunk_elements // width // 16 * 16)
+    if groups_at_once is None:
+        groups_at_once = 1 if is_cpu else max(1, chunk_elements // (width * min(rows, chunk_rows)))
     for row in range(0, rows, chunk_rows):
         part = slice(row, row + chunk_rows)
         # Transposed, the rows of a chunk lie side by side: scales and errors of all of them are one vector.
         weight_CR = weight_RC[part].T.contiguous().float()
-        divisor_R = None if divisor_R1 is None else divisor_R1[part, 0]
-        for group, start in enumerate(range(0, columns, width)):
-            weight_SR = weight_CR[start : start + width]
+        for run in _group_runs(columns, width, groups_at_once):
+            here = slice(run.start * width, min(run.stop * width, columns))
+            importance_GS = importance_C[here].unflatten(0, (run.stop - run.start, -1))
+            weight_GSR = weight_CR[here].unflatten(0, (len(importance_GS), -1))
+            weight_SR = weight_GSR.transpose(0, 1).flatten(1)
+            divisor_R = None if divisor_R1 is None else divisor_R1[part, 0].repeat(len(weight_GSR))
             lowest_R, highest_R = weight_SR.amin(0), weight_SR.amax(0)
             fit, is_bounded_R = _cover(lowest_R, highest_R, scheme, scale_dtype, divisor_R=divisor_R)
-            fit = _Search(weight_SR, importances[group], scheme, scale_dtype, divisor_R).from_(fit)
-            scale_RG[part, group] = fit.scale_R.to(scale_dtype)
-            zero_RG[part, group] = fit.zero_R.to(torch.uint8)
-            is_bounded_RG[part, group] = is_bounded_R
+            fit = _Search(weight_SR, importance_GS, scheme, scale_dtype, divisor_R).from_(fit)
+            of_groups = (len(weight_GSR), -1)
+            scale_RG[part, run] = fit.scale_R.unflatten(0, of_groups).T.to(scale_dtype)
+            zero_RG[part, run] = fit.zero_R.unflatten(0, of_groups).T.to(torch.uint8)
+            is_bounded_RG[part, run] = is_bounded_R.unflatten(0, of_groups).T
     return AffineGrid(
         scheme=scheme,
         scale_RG=scale_RG,
@@ -227,10 +241,24 @@ def _search_all(
     )
 
 
-def _group_importances(importance_C: torch.Tensor, width: int) -> list[torch.Tensor]:
-    """Importances group by group, equal ones where no token reached a group: it still has weights to keep."""
-    groups = importance_C.split(width)
-    return [group_S if bool(group_S.any()) else torch.ones_like(group_S) for group_S in groups]
+def _never_all_zero(importance_C: torch.Tensor, width: int) -> torch.Tensor:
+    """Equal importances where no token reached a group: it still has weights to keep."""
+    is_reached_G = by_group(importance_C[None], width)[0].any(1)
+    is_reached_C = is_reached_G.repeat_interleave(width)[: len(importance_C)]
+    return torch.where(is_reached_C, importance_C, 1.0)
+
+
+def _group_runs(columns: int, width: int, most: int) -> Iterator[slice]:
+    """Neighbouring groups of one width, so many at most.
+
+    >>> list(_group_runs(22, 4, 3))
+    [slice(0, 3, None), slice(3, 5, None), slice(5, 6, None)]
+    """
+    num_whole = columns // width
+    for start in range(0, num_whole, most):
+        yield slice(start, min(start + most, num_whole))
+    if columns % width:
+        yield slice(num_whole, num_whole + 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,22 +302,26 @@ def _cover(
 
 
 class _Search:
-    """Looks for the best fit of one group in several rows; its two buffers serve all candidates.
+    """Looks for the best fit of groups in several rows; its two buffers serve all candidates.
 
     Coarse over multiples of the starting scale, then (asymmetric) the zero point one code up and down, then
     fine. Each stage keeps the best so far among its candidates.
+
+    Shapes:
+        weight_SR: fp32, the rows of all groups.
+        importance_GS: fp32.
     """
 
     def __init__(
         self,
         weight_SR: torch.Tensor,
-        importance_S: torch.Tensor,
+        importance_GS: torch.Tensor,
         scheme: WeightScheme,
         scale_dtype: torch.dtype,
         divisor_R: torch.Tensor | None,
     ) -> None:
         self._weight_SR = weight_SR
-        self._importance_S = importance_S
+        self._importance_GS = importance_GS
         self._scheme, self._levels = scheme, levels_of(scheme)
         self._scale_dtype, self._divisor_R = scale_dtype, divisor_R
         self._exact_SR = torch.empty_like(weight_SR)
@@ -350,5 +382,14 @@ class _Search:
                 quotient=self._exact_SR,
             )
             self._offset_SR.sub_(self._exact_SR).mul_(self._offset_SR)
-            torch.mv(self._offset_SR.T, self._importance_S, out=error_KR[k])
+            self._weigh(error_KR[k])
         return error_KR.mul_((scale_KR / scale_KR[0]).square_())
+
+    def _weigh(self, error_R: torch.Tensor) -> None:
+        """Sum the squares in ``_offset_SR`` over the columns of each group, by their importances."""
+        groups = len(self._importance_GS)
+        if groups == 1:
+            torch.mv(self._offset_SR.T, self._importance_GS[0], out=error_R)
+            return
+        square_GSR = self._offset_SR.unflatten(1, (groups, -1)).transpose(0, 1)
+        torch.bmm(self._importance_GS[:, None], square_GSR, out=error_R.view(groups, 1, -1))

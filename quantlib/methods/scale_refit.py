@@ -14,7 +14,8 @@ from quantlib.grids.stored_scale import round_to_stored
 from quantlib.outliers import Outliers
 
 # Rows at a time: bounds the matrices of G x G, which are held in fp64, and three buffers of C numbers a row.
-_TILE_BYTES = 32 << 20
+# A GPU wants few large calls.
+_TILE_BYTES = {"cpu": 32 << 20, "cuda": 256 << 20}
 # Relative to the mean of its diagonal: keeps a row's system solvable where groups say almost the same.
 _RIDGE = 1e-6
 # A scale that wants to leave this range of its old value sits in a system too ill-conditioned to be believed.
@@ -61,7 +62,7 @@ def refit_scales(
     columns = weight_RC.shape[1]
     num_groups = grid.scheme.num_groups(columns)
     row_bytes = 8 * num_groups**2 + 3 * 4 * columns
-    step = max(16, _TILE_BYTES // row_bytes // 16 * 16)
+    step = max(16, _TILE_BYTES[weight_RC.device.type] // row_bytes // 16 * 16)
     quantized = with_codes(grid, codes_RC)
     scale_RG = torch.empty_like(grid.scale_RG)
     for start in range(0, len(weight_RC), step):

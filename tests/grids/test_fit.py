@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from quantlib.grids.affine import nearest_codes, with_codes
 from quantlib.grids.fit import fit_to_extremes, search_scales
+from quantlib.grids.formats import DIVIDED_SCALES
 from quantlib.schemes import INTEGER_NAMES, WHOLE_ROW, WeightScheme, scheme_from_name
 
 DTYPES = [torch.bfloat16, torch.float16]
@@ -122,6 +123,33 @@ def test_search_ragged_last_group_equals_that_group_alone(name):
     )
     assert torch.equal(whole.scale_RG[:, 1:], tail.scale_RG)
     assert scheme.is_symmetric or torch.equal(whole.zero_RG[:, 1:], tail.zero_RG)
+
+
+@pytest.mark.parametrize("groups_at_once", [2, 3, 100])
+@pytest.mark.parametrize("name", [*INTEGER_NAMES, "FP8A16", "MXFP4A16", "NVFP4A16"])
+def test_search_of_several_groups_at_once_finds_as_good_scales(name, groups_at_once):
+    weight_RC, importance_C = normal(70, 372, seed=6) ** 3, torch.exp(normal(372, seed=7))
+    importance_C[64:128] = 0  # a group, or several, that no token reached
+    scheme = scheme_from_name(name, 64 if name in INTEGER_NAMES else None)
+    divisor_R1 = 100.0 + 100.0 * torch.rand(70, 1, generator=torch.Generator().manual_seed(8))
+    one, several = (
+        search_scales(
+            weight_RC,
+            scheme,
+            scale_dtype=torch.bfloat16,
+            importance_C=importance_C,
+            divisor_R1=divisor_R1 if scheme.scales == DIVIDED_SCALES else None,
+            groups_at_once=most,
+        )
+        for most in (1, groups_at_once)
+    )
+    assert torch.equal(one.is_bounded_RG, several.is_bounded_RG)
+    # Where two scales are equally good up to the last bit of a sum, either may be found.
+    assert (one.scale_RG != several.scale_RG).float().mean() < 0.01
+    assert scheme.is_symmetric or (one.zero_RG != several.zero_RG).float().mean() < 0.01
+    importance_C[64:128] = 1
+    errors = [weighted_error(weight_RC, grid, importance_C) for grid in (one, several)]
+    torch.testing.assert_close(errors[0], errors[1], rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("name", INTEGER_NAMES)
