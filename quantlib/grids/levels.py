@@ -20,6 +20,24 @@ _EXPONENTS = {
 }
 
 
+class Table:
+    """Numbers that stay where they were asked for: each copy to a GPU would wait for it."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self._values = values
+        self._held: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def on(self, device: torch.device, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """The numbers, in their own dtype by default."""
+        kind = (device, dtype or self._values.dtype)
+        if kind not in self._held:
+            self._held[kind] = self._values.to(device=device, dtype=dtype)
+        return self._held[kind]
+
+
 class Levels(Protocol):
     """The levels of one scale; zero points and bounds are meant for integers.
 
@@ -96,14 +114,14 @@ class FloatLevels:
     def __init__(self, format_: FloatFormat) -> None:
         self.format = format_
         self._sign = 1 << (format_.bits - 1)
-        self._magnitudes = torch.tensor(format_.magnitudes)
+        magnitudes = torch.tensor(format_.magnitudes)
         # Codes that mean no number decode to NaN.
         positive = torch.full((self._sign,), torch.nan)
-        positive[: len(self._magnitudes)] = self._magnitudes
-        self._values = torch.cat((positive, -positive))
+        positive[: len(magnitudes)] = magnitudes
+        self._magnitudes, self._values = Table(magnitudes), Table(torch.cat((positive, -positive)))
         self.bounds: tuple[float, float] = (-format_.largest, format_.largest)
         self.reach = format_.largest
-        self.half_step = (self._magnitudes[-1] - self._magnitudes[-2]).item() / 2
+        self.half_step = (magnitudes[-1] - magnitudes[-2]).item() / 2
 
     def nearest(
         self,
@@ -123,13 +141,13 @@ class FloatLevels:
 
     def encode(self, offset: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - it has none
         """Sign and number of the magnitude; zero has no sign. See `Levels`."""
-        magnitudes = self._magnitudes.to(device=offset.device, dtype=offset.dtype)
+        magnitudes = self._magnitudes.on(offset.device, offset.dtype)
         numbers = torch.bucketize(offset.abs(), magnitudes, out_int32=True)
         return out.copy_(numbers.add_((offset < 0).int(), alpha=self._sign))
 
     def decode(self, codes: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - it has none
         """Looked up; see `Levels`."""
-        return out.copy_(self._values.to(out.device)[codes.int()])
+        return out.copy_(self._values.on(out.device)[codes.int()])
 
 
 class CodebookLevels:
@@ -139,22 +157,23 @@ class CodebookLevels:
         values: In the order of their codes. Of equal ones, as 0 and -0, the first is chosen.
 
     Attributes:
-        ascending: fp32, the different values in order.
-        middles: fp32, between each and the next.
+        ascending: fp32, the different values in order, on any device.
+        middles: fp32, between each and the next, likewise.
     """
 
     is_uniform = False
 
     def __init__(self, values: Sequence[float]) -> None:
-        self._values = torch.tensor(values)
+        all_values = torch.tensor(values)
         by_value = sorted(range(len(values)), key=lambda code: (values[code], code))
         chosen = [code for place, code in enumerate(by_value) if values[code] != values[by_value[place - 1]]]
-        self._codes = torch.tensor(chosen)
-        self.ascending = self._values[self._codes]
-        self.middles = (self.ascending[1:] + self.ascending[:-1]) / 2
+        ascending = all_values[chosen]
+        middles = (ascending[1:] + ascending[:-1]) / 2
+        self._values, self._codes = Table(all_values), Table(torch.tensor(chosen))
+        self.ascending, self.middles = Table(ascending), Table(middles)
         self.bounds: tuple[float, float] = (min(values), max(values))
         self.reach = max(values)
-        self.half_step = self.ascending.diff().max().item() / 2
+        self.half_step = ascending.diff().max().item() / 2
 
     def nearest(
         self,
@@ -165,21 +184,19 @@ class CodebookLevels:
         out: torch.Tensor,
     ) -> torch.Tensor:
         """Of two values as near the smaller; see `Levels`."""
-        return out.copy_(self._like(self.ascending, quotient)[self._places(quotient)])
+        ascending = self.ascending.on(quotient.device, quotient.dtype)
+        return out.copy_(ascending[self._places(quotient)])
 
     def encode(self, offset: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - it has none
         """Looked up; see `Levels`."""
-        return out.copy_(self._codes.to(offset.device)[self._places(offset)])
+        return out.copy_(self._codes.on(offset.device)[self._places(offset)])
 
     def decode(self, codes: torch.Tensor, zero: Any, *, out: torch.Tensor) -> torch.Tensor:  # noqa: ARG002 - it has none
         """Looked up; see `Levels`."""
-        return out.copy_(self._values.to(out.device)[codes.int()])
+        return out.copy_(self._values.on(out.device)[codes.int()])
 
     def _places(self, offset: torch.Tensor) -> torch.Tensor:
-        return torch.bucketize(offset, self._like(self.middles, offset), out_int32=True)
-
-    def _like(self, values: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        return values.to(device=other.device, dtype=other.dtype)
+        return torch.bucketize(offset, self.middles.on(offset.device, offset.dtype), out_int32=True)
 
 
 @lru_cache

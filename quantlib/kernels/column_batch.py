@@ -85,7 +85,7 @@ def _number(levels: Levels) -> dict[str, Any]:
 def _entries(levels: Levels, device: torch.device) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     if not isinstance(levels, CodebookLevels):
         return None, None
-    return levels.middles.to(device), levels.ascending.to(device)
+    return levels.middles.on(device), levels.ascending.on(device)
 
 
 def _kept_operands(kept: KeptEntries | None) -> tuple[Any, ...]:

@@ -59,12 +59,10 @@ class SingleWeights:
         self._position_EMR = torch.stack([order_C.argsort()[column_RM].T for column_RM, order_C in pairs])
         self._dtype = dtype
         self.weight_EMR = torch.zeros_like(self._position_EMR, dtype=like.dtype)
-        # Of the open batch: where in ``weight_EMR`` its weights are, and their places, rows and targets.
-        self._here: tuple[torch.Tensor, ...] = ()
-        self._place = self._target_EBR = torch.empty(0)
+        # Of the open batch: which weights are in it, their places there, and its targets.
+        self._is_here_EMR = self._place_EMR = self._target_EBR = torch.empty(0)
         self.entries: KeptEntries | None = None
-        self._are_kept: Sequence[torch.Tensor] = ()
-        self._has_any: Sequence[bool] = ()
+        self._has_any: Sequence[bool] | None = None
 
     def taken_from(self, values_ECR: torch.Tensor, kept_EMR: torch.Tensor) -> torch.Tensor:
         """[E, M, R]: values by position less what is kept at their places."""
@@ -76,28 +74,31 @@ class SingleWeights:
 
     def open(self, start: int, end: int) -> None:
         """Turn to positions [start, end)."""
-        is_here_EMR = (self._position_EMR >= start) & (self._position_EMR < end)
-        self._here = is_here_EMR.nonzero(as_tuple=True)
-        linear, _, row = self._here
-        self._place = self._position_EMR[self._here] - start
-        shape = (len(self._position_EMR), end - start, self._position_EMR.shape[2])
-        self._target_EBR = self.weight_EMR.new_empty(shape)
-        is_kept_EBR = torch.zeros_like(self._target_EBR, dtype=torch.bool)
-        is_kept_EBR[linear, self._place, row] = True
-        self.entries = KeptEntries(is_kept_EBR, self._target_EBR, self._dtype)
-        self._are_kept, self._has_any = is_kept_EBR.split(1, 1), is_kept_EBR.any(2).any(0).tolist()
+        linears, _, rows = self._position_EMR.shape
+        self._is_here_EMR = (self._position_EMR >= start) & (self._position_EMR < end)
+        # Those elsewhere fall behind the batch: to look for the others a GPU would be waited for.
+        self._place_EMR = torch.where(self._is_here_EMR, self._position_EMR - start, end - start)
+        is_kept_EBR = self._place_EMR.new_zeros(linears, end - start + 1, rows, dtype=torch.bool)
+        is_kept_EBR = is_kept_EBR.scatter_(1, self._place_EMR, True)[:, :-1].contiguous()
+        self._target_EBR = self.weight_EMR.new_empty(is_kept_EBR.shape)
+        self.entries, self._has_any = KeptEntries(is_kept_EBR, self._target_EBR, self._dtype), None
 
     def take(self, place: int, target_E1R: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
         """At a place of the open batch: which rows keep their weight, bool [E, 1, R], and targets as kept.
 
         Nothing where none does.
         """
+        assert self.entries is not None
+        if self._has_any is None:
+            self._has_any = self.entries.is_kept_EBR.any(2).any(0).tolist()
         if not self._has_any[place]:
             return None
-        kept_E1R = self._target_EBR[:, place : place + 1].copy_(target_E1R.to(self._dtype))
-        return self._are_kept[place], kept_E1R
+        here = slice(place, place + 1)
+        kept_E1R = self._target_EBR[:, here].copy_(target_E1R.to(self._dtype))
+        return self.entries.is_kept_EBR[:, here], kept_E1R
 
     def close(self) -> None:
         """Hold on to what was taken in the open batch."""
-        linear, _, row = self._here
-        self.weight_EMR[self._here] = self._target_EBR[linear, self._place, row]
+        last = self._target_EBR.shape[1] - 1
+        taken_EMR = self._target_EBR.gather(1, self._place_EMR.clamp_max(last))
+        self.weight_EMR = torch.where(self._is_here_EMR, taken_EMR, self.weight_EMR)
