@@ -22,7 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from block_floor import Rates, floors, measured_rates, traffic, work_of
+from block_floor import Rates, measured_rates
+from block_methods import check_line, checked_methods
 from block_models import NAMES, block_model, stored_shapes, tiny_model
 from block_peers import PEERS
 from block_plan import BlockRequest, settings_with
@@ -30,17 +31,18 @@ from block_run import run_request
 from block_solve import SolveProblem, SolveRow, our_row, peer_row, solve_problem
 from block_stopwatch import WATCHED, Stopwatch
 from block_tables import block_figures, block_table, probe_lines, solve_figures, solve_table
+from block_targets import block_targets, solve_targets
 
-from quantlib.job.activations import CALIBRATION, cells_of
 from quantlib.job.plan import Plan
-from quantlib.machine import device_kind
+from quantlib.machine import device_kind, keep_fp32_products
+from quantlib.methods.whole_solve import Method
 from quantlib.schemes import scheme_from_name
 from quantlib.simulation.config_shapes import shape_of_config
-from quantlib.simulation.shapes import ModelShape
-from quantlib.solver_settings import SolverSettings
+from quantlib.simulation.shapes import BlockShape
 
 _WARM_UP: dict[str, Any] = {"sequences": 1, "sequence_length": 512}
 _WARM_UP_SOLVE = (512, 1024)
+Methods = Mapping[str, Method]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -49,24 +51,30 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.threads:
         torch.set_num_threads(asked.threads)
     device = torch.device(asked.device)
-    rates = measured_rates(device)
+    keep_fp32_products()
+    request = _request(asked) if asked.shape else None
+    probes = measured_rates(device)
+    rates = probes.sustained
+    methods, check = checked_methods(_widest(asked, request), device)
     found: dict[str, Any] = {
         "device": device_kind(asked.device),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "rates": dataclasses.asdict(rates),
+        "burst_rates": dataclasses.asdict(probes.burst),
+        "cholesky_check": None if check is None else check.to_dict(),
     }
     print(f"{found['device']}, PyTorch {found['torch']}, {found['threads']} threads")
-    print(*probe_lines(rates), sep="\n")
+    print(*probe_lines(probes), check_line(check), sep="\n")
     weights = [asked.solve] if asked.solve else []
-    if asked.shape:
-        request = _request(asked)
-        found["block"] = _measured_block(request, rates, {} if asked.stages_only else WATCHED)
-        print(*block_table(found["block"]), sep="\n")
+    if request is not None:
+        watched = {} if asked.stages_only else WATCHED
+        found["block"] = _measured_block(request, rates, methods, watched)
+        print(*block_table(found["block"]), "", *block_targets(found["block"]), sep="\n")
         weights = _weights_of(request) if asked.peers else []
     if weights:
-        found["solves"] = _measured_solves(weights, asked, rates)
-        print(*solve_table(found["solves"]), sep="\n")
+        found["solves"] = _measured_solves(weights, asked, rates, methods)
+        print(*solve_table(found["solves"]), *solve_targets(found["solves"]), sep="\n")
     if asked.json:
         asked.json.write_text(json.dumps(found, indent=1) + "\n")
     return 0
@@ -89,6 +97,9 @@ def _asked(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--experts", type=int, metavar="N", help="of DeepSeek-V3: so many of its experts")
     parser.add_argument("--passes", type=int, default=1, help="forwards that share out the input groups")
+    parser.add_argument(
+        "--height", type=int, metavar="N", help="most rows of a tile; by default the product's choice"
+    )
     parser.add_argument("--stages-only", action="store_true", help="do not wait for the GPU inside stages")
     parser.add_argument(
         "--set",
@@ -118,30 +129,39 @@ def _request(asked: argparse.Namespace) -> BlockRequest:
         group_size=asked.group_size,
         propagation=asked.propagation,
         passes=asked.passes,
+        height=asked.height,
         options=dict(asked.set),
     )
 
 
-def _measured_block(request: BlockRequest, rates: Rates, watched: Mapping[str, str]) -> dict[str, Any]:
+def _measured_block(
+    request: BlockRequest, rates: Rates, methods: Methods, watched: Mapping[str, str]
+) -> dict[str, Any]:
     small = dataclasses.replace(request, model=tiny_model(request.model), **_WARM_UP)
-    _run(small, watched)
-    watch, plan, linears = _run(request, watched)
-    (shape,) = _shape(request).blocks
-    work = work_of(shape, request.tokens, request.sequence_length)
-    floor = floors(work, rates, getattr(torch, plan.compute_dtype))
-    num_cells = len(cells_of(plan)[CALIBRATION])
-    return block_figures(request, watch, linears, work, floor, traffic(shape, num_cells, rates))
+    _run(small, methods, watched)
+    watch, plan, linears = _run(request, methods, watched)
+    return block_figures(request, plan, _shape(request), rates, watch, linears)
 
 
-def _run(request: BlockRequest, watched: Mapping[str, str]) -> tuple[Stopwatch, Plan, list[dict[str, Any]]]:
+def _run(
+    request: BlockRequest, methods: Methods, watched: Mapping[str, str]
+) -> tuple[Stopwatch, Plan, list[dict[str, Any]]]:
     watch = Stopwatch(torch.device(request.device))
     with watch.watching(watched):
-        return watch, *run_request(request, watch)
+        return watch, *run_request(request, watch, methods)
 
 
-def _shape(request: BlockRequest) -> ModelShape:
+def _shape(request: BlockRequest) -> BlockShape:
     scheme = scheme_from_name(request.scheme, request.group_size)
-    return shape_of_config(request.model.name, request.model.config, scheme)
+    (block,) = shape_of_config(request.model.name, request.model.config, scheme).blocks
+    return block
+
+
+def _widest(asked: argparse.Namespace, request: BlockRequest | None) -> int:
+    """Columns of the largest factor that will be wanted."""
+    if request is None:
+        return asked.solve[1]
+    return max(group.columns for group in _shape(request).groups)
 
 
 def _weights_of(request: BlockRequest) -> list[tuple[int, int]]:
@@ -153,17 +173,17 @@ def _weights_of(request: BlockRequest) -> list[tuple[int, int]]:
 
 
 def _measured_solves(
-    weights: list[tuple[int, int]], asked: argparse.Namespace, rates: Rates
+    weights: list[tuple[int, int]], asked: argparse.Namespace, rates: Rates, methods: Methods
 ) -> dict[str, Any]:
     kind = {"device": torch.device(asked.device), "group_size": asked.group_size}
     # On a GPU a size may have kernels of its own, compiled when they are first called.
     repeats = 2 if asked.device == "cuda" else 1
     rows, watches = [], []
-    settings = settings_with(dict(asked.set))
-    _solved(solve_problem(*_WARM_UP_SOLVE, **kind), rates, settings)
+    ours = {"settings": settings_with(dict(asked.set)), "methods": methods, "height": asked.height}
+    _solved(solve_problem(*_WARM_UP_SOLVE, **kind), rates, **ours)
     for size in weights:
         problem = solve_problem(*size, tokens=asked.tokens, **kind)
-        row, watch = [_solved(problem, rates, settings) for _ in range(repeats)][-1]
+        row, watch = [_solved(problem, rates, **ours) for _ in range(repeats)][-1]
         rows.append(row)
         watches.append(watch)
         if asked.peers:
@@ -172,10 +192,11 @@ def _measured_solves(
     return solve_figures(rows, watches)
 
 
-def _solved(problem: SolveProblem, rates: Rates, settings: SolverSettings) -> tuple[SolveRow, Stopwatch]:
+def _solved(problem: SolveProblem, rates: Rates, **ours: Any) -> tuple[SolveRow, Stopwatch]:
     watch = Stopwatch(problem.weight_RC.device)
+    keep_fp32_products()  # whatever another tool has left behind
     with watch.watching():
-        return our_row(problem, watch, rates, settings), watch
+        return our_row(problem, watch, rates, **ours), watch
 
 
 def _setting(text: str) -> tuple[str, Any]:

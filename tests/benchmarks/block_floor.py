@@ -5,6 +5,7 @@ T tokens, n columns of an input group, m rows of its linears. A forward is 2 flo
 solve m * n**2. Weights come from the host once, and packed tensors go there.
 """
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from quantlib.simulation.shapes import BlockShape
 
 _PROBES = 5
+# Of calls at the pace of the best of those few: half a second at the least, as a warm GPU is no faster.
+_SUSTAINED_S = {"cuda": 0.6, "cpu": 0.0}
 # Sides of a product and elements of a copy, enough to fill the device.
 _GEMM_SIDE = {"cuda": 8192, "cpu": 1024}
 _COPIED_BYTES = {"cuda": 1 << 30, "cpu": 1 << 28}
@@ -57,6 +60,19 @@ class Rates:
     copied: float
     from_host: float
     to_host: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Probes:
+    """Rates of this device.
+
+    Attributes:
+        burst: Of the best of a few calls, on a GPU of a thousandth of a second and at clocks it may not keep.
+        sustained: The mean of half a second of calls, as long after the first one; of a CPU as ``burst``.
+    """
+
+    burst: Rates
+    sustained: Rates
 
 
 def work_of(block: BlockShape, tokens: int, sequence_length: int) -> Work:
@@ -103,31 +119,40 @@ def traffic(block: BlockShape, num_cells: int, rates: Rates) -> dict[str, float]
     }
 
 
-def measured_rates(device: torch.device) -> Rates:
-    """The best of a few products and copies of random data, beside which others may have been at work."""
+def measured_rates(device: torch.device) -> Probes:
+    """Rates of products and copies of random data, beside which others may have been at work."""
+    burst, sustained = {}, {}
+    for name, (amount, call) in _probes(device).items():
+        least, mean = seconds_of_calls(device, call, _SUSTAINED_S[device.type])
+        burst[name], sustained[name] = amount / least, amount / mean
+    return Probes(burst=_rates(burst), sustained=_rates(sustained))
+
+
+def _rates(found: dict[str, float]) -> Rates:
+    return Rates(**{"from_host": found["copied"], "to_host": found["copied"], **found})
+
+
+def _probes(device: torch.device) -> dict[str, tuple[float, Callable[[], object]]]:
+    """Rate -> flops or bytes of a call, and the call."""
     side, size = _GEMM_SIDE[device.type], _COPIED_BYTES[device.type]
-    bf16, fp32 = (_product_rate(device, dtype, side) for dtype in (torch.bfloat16, torch.float32))
     source = torch.randn(size // 4, device=device)
     target = torch.empty_like(source)
-    copied = 2 * size / _seconds(device, lambda: target.copy_(source))
-    from_host = to_host = copied
+    probes: dict[str, tuple[float, Callable[[], object]]] = {
+        "bf16": (2 * side**3, _product(device, torch.bfloat16, side)),
+        "fp32": (2 * side**3, _product(device, torch.float32, side)),
+        "copied": (2 * size, lambda: target.copy_(source)),
+    }
     if device.type == "cuda":
         pinned = torch.empty(size // 4, pin_memory=True)
-        from_host = size / _seconds(device, lambda: target.copy_(pinned, non_blocking=True))
-        to_host = size / _seconds(device, lambda: pinned.copy_(source, non_blocking=True))
-    return Rates(
-        bf16=bf16,
-        fp32=fp32,
-        copied=copied,
-        from_host=from_host,
-        to_host=to_host,
-    )
+        probes["from_host"] = (size, lambda: target.copy_(pinned, non_blocking=True))
+        probes["to_host"] = (size, lambda: pinned.copy_(source, non_blocking=True))
+    return probes
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype, side: int) -> float:
+def _product(device: torch.device, dtype: torch.dtype, side: int) -> Callable[[], object]:
     left, right = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     found = torch.empty_like(left)
-    return 2 * side**3 / _seconds(device, lambda: torch.mm(left, right, out=found))
+    return lambda: torch.mm(left, right, out=found)
 
 
 def synchronize(device: torch.device) -> None:
@@ -136,14 +161,31 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _seconds(device: torch.device, work: Callable[[], object]) -> float:
-    """Least wall time of some calls after a first one."""
-    work()
-    taken = []
-    for _ in range(_PROBES):
+def seconds_of_calls(
+    device: torch.device,
+    call: Callable[[], object],
+    sustained_s: float,
+    clock: Callable[[], float] = time.perf_counter,
+) -> tuple[float, float]:
+    """Wall time of a call: the least of a few after a first one, and the mean of many.
+
+    Args:
+        sustained_s: Time for as many calls as take that long at the pace of the best one, made one after the
+            other without waiting; as many were made before. With 0 the least stands for the mean.
+    """
+
+    def taken(count: int) -> float:
         synchronize(device)
-        started = time.perf_counter()
-        work()
+        started = clock()
+        for _ in range(count):
+            call()
         synchronize(device)
-        taken.append(time.perf_counter() - started)
-    return min(taken)
+        return clock() - started
+
+    call()
+    least = min(taken(1) for _ in range(_PROBES))
+    count = math.ceil(sustained_s / least)
+    if not count:
+        return least, least
+    taken(count)
+    return least, taken(count) / count

@@ -35,6 +35,7 @@ class BlockRequest:
         group_size: Of the scheme.
         propagation: ``original`` or ``quantized``: then all tokens pass the packed block too.
         passes: In how many forwards the sums are gathered, a part of the input groups in each.
+        height: Most rows of a tile; None for the product's choice.
         options: Others of the job, by name.
     """
 
@@ -46,6 +47,7 @@ class BlockRequest:
     group_size: int = 128
     propagation: str = "original"
     passes: int = 1
+    height: int | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -22,6 +22,8 @@ from quantlib.job.bundle import Bundle
 from quantlib.job.expert_groups import TokenCounts, group_tokens, readers_of
 from quantlib.job.manifest import tokens_uri
 from quantlib.job.plan import Groups, Plan
+from quantlib.methods import METHODS
+from quantlib.methods.whole_solve import Method
 from quantlib.model.skeleton import Skeleton, load_skeleton
 from quantlib.packing import FORMATS
 from quantlib.solver_settings import SolverSettings
@@ -36,8 +38,13 @@ Tensors = Mapping[str, torch.Tensor]
 Sums = Sequence[Sequence[Total]]
 
 
-def run_request(request: BlockRequest, watch: Stopwatch) -> tuple[Plan, list[dict[str, Any]]]:
+def run_request(
+    request: BlockRequest, watch: Stopwatch, methods: Mapping[str, Method] = METHODS
+) -> tuple[Plan, list[dict[str, Any]]]:
     """Measure the stages of a block: load, capture, sums to host, solve, pack, and perhaps propagate.
+
+    Args:
+        methods: Name -> method, on the device.
 
     Returns:
         The plan, and rows of the report about its linears.
@@ -47,20 +54,37 @@ def run_request(request: BlockRequest, watch: Stopwatch) -> tuple[Plan, list[dic
         home = normalize_uri(folder)
         plan = block_plan(request, skeleton, home)
         store_rows(open_store(home), tokens_uri(home, DIGEST), token_rows(request))
-        return plan, _Block(request, plan, skeleton, watch).run()
+        packer, settings = FORMATS[plan.options["format"]], SolverSettings.from_options(plan.options)
+        solver = GroupSolver(packer, settings, torch.device(request.device), request.height, methods)
+        return plan, _Block(request, plan, skeleton, solver, watch).run()
+
+
+def sums_of(plan: Plan, groups: Groups, totals: Sequence[Total]) -> dict[int, Sums]:
+    """Input group -> its own sum and, where that is shrunk towards one, the sum of all experts' tokens.
+
+    Args:
+        totals: As `quantlib.job.bands.sum_shapes` of block 0 names them.
+    """
+    shapes, pools = sum_shapes(plan, 0, groups), readers_of(plan, plan.blocks[0]).pools
+    by_reader = {shape.reader: total for shape, total in zip(shapes, totals, strict=True)}
+    return {
+        group: ([by_reader[group]], [], [by_reader[pools[group]]] if group in pools else [])
+        for group in groups
+    }
 
 
 class _Block:
     """The block on its way through the stages."""
 
-    def __init__(self, request: BlockRequest, plan: Plan, skeleton: Skeleton, watch: Stopwatch) -> None:
-        self._plan, self._skeleton, self._watch = plan, skeleton, watch
+    def __init__(
+        self, request: BlockRequest, plan: Plan, skeleton: Skeleton, solver: GroupSolver, watch: Stopwatch
+    ) -> None:
+        self._plan, self._skeleton, self._solver, self._watch = plan, skeleton, solver, watch
         self._planned = plan.blocks[0]
         self._device = torch.device(request.device)
         self._live_kind = {"dtype": getattr(torch, plan.compute_dtype), "device": self._device}
         self._shapes = stored_shapes(request.model.config)
         self._packer = FORMATS[plan.options["format"]]
-        self._solver = GroupSolver(self._packer, SolverSettings.from_options(plan.options), self._device)
         numbers = tuple(range(len(self._planned.input_groups)))
         bundle = Bundle(shared=plan, outputs=(plan,), sums=((numbers,),), solvers=(0,))
         self._cells = WorkerCells(bundle, open_store(plan.work), self._device, Shelf(None))
@@ -113,7 +137,7 @@ class _Block:
         packed: dict[str, torch.Tensor],
         rows: list[dict[str, Any]],
     ) -> None:
-        tokens, sums = group_tokens(self._plan, self._planned, counts), self._sums_of(groups, totals)
+        tokens, sums = group_tokens(self._plan, self._planned, counts), sums_of(self._plan, groups, totals)
         every_tile = self._solver.tiles(self._planned)
         tiles = {group: every_tile[group] for group in groups}
         for batch in self._batches(tiles):
@@ -134,15 +158,6 @@ class _Block:
             for its_packed, its_rows in made:
                 packed |= its_packed
                 rows += its_rows
-
-    def _sums_of(self, groups: Groups, totals: Sequence[Total]) -> dict[int, Sums]:
-        shapes = sum_shapes(self._plan, 0, groups)
-        by_reader = {shape.reader: total for shape, total in zip(shapes, totals, strict=True)}
-        pools = readers_of(self._plan, self._planned).pools
-        return {
-            group: ([by_reader[group]], [], [by_reader[pools[group]]] if group in pools else [])
-            for group in groups
-        }
 
     def _batches(self, tiles: Mapping[int, Sequence[Any]]) -> list[Groups]:
         """Input groups that are solved together, those that are alone first."""

@@ -4,6 +4,7 @@ R rows (out features), C columns (in features), N tokens.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from block_stopwatch import Stopwatch
 from quantlib.calibration.partials import Partial
 from quantlib.calibration.totals import Total, exponent_for, matrix_from
 from quantlib.methods import METHODS
+from quantlib.methods.whole_solve import Method
 from quantlib.schemes import scheme_from_name
 from quantlib.solver_settings import DEFAULT_SOLVER, SolverSettings
 
@@ -24,6 +26,7 @@ _TOKENS_PER_COLUMN = 2
 _DRAWN_TOKENS = 4096
 _MEASURED_ROWS = 1024
 _WEIGHT = "weight"
+OURS = "Quantmill"
 # The stage, of which the parts are told, of our own solve.
 SOLVE = "solve"
 
@@ -91,27 +94,36 @@ def solve_floor(rows: int, columns: int, rates: Rates) -> float:
 
 
 def our_row(
-    problem: SolveProblem, watch: Stopwatch, rates: Rates, settings: SolverSettings = DEFAULT_SOLVER
+    problem: SolveProblem,
+    watch: Stopwatch,
+    rates: Rates,
+    *,
+    settings: SolverSettings = DEFAULT_SOLVER,
+    methods: Mapping[str, Method] = METHODS,
+    height: int | None = None,
 ) -> SolveRow:
     """Our solver, with the search for scales and the figures of its report.
 
     Args:
         watch: A new one.
+        methods: Name -> method, on the device of the problem.
+        height: Most rows of a tile; None for the product's choice.
     """
     scheme = scheme_from_name("W4A16", problem.group_size)
     rows, columns = problem.weight_RC.shape
     with watch.stage(SOLVE), torch.inference_mode():
-        result = METHODS["gptq"](
+        result = methods["gptq"](
             {_WEIGHT: problem.weight_RC},
             {_WEIGHT: scheme},
             hessian_CC=problem.hessian_CC,
             num_tokens=len(problem.x_NC),
             scale_dtype=torch.bfloat16,
             solver=settings,
+            height=height,
         )[_WEIGHT]
     spent = watch.stages[SOLVE]
     return SolveRow(
-        tool="Quantmill",
+        tool=OURS,
         rows=rows,
         columns=columns,
         seconds=spent.seconds,
@@ -129,11 +141,8 @@ def peer_row(tool: str, problem: SolveProblem, rates: Rates, *, repeats: int) ->
     """
     rows, columns = problem.weight_RC.shape
     place: dict[str, Any] = {"tool": tool, "rows": rows, "columns": columns}
-    device = problem.weight_RC.device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
     try:
-        seconds, levels_RC = [_peer_solve(tool, problem) for _ in range(repeats)][-1]
+        seconds, levels_RC, device_bytes = [_peer_solve(tool, problem) for _ in range(repeats)][-1]
     except ImportError as error:
         return SolveRow(**place, said=f"not here: {error}")
     except Exception as error:  # noqa: BLE001 - whatever goes wrong in another tool, the table goes on
@@ -143,21 +152,24 @@ def peer_row(tool: str, problem: SolveProblem, rates: Rates, *, repeats: int) ->
         seconds=seconds,
         times_floor=seconds / solve_floor(rows, columns, rates),
         error=relative_error(problem, levels_RC),
-        device_bytes=torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None,
+        device_bytes=device_bytes,
     )
 
 
-def _peer_solve(tool: str, problem: SolveProblem) -> tuple[float, torch.Tensor]:
-    """Seconds of a call, and the levels."""
+def _peer_solve(tool: str, problem: SolveProblem) -> tuple[float, torch.Tensor, int | None]:
+    """Seconds of a call, the levels, and most memory of a GPU in use meanwhile."""
     given = (problem.weight_RC, problem.x_NC, problem.hessian_CC)
     solve = PEERS[tool](*given, bits=4, group_size=problem.group_size)
-    device = problem.weight_RC.device
+    device, is_gpu = problem.weight_RC.device, problem.weight_RC.is_cuda
     synchronize(device)
+    if is_gpu:  # what was held for its preparation does not count
+        torch.cuda.reset_peak_memory_stats(device)
     started = time.perf_counter()
     with torch.no_grad():
         levels_RC = solve()
     synchronize(device)
-    return time.perf_counter() - started, levels_RC
+    seconds = time.perf_counter() - started
+    return seconds, levels_RC, torch.cuda.max_memory_allocated(device) if is_gpu else None
 
 
 def relative_error(problem: SolveProblem, levels_RC: torch.Tensor) -> float:

@@ -57,15 +57,18 @@ class Spent:
 class Stopwatch:
     """Measures stages one after the other, and parts inside them.
 
+    Args:
+        clock: Tells seconds.
+
     Attributes:
         stages: Stage -> what it took.
         parts: Stage and part -> what it took.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.perf_counter) -> None:
         self.stages: dict[str, Spent] = {}
         self.parts: dict[tuple[str, str], Spent] = {}
-        self._device = device
+        self._device, self._clock = device, clock
         self._stage: str | None = None
         # Seconds of the parts inside each of the parts under way.
         self._inside: list[float] = []
@@ -75,10 +78,10 @@ class Stopwatch:
         """Whatever is done inside."""
         synchronize(self._device)
         _forget_peaks(self._device)
-        self._stage, started = name, time.perf_counter()
+        self._stage, started = name, self._clock()
         yield
         synchronize(self._device)
-        self._stage, seconds = None, time.perf_counter() - started
+        self._stage, seconds = None, self._clock() - started
         spent = self.stages.setdefault(name, Spent())
         spent.seconds += seconds
         spent.calls += 1
@@ -116,12 +119,12 @@ class Stopwatch:
                 return function(*arguments, **named)
             synchronize(self._device)
             self._inside.append(0.0)
-            started = time.perf_counter()
+            started = self._clock()
             try:
                 return function(*arguments, **named)
             finally:
                 synchronize(self._device)
-                seconds = time.perf_counter() - started
+                seconds = self._clock() - started
                 inside = self._inside.pop()
                 if self._inside:
                     self._inside[-1] += seconds

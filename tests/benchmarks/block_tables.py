@@ -4,14 +4,17 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from block_floor import Rates, Work
+import torch
+from block_floor import Probes, Rates, floors, traffic, work_of
 from block_plan import BlockRequest
-from block_solve import SOLVE, SolveRow
+from block_solve import OURS, SOLVE, SolveRow
 from block_stopwatch import WATCHED, Stopwatch
 
+from quantlib.job.activations import CALIBRATION, cells_of
+from quantlib.job.plan import Plan
+from quantlib.simulation.shapes import BlockShape
+
 _GIB = 2**30
-# What is wanted; the text says of what.
-_STATISTICS_SHARE, _TIMES_FLOOR, _SOLVE_S = 0.6, 2.5, 1.2
 # Stages that are no work of their own besides their parts; the others are parts too.
 _DIVIDED = ("capture", "solve", "pack", "propagate")
 _REST = "rest"
@@ -19,23 +22,26 @@ _REST = "rest"
 
 def block_figures(
     request: BlockRequest,
+    plan: Plan,
+    shape: BlockShape,
+    rates: Rates,
     watch: Stopwatch,
     linears: Sequence[Mapping[str, Any]],
-    work: Work,
-    floor: Mapping[str, float],
-    traffic: Mapping[str, float],
 ) -> dict[str, Any]:
     """Everything about a block.
 
     Args:
+        plan: Of the request.
         linears: Rows of the report.
-        floor: Part -> seconds that it takes at the least, from `block_floor.floors`.
-        traffic: Part -> seconds that its bytes take.
     """
-    forwards = 1 + (request.propagation == "quantized")
-    floor = {**floor, "forward": floor["forward"] * forwards}
+    work = work_of(shape, request.tokens, request.sequence_length)
+    floor = floors(work, rates, getattr(torch, plan.compute_dtype))
+    bytes_s = traffic(shape, len(cells_of(plan)[CALIBRATION]), rates)
+    # One forward must be, and with quantized propagation another; each pass takes one.
+    others = int(request.propagation == "quantized")
+    floor["forward"] *= 1 + others
     flops = {name: getattr(work, name) for name in ("forward", "statistics", "factor", "columns")}
-    flops["forward"] *= forwards
+    flops["forward"] *= watch.stages["capture"].calls + others
     seconds = _part_seconds(watch)
     total, least = sum(spent.seconds for spent in watch.stages.values()), sum(floor.values())
     parts = [
@@ -45,13 +51,14 @@ def block_figures(
             "flops": flops.get(part),
             "floor_s": floor.get(part),
             "times_floor": taken / floor[part] if part in floor else None,
-            "traffic_s": traffic.get(part),
+            "traffic_s": bytes_s.get(part),
         }
         for part, taken in seconds.items()
     ]
     hours = None if request.model.num_alike is None else total * request.model.num_alike / 3600
     return {
         "request": dataclasses.asdict(request),
+        "compute_dtype": plan.compute_dtype,
         "work": dataclasses.asdict(work),
         "parts": parts,
         "stages": {name: dataclasses.asdict(spent) for name, spent in watch.stages.items()},
@@ -64,13 +71,16 @@ def block_figures(
     }
 
 
-def probe_lines(rates: Rates) -> list[str]:
-    """What the device was found to do."""
-    return [
-        f"products: bf16 {rates.bf16 / 1e12:.3g} TFLOP/s, fp32 {rates.fp32 / 1e12:.3g} TFLOP/s",
-        f"copies: on the device {rates.copied / 1e9:.0f} GB/s, from the host {rates.from_host / 1e9:.0f},"
-        f" to it {rates.to_host / 1e9:.0f}",
-    ]
+def probe_lines(probes: Probes) -> list[str]:
+    """What the device was found to do; a CPU's rates are alike."""
+    lines = []
+    for rates, kind in {probes.burst: "burst", probes.sustained: "sustained"}.items():
+        lines.append(
+            f"{kind}: products bf16 {rates.bf16 / 1e12:.3g} TFLOP/s, fp32 {rates.fp32 / 1e12:.3g} TFLOP/s;"
+            f" copies on the device {rates.copied / 1e9:.0f} GB/s, from the host"
+            f" {rates.from_host / 1e9:.0f}, to it {rates.to_host / 1e9:.0f}"
+        )
+    return lines
 
 
 def block_table(figures: Mapping[str, Any]) -> list[str]:
@@ -94,10 +104,8 @@ def block_table(figures: Mapping[str, Any]) -> list[str]:
         f"{'block':22}{block['seconds']:10.3f}{'':10}{_number(block['floor_s'])}"
         f"{_number(block['times_floor'])}"
     )
-    lines += ["", *_statistics_lines(figures)]
     lines += [
-        f"the block takes {block['times_floor']:.2f} x its floor (wanted of llama-3.1-405b with 512 x 2048"
-        f" tokens on a GPU: {_TIMES_FLOOR})",
+        "",
         _model_line(figures),
         f"{figures['linears']} linears, mean relative error {figures['mean_relative_error']:.5f},"
         f" fallbacks {figures['fallbacks']}",
@@ -130,10 +138,9 @@ def solve_table(figures: Mapping[str, Any]) -> list[str]:
             continue
         columns = "".join(map(_number, (row["seconds"], row["times_floor"], row["error"])))
         lines.append(f"{start}{columns}{_gib(row['device_bytes']):>10}")
-        if row["tool"] == "Quantmill":
+        if row["tool"] == OURS:
             its_parts = next(parts)
             lines += [f"{'':16}  {part:14}{_number(seconds)}" for part, seconds in its_parts.items()]
-    lines += ["", f"wanted of a GPU, 8192 x 28672: {_SOLVE_S} s with the factor"]
     return lines
 
 
@@ -146,12 +153,6 @@ def _part_seconds(watch: Stopwatch) -> dict[str, float]:
             found[part] = sum(seconds)
     found[_REST] = sum(watch.rest(name) for name in watch.stages if name in _DIVIDED)
     return found
-
-
-def _statistics_lines(figures: Mapping[str, Any]) -> list[str]:
-    shares = [1 / part["times_floor"] for part in figures["parts"] if part["part"] == "statistics"]
-    wanted = f"(wanted of a GPU: {_STATISTICS_SHARE:.0%})"
-    return [f"statistics reach {share:.0%} of the rate of a product {wanted}" for share in shares]
 
 
 def _model_line(figures: Mapping[str, Any]) -> str:

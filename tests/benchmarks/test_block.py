@@ -4,17 +4,22 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Mapping
 from functools import partial
 from itertools import count
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 
 import pytest
 import torch
 
 from quantlib import linalg
-from quantlib.group_solver import GroupSolver
-from quantlib.methods import gptq
+from quantlib.calibration.totals import Total
+from quantlib.cholesky import blocked_cholesky_
+from quantlib.job.bands import sum_shapes
+from quantlib.methods import gptq, methods_with
+from quantlib.methods.whole_solve import Method
+from quantlib.model.skeleton import load_skeleton
 from quantlib.schemes import scheme_from_name
 from quantlib.simulation.config_shapes import shape_of_config
 
@@ -42,12 +47,11 @@ def modules():
     import block_run
     import block_solve
     import block_stopwatch
+    import block_tables
+    import block_targets
 
-    yield {
-        name: module
-        for module in (block_floor, block_models, block_plan, block_run, block_solve, block_stopwatch)
-        for name in [module.__name__]
-    }
+    found = (block_floor, block_models, block_plan, block_run, block_solve, block_stopwatch, block_tables)
+    yield {module.__name__: module for module in (*found, block_targets)}
     sys.path.remove(str(BLOCK.parent))
 
 
@@ -56,6 +60,17 @@ def run_without_packages(*arguments: str) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def counted_methods() -> tuple[Mapping[str, Method], list[int]]:
+    """Methods that make factors in the way that is not the first choice, and the columns of those made."""
+    made: list[int] = []
+
+    def cholesky_(matrix_CC: torch.Tensor) -> torch.Tensor:
+        made.append(len(matrix_CC))
+        return blocked_cholesky_(matrix_CC)
+
+    return methods_with(cholesky_), made
 
 
 def shape_of(model):
@@ -98,6 +113,28 @@ def test_floors_divide_work_by_measured_rates(modules):
     # Without fast products of 16 bits.
     slower = expected | {"forward": 60.0, "statistics": 30.0}
     assert floor.floors(work, rates, torch.float32) == slower
+
+
+def test_sustained_rate_is_that_of_calls_after_a_warm_up_and_burst_the_best_before(modules):
+    now = 0.0
+    made = 0
+
+    def call() -> None:
+        nonlocal now, made
+        made += 1
+        # Setting up, a few quick calls, and then the pace that is kept.
+        now += 9.0 if made == 1 else 0.25 if made < 10 else 0.5
+
+    found = modules["block_floor"].seconds_of_calls(torch.device("cpu"), call, 8.0, clock=lambda: now)
+    assert found == (0.25, 0.5)
+    # After six calls as many as make 8 s at a quarter each, twice.
+    assert made == 6 + 2 * 32
+    made = 0
+    assert modules["block_floor"].seconds_of_calls(torch.device("cpu"), call, 0.0, clock=lambda: now) == (
+        0.25,
+        0.25,
+    )
+    assert made == 6
 
 
 @pytest.mark.parametrize(
@@ -155,42 +192,93 @@ def test_block_of_smollm2_is_measured_without_packages_of_a_cluster(tmp_path):
     assert 0 < block["mean_relative_error"] < 0.01
     for part in parts:
         assert f"\n{part} " in printed
+    share = 1 / parts["statistics"]["times_floor"]
+    assert f"\nstatistics: {share:.0%} of the sustained rate of " in printed
+    assert f"\nblock: {block['block']['times_floor']:.2f} x its floor" in printed
+    # Of a CPU there is no check, and calls are long enough to be at the rate that it keeps.
+    assert found["cholesky_check"] is None
+    assert found["burst_rates"] == found["rates"]
 
 
 def test_block_of_experts_is_the_same_in_any_number_of_passes(modules):
     models = modules["block_models"]
     model = models.tiny_model(models.block_model("deepseek-v3-experts"))
     errors = []
+    rates = modules["block_floor"].Rates(bf16=1.0, fp32=2.0, copied=1.0, from_host=1.0, to_host=1.0)
     for passes in (1, 3):
         watch = modules["block_stopwatch"].Stopwatch(torch.device("cpu"))
         request = modules["block_plan"].BlockRequest(
             model=model, device="cpu", sequences=1, sequence_length=256, passes=passes
         )
-        _, linears = modules["block_run"].run_request(request, watch)
+        with watch.watching():
+            plan, linears = modules["block_run"].run_request(request, watch)
         assert watch.stages["capture"].calls == passes
+        figures = modules["block_tables"].block_figures(request, plan, shape_of(model), rates, watch, linears)
+        parts = {part["part"]: part for part in figures["parts"]}
+        # Every pass takes the forward, of which one is needed.
+        needed = {"forward": 1 / passes, "statistics": 1.0}
+        for part, share in needed.items():
+            assert parts[part]["floor_s"] * 2.0 == pytest.approx(share * parts[part]["flops"])
         errors.append({row["name"]: row["relative_error"] for row in linears})
     # 16 experts, a shared one, and latent attention.
     assert len(errors[0]) == 3 * 17 + 5
     assert errors[0] == errors[1]
 
 
-def test_only_first_linears_of_experts_are_solved_with_sums_of_all_tokens(modules, monkeypatch):
+def test_only_first_linears_of_experts_are_solved_with_sums_of_all_tokens(modules):
     models = modules["block_models"]
     model = models.tiny_model(models.block_model("deepseek-v3-experts"))
-    whole, given = GroupSolver.solve_batch, {}
-
-    def noting(self, block, groups, tensors, statistics, tokens):
-        for group, sums in zip(groups, statistics, strict=True):
-            given[block.input_groups[group]] = [len(kind) for kind in sums]
-        return whole(self, block, groups, tensors, statistics, tokens)
-
-    monkeypatch.setattr(GroupSolver, "solve_batch", noting)
-    watch = modules["block_stopwatch"].Stopwatch(torch.device("cpu"))
     request = modules["block_plan"].BlockRequest(model=model, device="cpu", sequences=1, sequence_length=64)
-    modules["block_run"].run_request(request, watch)
-    first = {names for names in given if ".experts." in names[0] and len(names) == 2}
+    skeleton = load_skeleton(model.config, list(models.stored_shapes(model.config)))
+    plan = modules["block_plan"].block_plan(request, skeleton, "/")
+    names = plan.blocks[0].input_groups
+    groups = tuple(range(len(names)))
+    totals = [Total.zeros(shape.columns, 0) for shape in sum_shapes(plan, 0, groups)]
+    given = modules["block_run"].sums_of(plan, groups, totals)
+    first = [group for group in groups if ".experts." in names[group][0] and len(names[group]) == 2]
     assert len(first) == 16
-    assert all(given[names] == [1, 0, 1 if names in first else 0] for names in given)
+    (pool,) = totals[len(groups) :]
+    assert given == {group: ([totals[group]], [], [pool] if group in first else []) for group in groups}
+
+
+def test_methods_and_height_that_are_given_solve_a_block(modules):
+    models = modules["block_models"]
+    model = models.tiny_model(models.block_model("llama-3.1-70b"))
+    request = modules["block_plan"].BlockRequest(
+        model=model, device="cpu", sequences=1, sequence_length=64, height=256
+    )
+    methods, made = counted_methods()
+    watch = modules["block_stopwatch"].Stopwatch(torch.device("cpu"))
+    with watch.watching({"columns": modules["block_stopwatch"].WATCHED["columns"]}):
+        modules["block_run"].run_request(request, watch, methods)
+    assert made == [512, 512, 512, 1024]
+    # Rows of q, k and v 512 + 256 + 256, of o 512, of gate and up 1024 each, of down 512.
+    assert watch.parts["solve", "columns"].calls == (2 + 1 + 1) + 2 + (4 + 4) + 2
+
+
+def test_methods_and_height_that_are_given_solve_a_weight(modules):
+    problem = modules["block_solve"].solve_problem(64, 128, device=torch.device("cpu"), group_size=32)
+    rates = modules["block_floor"].Rates(bf16=1.0, fp32=1.0, copied=1.0, from_host=1.0, to_host=1.0)
+    methods, made = counted_methods()
+    watch = modules["block_stopwatch"].Stopwatch(torch.device("cpu"))
+    with watch.watching():
+        modules["block_solve"].our_row(problem, watch, rates, methods=methods, height=16)
+    assert made == [128]
+    assert watch.parts["solve", "columns"].calls == 4
+
+
+def test_whole_solve_is_measured_against_what_is_wanted_only_in_that_size(modules):
+    targets = modules["block_targets"]
+    kind = {"times_floor": 1.0, "error": 0.01, "device_bytes": 1, "said": ""}
+    rows = [
+        {"tool": "Quantmill", "rows": rows, "columns": columns, "seconds": 1.5, **kind}
+        for rows, columns in ((28672, 8192), (8192, 28672))
+    ]
+    parts = [{"columns": 1.0, "weight energy": 0.125, "error energy": 0.25}] * 2
+    (_, line) = targets.solve_targets({"rows": rows, "our_parts": parts})
+    assert line.startswith("solve of 8192 x 28672 with its factor: 1.12 s, with the energies")
+    assert "of the report 1.50 s" in line
+    assert targets.solve_targets({"rows": rows[:1], "our_parts": parts[:1]}) == []
 
 
 def test_functions_are_watched_wherever_they_are_imported_and_only_meanwhile(modules):
@@ -215,7 +303,7 @@ def test_options_of_a_job_reach_the_solver_of_one_weight(modules):
     for options in ({}, {"descent_passes": 3}):
         watch = modules["block_stopwatch"].Stopwatch(torch.device("cpu"))
         settings = modules["block_plan"].settings_with(options)
-        errors.append(modules["block_solve"].our_row(problem, watch, rates, settings).error)
+        errors.append(modules["block_solve"].our_row(problem, watch, rates, settings=settings).error)
     # What passes of descent are for.
     assert errors[1] < errors[0]
 
@@ -226,9 +314,7 @@ def test_part_is_without_the_parts_inside_it(modules, monkeypatch):
     example.outer = lambda: (example.inner(), example.inner())
     monkeypatch.setitem(sys.modules, example.__name__, example)
     # A clock that goes on by a second whenever somebody looks at it.
-    clock = SimpleNamespace(perf_counter=partial(next, count()))
-    monkeypatch.setattr(modules["block_stopwatch"], "time", clock)
-    watch = modules["block_stopwatch"].Stopwatch(torch.device("cpu"))
+    watch = modules["block_stopwatch"].Stopwatch(torch.device("cpu"), clock=partial(next, count()))
     watched = {"outer": "quantlib.example:outer", "inner": "quantlib.example:inner"}
     with watch.watching(watched), watch.stage("stage"):
         example.outer()
@@ -280,7 +366,9 @@ def test_block_on_gpu_has_memory_of_every_stage_and_links_to_the_host(tmp_path):
     )
     found = json.loads(written.read_text())
     assert all(spent["device_bytes"] > 0 for spent in found["block"]["stages"].values())
-    assert all(rate > 0 for rate in found["rates"].values())
+    for kind in ("rates", "burst_rates"):
+        assert all(rate > 0 for rate in found[kind].values())
+    assert found["cholesky_check"]["columns"] == 1536
     assert found["rates"]["from_host"] != found["rates"]["copied"]
     assert found["block"]["fallbacks"] == 0
     assert 0 < found["block"]["mean_relative_error"] < 0.01
