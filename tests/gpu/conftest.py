@@ -1,7 +1,8 @@
 """Tests of what runs on a GPU: collected everywhere, skipped as a whole where PyTorch finds none.
 
-They need pytest, numpy, torch, triton and this repository, and no fixture of the tests above: a machine that
-has no more runs them with ``pytest --confcutdir tests/gpu tests/gpu``.
+They need pytest, numpy, torch, triton and this repository, ``test_factor_on_gpu.py`` transformers and
+safetensors too, and no fixture of the tests above: a machine that has no more runs them with
+``pytest --confcutdir tests/gpu tests/gpu``.
 """
 
 from pathlib import Path

@@ -79,7 +79,8 @@ def test_what_is_kept_is_what_torch_keeps(dtype, are_single, device):
     weights, grids, factors = (list(column) for column in zip(*experts, strict=True))
     kept = Kept(num_columns=10, dtype=dtype)
     if are_single:
-        chosen = [torch.rand(32, 140, device=device).argsort(1)[:, :9].sort(1).values for _ in experts]
+        drawn = torch.rand(2, 32, 140, generator=torch.Generator().manual_seed(5))
+        chosen = list(drawn.argsort(2)[..., :9].sort(2).values.to(device))
         kept = Kept(weights=chosen, dtype=dtype)
     found, expected = (
         solve_codes_of_batch(weights, grids, factors, kept=kept, kernel=kernel)
