@@ -5,6 +5,8 @@ safetensors too, and no fixture of the tests above: a machine that has no more r
 ``pytest --confcutdir tests/gpu tests/gpu``.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,3 +28,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """The GPU."""
     return torch.device("cuda")
+
+
+@pytest.fixture
+def without_waiting() -> Callable[[], AbstractContextManager[None]]:
+    """Makes an error of whatever waits for the device inside a context."""
+
+    @contextmanager
+    def context() -> Iterator[None]:
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return context

@@ -82,7 +82,7 @@ def test_codes_are_those_of_the_cpu_but_for_rounding(name, device):
 
 @pytest.mark.parametrize("is_kept", [None, "columns", "weights"])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_host_synchronization_between_the_columns(name, is_kept, device):
+def test_no_host_synchronization_between_the_columns(name, is_kept, device, without_waiting):
     rows, columns = 512, 1024
     weight_RC, grid, factor = problem(name, rows, columns, seed=2)
     there, moved = on(device, grid, factor)
@@ -105,12 +105,8 @@ def test_no_host_synchronization_between_the_columns(name, is_kept, device):
 
     first, second = tile(), tile()
     solve(first)  # what is compiled and what stays on the device comes there
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with without_waiting():
         solve(second)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(first.found()[0].codes_RC, second.found()[0].codes_RC)
     assert len(second.found()[0].codes_RC.unique()) > 2
 
