@@ -204,7 +204,7 @@ def test_block_of_experts_is_the_same_in_any_number_of_passes(modules):
     models = modules["block_models"]
     model = models.tiny_model(models.block_model("deepseek-v3-experts"))
     errors = []
-    rates = modules["block_floor"].Rates(bf16=1.0, fp32=2.0, copied=1.0, from_host=1.0, to_host=1.0)
+    rates = modules["block_floor"].Rates(bf16=2.0, fp32=2.0, copied=1.0, from_host=1.0, to_host=1.0)
     for passes in (1, 3):
         watch = modules["block_stopwatch"].Stopwatch(torch.device("cpu"))
         request = modules["block_plan"].BlockRequest(
